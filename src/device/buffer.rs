@@ -1,0 +1,186 @@
+//! Flat memory of one dtype, zeroed, aligned for SIMD and for direct I/O, in huge pages where it is large.
+
+use std::alloc::Layout;
+use std::ptr::NonNull;
+
+use anyhow::{Result, bail};
+use candle_core::DType;
+use half::{bf16, f16};
+
+use super::arena::Charge;
+
+/// The number types of activations and weights.
+pub trait Element: candle_core::WithDType + Copy + Send + Sync + 'static {
+    fn to_f32(self) -> f32;
+    /// Rounds to nearest, ties to even.
+    fn from_f32(value: f32) -> Self;
+}
+
+impl Element for f32 {
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        self
+    }
+    #[inline(always)]
+    fn from_f32(value: f32) -> Self {
+        value
+    }
+}
+
+impl Element for bf16 {
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        f32::from_bits((self.to_bits() as u32) << 16)
+    }
+    #[inline(always)]
+    fn from_f32(value: f32) -> Self {
+        bf16::from_f32(value)
+    }
+}
+
+impl Element for f16 {
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        f16::to_f32(self)
+    }
+    #[inline(always)]
+    fn from_f32(value: f32) -> Self {
+        f16::from_f32(value)
+    }
+}
+
+/// Host memory, 4 KiB aligned from 1 MiB on, else 64 bytes.
+#[derive(Debug)]
+pub struct Buffer {
+    ptr: NonNull<u8>,
+    len: usize,
+    dtype: DType,
+    _charge: Option<Charge>,
+}
+
+// SAFETY: a `Buffer` owns its memory alone; shared access is read-only and exclusive access needs `&mut`.
+unsafe impl Send for Buffer {}
+// SAFETY: as above.
+unsafe impl Sync for Buffer {}
+
+const LARGE_BYTES: usize = 1 << 20;
+
+impl Buffer {
+    pub(super) fn new(dtype: DType, len: usize, charge: Option<Charge>) -> Result<Self> {
+        if !matches!(dtype, DType::F32 | DType::BF16 | DType::F16) {
+            bail!("a parameter buffer cannot hold {dtype:?}");
+        }
+        let bytes = len * dtype.size_in_bytes();
+        let ptr = if bytes >= LARGE_BYTES { map(bytes)? } else { allocate(bytes)? };
+        Ok(Buffer { ptr, len, dtype, _charge: charge })
+    }
+
+    /// A buffer outside every arena, for scratch and tests.
+    pub fn unbudgeted(dtype: DType, len: usize) -> Result<Self> {
+        Self::new(dtype, len, None)
+    }
+
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    fn byte_len(&self) -> usize {
+        self.len * self.dtype.size_in_bytes()
+    }
+
+    pub fn bytes(&self) -> &[u8] {
+        // SAFETY: `ptr` is valid for `byte_len` initialised (zeroed) bytes for as long as `self` lives.
+        unsafe { std::slice::from_raw_parts(self.ptr.as_ptr(), self.byte_len()) }
+    }
+
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as in `bytes`, and `&mut self` is exclusive.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr.as_ptr(), self.byte_len()) }
+    }
+
+    /// The elements. Panics if `T` is not the buffer's dtype: that is our own mistake, never the user's.
+    pub fn as_slice<T: Element>(&self) -> &[T] {
+        assert_eq!(T::DTYPE, self.dtype, "buffer read as another dtype");
+        // SAFETY: the memory is aligned to 64, holds `len` elements of `T`, and every bit pattern is valid.
+        unsafe { std::slice::from_raw_parts(self.ptr.as_ptr() as *const T, self.len) }
+    }
+
+    pub fn as_mut_slice<T: Element>(&mut self) -> &mut [T] {
+        assert_eq!(T::DTYPE, self.dtype, "buffer written as another dtype");
+        // SAFETY: as in `as_slice`, and `&mut self` is exclusive.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr.as_ptr() as *mut T, self.len) }
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        let bytes = self.byte_len();
+        if bytes >= LARGE_BYTES {
+            // SAFETY: `ptr` came from `mmap` with this length and nothing borrows it any more.
+            unsafe { libc::munmap(self.ptr.as_ptr().cast(), bytes) };
+        } else if bytes > 0 {
+            // SAFETY: `ptr` came from `alloc_zeroed` with this layout.
+            unsafe { std::alloc::dealloc(self.ptr.as_ptr(), small_layout(bytes)) };
+        }
+    }
+}
+
+fn small_layout(bytes: usize) -> Layout {
+    Layout::from_size_align(bytes, 64).expect("a small size is a valid layout")
+}
+
+fn allocate(bytes: usize) -> Result<NonNull<u8>> {
+    if bytes == 0 {
+        return Ok(NonNull::<u128>::dangling().cast());
+    }
+    // SAFETY: the layout has a size above zero.
+    let ptr = unsafe { std::alloc::alloc_zeroed(small_layout(bytes)) };
+    NonNull::new(ptr).ok_or_else(|| anyhow::anyhow!("the system has no {bytes} bytes of memory left"))
+}
+
+/// Fresh zero pages, straight from the system so that dropping them gives them back.
+fn map(bytes: usize) -> Result<NonNull<u8>> {
+    // SAFETY: an anonymous private mapping touches no existing memory.
+    let ptr = unsafe {
+        libc::mmap(
+            std::ptr::null_mut(),
+            bytes,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+            -1,
+            0,
+        )
+    };
+    if ptr == libc::MAP_FAILED {
+        bail!("the system has no {bytes} bytes of memory left: {}", std::io::Error::last_os_error());
+    }
+    #[cfg(target_os = "linux")]
+    // SAFETY: advice on the mapping just made; failure is harmless (no huge pages).
+    unsafe {
+        libc::madvise(ptr, bytes, libc::MADV_HUGEPAGE)
+    };
+    Ok(NonNull::new(ptr.cast()).expect("mmap never returns null on success"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffers_are_zeroed_and_typed() {
+        for len in [0, 3, 1 << 19] {
+            let mut buffer = Buffer::unbudgeted(DType::F32, len).unwrap();
+            assert!(buffer.as_slice::<f32>().iter().all(|&x| x == 0.0));
+            buffer.as_mut_slice::<f32>().fill(1.5);
+            assert_eq!(buffer.bytes().len(), 4 * len);
+        }
+    }
+}

@@ -1,0 +1,29 @@
+//! Row 0: memory and threads. Parameters, gradients and optimizer state live in buffers handed out by budgeted
+//! arenas; ops see them through [`WeightRef`]s into a segment's slots. Knows nothing of layers, ranks or training.
+
+mod arena;
+mod buffer;
+mod layout;
+mod slot;
+pub mod threads;
+
+pub use arena::{Arena, Usage};
+pub use buffer::{Buffer, Element};
+pub use layout::{BLOCK, BucketLayout, Entry, LARGE};
+pub use slot::{GradSlot, ParamSlot, WeightRef, WeightView};
+
+use candle_core::{DType, Device};
+
+/// Where and in what precision a run computes; taken from the configuration by everything that allocates.
+#[derive(Clone, Debug)]
+pub struct Compute {
+    pub device: Device,
+    /// Activations and the parameters that ops read; master weights, moments and gradients are always fp32.
+    pub dtype: DType,
+}
+
+impl Compute {
+    pub fn cpu_f32() -> Self {
+        Compute { device: Device::Cpu, dtype: DType::F32 }
+    }
+}

@@ -1,0 +1,28 @@
+//! The rank's compute threads. Work is cut by shape alone, never by the number of threads, so results do not depend
+//! on it.
+
+use rayon::prelude::*;
+
+/// Sets this process's share of the cores; to be called once, before any op runs. Later calls change nothing.
+pub fn set_threads(threads: usize) {
+    // An error means the pool exists already, which is what "later calls change nothing" says.
+    let _ = rayon::ThreadPoolBuilder::new()
+        .num_threads(threads.max(1))
+        .thread_name(|i| format!("compute-{i}"))
+        .build_global();
+}
+
+pub fn threads() -> usize {
+    rayon::current_num_threads()
+}
+
+/// Runs `work(0..tasks)`, on all threads if there are several of both and the whole is worth the hand-over
+/// (`cost`: a rough count of elementary operations).
+pub fn parallel_for(tasks: usize, cost: usize, work: impl Fn(usize) + Sync + Send) {
+    const WORTH_IT: usize = 1 << 15;
+    if tasks <= 1 || cost < WORTH_IT || threads() == 1 {
+        (0..tasks).for_each(work);
+    } else {
+        (0..tasks).into_par_iter().with_max_len(1).for_each(work);
+    }
+}

@@ -1,0 +1,24 @@
+//! Row 1: differentiable ops. An op is a candle custom op over activations alone; it carries its weights as
+//! [`WeightRef`](crate::device::WeightRef)s, and its `bwd` adds the weights' gradients straight into the gradient
+//! bucket. One file each: forward, backward, and under it the test against a composed reference and finite differences.
+
+mod activation;
+mod attention;
+mod conv2d;
+mod embedding;
+pub mod gemm;
+mod group_norm;
+mod layer_norm;
+mod linear;
+mod tokens;
+mod upsample;
+
+pub use activation::{Activation, activation, add_channels, geglu};
+pub use attention::{Mask, attention};
+pub use conv2d::{Conv2d, conv2d};
+pub use embedding::embedding;
+pub use group_norm::group_norm;
+pub use layer_norm::layer_norm;
+pub use linear::linear;
+pub use tokens::{image_from_tokens, tokens_from_image};
+pub use upsample::upsample_nearest;

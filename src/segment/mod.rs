@@ -1,0 +1,7 @@
+//! Row 2: a model as a list of segments wired by slots. Knows layers, no ranks.
+
+mod graph;
+mod pullback;
+mod tape;
+
+pub use graph::{GraphBuilder, Node, Params, Segment, SegmentGraph, SlotId};
