@@ -6,16 +6,20 @@
 //! blocks depend on the depth alone. So it has the same bits for every instruction set, number of threads, and cut.
 
 mod micro;
+mod out;
 mod pack;
 mod product;
 mod simd;
+mod sums;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
-pub(super) use pack::{Grid, Left, Matrix, Right, load_first, run, turned};
-pub(super) use product::{Bias, Lattice, Out, Product, block_of};
+pub(super) use out::{Bias, Lattice, Out};
+pub(super) use pack::{Grid, Left, Matrix, Right, turned};
+pub(super) use product::{Product, block_of};
 pub use simd::Isa;
-pub(super) use simd::{Kernel, Scalar, Simd, dispatch};
+pub(super) use simd::{Scalar, Simd};
+pub(super) use sums::{add_channel_sums, add_column_sums};
 
 /// A matrix somewhere in a slice: element (i, j) is `data[i * row_stride + j * col_stride]`.
 #[derive(Clone, Copy, Debug)]
@@ -36,21 +40,18 @@ fn gemm_serial_on(isa: Isa, [m, n, k]: [usize; 3], a: View, b: View, accumulate:
     if m == 0 || n == 0 {
         return;
     }
-    assert!(ldc >= n || m == 1, "rows of the result overlap");
-    assert!((m - 1) * ldc + n <= c.len(), "the result is too short");
-    // SAFETY: the assertions above.
-    let out = unsafe { Out::new(c.as_mut_ptr(), ldc, 0) };
-    Product {
+    let product = Product {
         a: &Matrix::new(a.data, m, k, a.row_stride, a.col_stride),
         b: &Matrix::new(b.data, k, n, b.row_stride, b.col_stride),
         rows: m,
         grid: Grid::plain(n),
         depth: k,
         block: block_of(k, 1),
-        out: if accumulate { out.adding() } else { out },
-    }
-    .run_serial(isa);
+    };
+    product.run_serial(isa, if accumulate { Out::adding(c, ldc, 0) } else { Out::storing(c, ldc, 0) });
 }
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+pub(crate) use tests::numbers;

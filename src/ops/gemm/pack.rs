@@ -131,7 +131,14 @@ impl<T: Scalar> Right for Matrix<'_, T> {
                     turned::<S, T>(from, self.col_stride, first, depth.len(), to, width);
                     if place.columns > S::LANES {
                         let from = from.add(S::LANES * self.col_stride);
-                        turned::<S, T>(from, self.col_stride, place.columns - S::LANES, depth.len(), to.add(S::LANES), width);
+                        turned::<S, T>(
+                            from,
+                            self.col_stride,
+                            place.columns - S::LANES,
+                            depth.len(),
+                            to.add(S::LANES),
+                            width,
+                        );
                     }
                 } else if self.col_stride == 1 {
                     for k in 0..depth.len() {

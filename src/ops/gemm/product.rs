@@ -3,73 +3,16 @@
 //! each the k in order), so its bits depend neither on the tiles nor on the number of threads.
 
 use std::cell::RefCell;
-use std::marker::PhantomData;
 use std::ops::Range;
 
 use super::micro::{Finish, tile};
+use super::out::{Bias, Out};
 use super::pack::{Grid, Left, Right};
 use super::simd::{Isa, Kernel, Scalar, Simd};
 use crate::device::threads;
 
-/// Added to a result that is stored.
-#[derive(Clone, Copy, Debug)]
-pub enum Bias<'a> {
-    None,
-    /// One number per row.
-    Row(&'a [f32]),
-    /// One number per column; only where there is one image.
-    Column(&'a [f32]),
-}
-
-/// Where a pixel of the result lies in its row when the pixels are those of a sparser grid.
-#[derive(Clone, Copy, Debug)]
-pub struct Lattice {
-    /// Pixels per line.
-    pub width: usize,
-    pub first: usize,
-    pub line_step: usize,
-    pub pixel_step: usize,
-}
-
-/// The result: element (m, image, pixel) at `image * image_stride + m * row_stride + pixel`, or where the lattice says.
-pub struct Out<'a, T> {
-    to: *mut T,
-    row_stride: usize,
-    image_stride: usize,
-    lattice: Option<Lattice>,
-    add: bool,
-    bias: Bias<'a>,
-    of: PhantomData<&'a mut T>,
-}
-
-// SAFETY: tasks write disjoint elements of what was borrowed exclusively.
-unsafe impl<T: Send> Sync for Out<'_, T> {}
-
-impl<'a, T: Scalar> Out<'a, T> {
-    /// # Safety
-    /// `to` is valid for writes of every element of the product for `'a`, and for reads if the result is added.
-    pub unsafe fn new(to: *mut T, row_stride: usize, image_stride: usize) -> Self {
-        Out { to, row_stride, image_stride, lattice: None, add: false, bias: Bias::None, of: PhantomData }
-    }
-
-    pub fn bias(self, bias: Bias<'a>) -> Self {
-        Out { bias, ..self }
-    }
-
-    pub fn lattice(self, lattice: Lattice) -> Self {
-        Out { lattice: Some(lattice), ..self }
-    }
-}
-
-impl Out<'_, f32> {
-    /// Adds the product to what is there.
-    pub fn adding(self) -> Self {
-        Out { add: true, ..self }
-    }
-}
-
-/// A (rows x depth) times B (depth x grid) into `out`.
-pub struct Product<'a, A, B, T> {
+/// A (rows x depth) times B (depth x grid).
+pub struct Product<'a, A, B> {
     pub a: &'a A,
     pub b: &'a B,
     pub rows: usize,
@@ -77,7 +20,6 @@ pub struct Product<'a, A, B, T> {
     pub depth: usize,
     /// Every block of k but the last is this long; see [`block_of`].
     pub block: usize,
-    pub out: Out<'a, T>,
 }
 
 /// The length of the blocks of k: even ones of at most 384, in multiples of `unit`.
@@ -88,28 +30,44 @@ pub fn block_of(depth: usize, unit: usize) -> usize {
     units.div_ceil(units.div_ceil(longest)) * unit
 }
 
-impl<A: Left, B: Right, T: Scalar> Product<'_, A, B, T> {
-    /// On all threads where that pays.
-    pub fn run(&self) {
-        self.run_on(Isa::best());
+impl<A: Left, B: Right> Product<'_, A, B> {
+    /// Into new memory: (images, rows, pixels).
+    pub fn to_vec<T: Scalar>(&self, bias: Bias) -> Vec<T> {
+        let len = self.rows * self.grid.columns();
+        let mut values = Vec::with_capacity(len);
+        let memory = &mut values.spare_capacity_mut()[..len];
+        self.run(Out::fresh(memory, self.grid.pixels, self.rows * self.grid.pixels).bias(bias));
+        // SAFETY: the capacity is there, and the product has stored every element of every row of every image.
+        unsafe { values.set_len(len) };
+        values
     }
 
-    pub fn run_on(&self, isa: Isa) {
-        isa.run(Parallel(self));
+    /// On all threads where that pays.
+    pub fn run<T: Scalar>(&self, out: Out<T>) {
+        self.run_on(Isa::best(), out);
+    }
+
+    pub(super) fn run_on<T: Scalar>(&self, isa: Isa, out: Out<T>) {
+        out.check(self.rows, self.grid);
+        isa.run(Parallel { product: self, out });
     }
 
     /// On this thread alone.
-    pub fn run_serial(&self, isa: Isa) {
-        isa.run(Serial(self));
+    pub(super) fn run_serial<T: Scalar>(&self, isa: Isa, out: Out<T>) {
+        out.check(self.rows, self.grid);
+        isa.run(Serial { product: self, out });
     }
 }
 
-struct Parallel<'p, 'a, A, B, T>(&'p Product<'a, A, B, T>);
+struct Parallel<'p, 'a, A, B, T> {
+    product: &'p Product<'a, A, B>,
+    out: Out<'p, T>,
+}
 
 impl<A: Left, B: Right, T: Scalar> Kernel for Parallel<'_, '_, A, B, T> {
     type Output = ();
     unsafe fn run<S: Simd>(self) {
-        let product = self.0;
+        let Parallel { product, out } = &self;
         let panels = product.grid.panels::<S>();
         if product.rows == 0 || panels == 0 {
             return;
@@ -121,22 +79,25 @@ impl<A: Left, B: Right, T: Scalar> Kernel for Parallel<'_, '_, A, B, T> {
             let (y, x) = (task % down * rows, task / down * columns);
             let (rows, columns) = (y..(y + rows).min(product.rows), x..(x + columns).min(panels));
             // SAFETY: the CPU has `S`, the promise to `run`; the tiles are disjoint.
-            unsafe { S::vectorize(|| product.tile::<S>(rows, columns)) }
+            unsafe { S::vectorize(|| product.tile::<S, T>(rows, columns, out)) }
         });
     }
 }
 
-struct Serial<'p, 'a, A, B, T>(&'p Product<'a, A, B, T>);
+struct Serial<'p, 'a, A, B, T> {
+    product: &'p Product<'a, A, B>,
+    out: Out<'p, T>,
+}
 
 impl<A: Left, B: Right, T: Scalar> Kernel for Serial<'_, '_, A, B, T> {
     type Output = ();
     unsafe fn run<S: Simd>(self) {
-        let product = self.0;
+        let Serial { product, out } = &self;
         let panels = product.grid.panels::<S>();
         for from in (0..panels).step_by(WIDEST) {
             let columns = from..(from + WIDEST).min(panels);
             // SAFETY: the CPU has `S`, the promise to `run`.
-            unsafe { S::vectorize(|| product.tile::<S>(0..product.rows, columns)) }
+            unsafe { S::vectorize(|| product.tile::<S, T>(0..product.rows, columns, out)) }
         }
     }
 }
@@ -183,15 +144,15 @@ thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
-impl<A: Left, B: Right, T: Scalar> Product<'_, A, B, T> {
+impl<A: Left, B: Right> Product<'_, A, B> {
     /// One tile of the result.
     ///
     /// # Safety
     /// The CPU has `S`, and no other task writes these elements.
     #[inline(always)]
-    unsafe fn tile<S: Simd>(&self, rows: Range<usize>, panels: Range<usize>) {
+    unsafe fn tile<S: Simd, T: Scalar>(&self, rows: Range<usize>, panels: Range<usize>, out: &Out<T>) {
         let width = 2 * S::LANES;
-        let direct = T::DTYPE == candle_core::DType::F32 && self.out.lattice.is_none();
+        let direct = T::DTYPE == candle_core::DType::F32 && out.lattice.is_none();
         let held = if direct { 0 } else { rows.len() * panels.len() * width };
         let block = self.block.min(self.depth);
         SCRATCH.with_borrow_mut(|scratch| {
@@ -202,7 +163,7 @@ impl<A: Left, B: Right, T: Scalar> Product<'_, A, B, T> {
                 // SAFETY: the buffers have the room that `pack` and `block` need; ranges lie inside the operands.
                 unsafe {
                     self.b.pack::<S>(depth.clone(), panels.clone(), self.grid, b);
-                    self.block::<S>(rows.clone(), panels.clone(), depth.clone(), [a, b, sums], direct);
+                    self.block::<S, T>(rows.clone(), panels.clone(), depth.clone(), [a, b, sums], direct, out);
                 }
                 k = depth.end;
                 if k >= self.depth {
@@ -211,38 +172,39 @@ impl<A: Left, B: Right, T: Scalar> Product<'_, A, B, T> {
             }
             if !direct {
                 // SAFETY: `sums` holds the tile.
-                unsafe { self.scatter::<S>(rows, panels, sums) }
+                unsafe { self.scatter::<S, T>(rows, panels, sums, out) }
             }
         });
     }
 
     #[inline(always)]
-    unsafe fn block<S: Simd>(
+    unsafe fn block<S: Simd, T: Scalar>(
         &self,
         rows: Range<usize>,
         panels: Range<usize>,
         depth: Range<usize>,
         [a, b, sums]: [*mut f32; 3],
         direct: bool,
+        out: &Out<T>,
     ) {
         let width = 2 * S::LANES;
-        let finish = match self.out.bias {
-            _ if depth.start > 0 || self.out.add => Finish::Add,
+        let finish = match out.bias {
+            _ if depth.start > 0 || out.add => Finish::Add,
             Bias::None => Finish::Store,
             Bias::Row(bias) => Finish::RowBias(bias.as_ptr()),
             Bias::Column(bias) => Finish::ColumnBias(bias.as_ptr()),
         };
         for row in rows.clone().step_by(S::ROWS) {
             let count = (rows.end - row).min(S::ROWS);
-            // SAFETY: panels and results lie where `tile` made room and where `Out::new` was promised.
+            // SAFETY: panels and results lie where `tile` made room and where `Out` has checked.
             unsafe {
                 self.a.pack::<S>(row, count, depth.clone(), a);
                 for (i, panel) in panels.clone().enumerate() {
                     let place = self.grid.place::<S>(panel);
                     let b = b.add(i * depth.len() * width);
                     let (c, stride) = if direct {
-                        let at = place.image * self.out.image_stride + row * self.out.row_stride + place.pixel;
-                        (self.out.to.cast::<f32>().add(at), self.out.row_stride)
+                        let at = place.image * out.image_stride + row * out.row_stride + place.pixel;
+                        (out.to.cast::<f32>().add(at), out.row_stride)
                     } else {
                         (sums.add((row - rows.start) * panels.len() * width + i * width), panels.len() * width)
                     };
@@ -255,20 +217,26 @@ impl<A: Left, B: Right, T: Scalar> Product<'_, A, B, T> {
 
     /// Rounds a finished tile into the result.
     #[inline(always)]
-    unsafe fn scatter<S: Simd>(&self, rows: Range<usize>, panels: Range<usize>, sums: *const f32) {
+    unsafe fn scatter<S: Simd, T: Scalar>(
+        &self,
+        rows: Range<usize>,
+        panels: Range<usize>,
+        sums: *const f32,
+        out: &Out<T>,
+    ) {
         let width = 2 * S::LANES;
         for row in rows.clone() {
             for (i, panel) in panels.clone().enumerate() {
                 let place = self.grid.place::<S>(panel);
-                // SAFETY: the tile was written by `block`, the result is as `Out::new` was promised.
+                // SAFETY: the tile was written by `block`, the result is as `Out` has checked.
                 unsafe {
                     let from = sums.add(((row - rows.start) * panels.len() + i) * width);
-                    let to = self.out.to.add(place.image * self.out.image_stride + row * self.out.row_stride);
+                    let to = out.to.add(place.image * out.image_stride + row * out.row_stride);
                     for p in 0..place.columns {
                         let pixel = place.pixel + p;
-                        let at = match self.out.lattice {
+                        let at = match out.lattice {
                             None => pixel,
-                            Some(l) => l.first + pixel / l.width * l.line_step + pixel % l.width * l.pixel_step,
+                            Some(lattice) => lattice.at(pixel),
                         };
                         *to.add(at) = T::from_f32(*from.add(p));
                     }

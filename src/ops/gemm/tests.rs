@@ -1,7 +1,7 @@
 use super::*;
 
 /// Numbers in -1..1 that look random.
-fn numbers(count: usize, seed: u32) -> Vec<f32> {
+pub(crate) fn numbers(count: usize, seed: u32) -> Vec<f32> {
     let mut state = seed.wrapping_mul(2654435761).wrapping_add(12345);
     (0..count)
         .map(|_| {
@@ -40,7 +40,10 @@ fn check(isa: Isa, m: usize, n: usize, k: usize) {
                 });
                 let at = i * (n + 3) + j;
                 let want = products.sum::<f64>() + if accumulate { c[at] as f64 } else { 0.0 };
-                assert!((got[at] as f64 - want).abs() < 1e-5 * (k as f64).sqrt() + 1e-6, "{isa:?} {m} {n} {k}: {i} {j}");
+                assert!(
+                    (got[at] as f64 - want).abs() < 1e-5 * (k as f64).sqrt() + 1e-6,
+                    "{isa:?} {m} {n} {k}: {i} {j}"
+                );
             }
             let gap = i * (n + 3) + n..(i + 1) * (n + 3);
             assert_eq!(got[gap.clone()], c[gap], "wrote beyond the result");
