@@ -1,1 +1,3 @@
-//! (being written)
+//! Row 4: training. Start with `step.rs`.
+
+pub mod step;
