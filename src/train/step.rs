@@ -8,7 +8,7 @@
 //!                          segments 0..N:  update the owned range -> publish
 //! ```
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use candle_core::Tensor;
 
 use crate::optim::{AdamW, Moments};
@@ -83,10 +83,20 @@ impl Network {
         Ok(())
     }
 
-    /// Completes the sums over ranks and returns the global gradient norm, before clipping.
+    /// Completes the sums over ranks and returns the global gradient norm, before clipping: all buckets in order. An
+    /// error on all ranks, naming segments, if a gradient is not finite.
     pub fn reduce(&mut self) -> Result<f64> {
         self.reducer.finish()?;
-        self.reducer.norm()
+        let squares = self.reducer.squares()?;
+        let norm = squares.iter().sum::<f64>().sqrt();
+        if !norm.is_finite() {
+            let bad = (0..squares.len()).filter(|&i| !squares[i].is_finite()).map(|i| self.store.name(i));
+            bail!(
+                "the gradients of {} are not finite. The last checkpoint is from before this step; lower optimizer.learning_rate or add warm-up.",
+                bad.take(3).collect::<Vec<_>>().join(", ")
+            );
+        }
+        Ok(norm)
     }
 
     /// Updates every owned range with the reduced gradients times `grad_scale`, publishes the result and forgets the

@@ -124,13 +124,12 @@ impl GradReducer {
         }
     }
 
-    /// The global L2 norm of the reduced gradients: every rank's shard, bucket by bucket in order, in fp64. The same
-    /// on all ranks; a collective.
-    pub fn norm(&self) -> Result<f64> {
-        let mut squares: Vec<f64> =
-            (0..self.segments.len()).map(|i| self.shard(i).map_or(0.0, sum_of_squares)).collect();
+    /// The sum of squares of every bucket's reduced gradients, from every rank's shard, in fp64. The same on all ranks;
+    /// a collective.
+    pub fn squares(&self) -> Result<Vec<f64>> {
+        let mut squares: Vec<f64> = (0..self.segments.len()).map(|i| self.shard(i).map_or(0.0, sum_of_squares)).collect();
         self.ranks.comm.all_reduce(SliceMut::F64(&mut squares))?;
-        Ok(squares.iter().sum::<f64>().sqrt())
+        Ok(squares)
     }
 
     fn partition(&self) -> Partition {

@@ -1,0 +1,4 @@
+//! One integration binary; modules are named by behaviour.
+
+mod equivalence;
+mod toy;
