@@ -12,6 +12,7 @@ mod layer_norm;
 mod linear;
 mod tokens;
 mod upsample;
+mod values;
 
 pub use activation::{Activation, activation, add_channels, geglu};
 pub use attention::{Mask, attention};
