@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use candle_core::DType;
 use serde_json::{Map, json};
 
-use super::step::Network;
+use super::network::Network;
 use super::weights::PipelineWeights;
 use crate::comm::{Communicator, SliceMut};
 use crate::config::{OutputPlan, SaveDtype};

@@ -11,7 +11,7 @@ use super::frozen::Frozen;
 use super::items::Sampler;
 use super::metrics::Metrics;
 use super::rows::{RowMaker, RowSettings, Vae};
-use super::step::Network;
+use super::network::{Memory, Network};
 use super::text::Prompts;
 use super::trainer::Trainer;
 use super::weights::PipelineWeights;
@@ -24,9 +24,9 @@ use crate::device::Arena;
 use crate::diffusion::{Draws, NoiseSchedule, Record};
 use crate::launch::Rank;
 use crate::model::{self, Component, TextConfig, UnetConfig, VaeConfig};
-use crate::optim::{LrKind, LrSchedule, Moments};
+use crate::optim::{LrKind, LrSchedule};
 use crate::segment::Keep;
-use crate::zero::{GradReducer, ParamStore, Ranks, Stage};
+use crate::zero::{Ranks, Stage};
 
 /// A network with fewer parameters keeps its graphs under `recompute = "auto"`: they fit wherever its states do.
 const RECOMPUTE_FROM: usize = 100_000_000;
@@ -60,10 +60,10 @@ pub fn build<'a>(plan: &'a RunPlan, model_dir: &Path, rank: &'a Rank) -> Result<
     let weights = PipelineWeights::open(model_dir, plan.model.variant.as_deref().unwrap_or(""))?;
     let dataset = Dataset::open(&dataset_options(plan))?;
     let schedule = NoiseSchedule::from_json(&model_dir.join("scheduler").join("scheduler_config.json"))?;
-    let arena = Arena::new("device", None);
+    let arena = Arena::new("frozen network", None);
     let dtype = compute_dtype(plan);
 
-    let (network, slots) = network(plan, &configs, &weights, resumed.as_ref(), &comm, &arena, dtype)?;
+    let (network, slots) = network(plan, &configs, &weights, resumed.as_ref(), &comm, dtype)?;
     let prompts = prompts(plan, model_dir, &configs, &weights, &arena, dtype)?;
     let batch_items = (plan.train.batch_size * comm.world_size()) as u64;
     let epoch_items = dataset.len() as u64;
@@ -168,7 +168,6 @@ fn network(
     weights: &PipelineWeights,
     resumed: Option<&Checkpoint>,
     comm: &Arc<dyn Communicator>,
-    arena: &Arena,
     dtype: DType,
 ) -> Result<(Network, model::DenoiserSlots)> {
     let text = plan.model.train_text_encoder.then_some(&configs.text);
@@ -195,28 +194,21 @@ fn network(
         Some(checkpoint) => checkpoint,
         None => weights,
     };
-    let slots_of = graph.nodes.iter().map(|n| (&n.params, n.grads.as_ref()));
-    let store = ParamStore::load(&ranks, dtype, arena, slots_of, source)?;
-    let reducer = GradReducer::new(&ranks, arena, &store, graph.nodes.iter().map(|n| n.grads.as_ref()))?;
-    let moments = (0..store.len()).map(|i| moments(&store, i, resumed, arena)).collect::<Result<_>>()?;
     let recompute = match plan.train.recompute {
         Toggle::On => true,
         Toggle::Off => false,
         Toggle::Auto => graph.parameters() >= RECOMPUTE_FROM,
     };
     let keep = if recompute { Keep::Inputs } else { Keep::Graph };
-    Ok((Network { graph, store, reducer, moments, keep }, slots))
-}
-
-fn moments(store: &ParamStore, i: usize, resumed: Option<&Checkpoint>, arena: &Arena) -> Result<Option<Moments>> {
-    if !store.trains(i) {
-        return Ok(None);
-    }
-    let mut moments = Moments::zeroed(arena, store.optimizer_range(i).len(), store.name(i))?;
+    let mut network = Network::load(graph, &ranks, dtype, keep, Memory::unlimited(), source)?;
     if let Some(checkpoint) = resumed {
-        checkpoint.read_moments(store, i, &mut moments)?;
+        for (i, moments) in network.moments.iter_mut().enumerate() {
+            if let Some(moments) = moments {
+                checkpoint.read_moments(&network.store, i, moments)?;
+            }
+        }
     }
-    Ok(Some(moments))
+    Ok((network, slots))
 }
 
 fn vae(config: &VaeConfig, weights: &PipelineWeights, arena: &Arena) -> Result<Vae> {

@@ -11,20 +11,9 @@
 use anyhow::{Context, Result, bail};
 use candle_core::Tensor;
 
-use crate::optim::{AdamW, Moments};
-use crate::segment::{Keep, SegmentGraph, SlotId, Tape};
-use crate::zero::{GradReducer, ParamStore};
-
-/// A network in training: its segments, where their parameters and gradients are, and the optimizer's state.
-pub struct Network {
-    pub graph: SegmentGraph,
-    pub store: ParamStore,
-    pub reducer: GradReducer,
-    /// One for each segment that trains.
-    pub moments: Vec<Option<Moments>>,
-    /// What each segment leaves behind on the way forward: its inputs (recompute) or its graph.
-    pub keep: Keep,
-}
+use super::network::Network;
+use crate::optim::AdamW;
+use crate::segment::{SlotId, Tape};
 
 /// This rank's rows of a micro-batch, as the graph's input slots take them.
 pub struct Inputs {

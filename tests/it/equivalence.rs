@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use candle_core::DType;
-use dblaunch::comm::{Communicator, Shared, Solo};
 use dblaunch::comm::probe::Delayed;
+use dblaunch::comm::{Communicator, Shared, Solo};
 use dblaunch::segment::Keep;
 use dblaunch::zero::Stage;
 
@@ -20,7 +20,9 @@ fn steps() -> Vec<Vec<Vec<usize>>> {
 
 /// The same items, one micro-batch or three per step.
 fn accumulation(micro_batches: usize) -> Vec<Vec<Vec<usize>>> {
-    (0..3usize).map(|s| (12 * s..12 * s + 12).collect::<Vec<_>>().chunks(12 / micro_batches).map(<[_]>::to_vec).collect()).collect()
+    (0..3usize)
+        .map(|s| (12 * s..12 * s + 12).collect::<Vec<_>>().chunks(12 / micro_batches).map(<[_]>::to_vec).collect())
+        .collect()
 }
 
 fn run(stage: Stage, keep: Keep, steps: Vec<Vec<Vec<usize>>>) -> Run {
@@ -93,7 +95,8 @@ fn every_world_size_and_stage_follows_one_rank() {
 
 #[test]
 fn retained_and_recomputed_graphs_agree_to_the_bit() {
-    let [kept, recomputed] = [Keep::Graph, Keep::Inputs].map(|keep| together(2, &run(Stage::Gradients, keep, steps()), false));
+    let [kept, recomputed] =
+        [Keep::Graph, Keep::Inputs].map(|keep| together(2, &run(Stage::Gradients, keep, steps()), false));
     assert_eq!(kept, recomputed);
 }
 

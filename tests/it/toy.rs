@@ -7,12 +7,13 @@ use std::sync::Arc;
 use anyhow::Result;
 use candle_core::{D, DType, Device, Tensor, Var};
 use dblaunch::comm::Communicator;
-use dblaunch::device::{Arena, WeightRef};
+use dblaunch::device::WeightRef;
 use dblaunch::ops::{Activation, activation, layer_norm, linear};
-use dblaunch::optim::{AdamW, Moments};
+use dblaunch::optim::AdamW;
 use dblaunch::segment::{GraphBuilder, Keep, Params, Segment, SegmentGraph, SlotId};
-use dblaunch::train::step::{Group, Inputs, Network, clip_factor};
-use dblaunch::zero::{GradReducer, ParamStore, Partition, Ranks, Stage, WeightSource};
+use dblaunch::train::network::{Memory, Network};
+use dblaunch::train::step::{Group, Inputs, clip_factor};
+use dblaunch::zero::{Partition, Ranks, Stage, WeightSource};
 
 const FEATURES: usize = 6;
 const CONDITION: usize = 4;
@@ -144,14 +145,9 @@ const MAX_NORM: f64 = 0.5;
 
 pub fn network(ranks: &Ranks, keep: Keep, dtype: DType, source: &dyn WeightSource) -> (Toy, Network) {
     let mut toy = toy();
-    let arena = Arena::new("test", None);
     let graph = std::mem::replace(&mut toy.graph, GraphBuilder::new().finish());
-    let slots = graph.nodes.iter().map(|n| (&n.params, n.grads.as_ref()));
-    let store = ParamStore::load(ranks, dtype, &arena, slots, source).unwrap();
-    let reducer = GradReducer::new(ranks, &arena, &store, graph.nodes.iter().map(|n| n.grads.as_ref())).unwrap();
-    let moments =
-        (0..store.len()).map(|i| Some(Moments::zeroed(&arena, store.optimizer_range(i).len(), "m").unwrap())).collect();
-    (toy, Network { graph, store, reducer, moments, keep })
+    let network = Network::load(graph, ranks, dtype, keep, Memory::unlimited(), source).unwrap();
+    (toy, network)
 }
 
 /// One rank's part of `run`.
@@ -243,9 +239,8 @@ pub fn reference(steps: &[Vec<Vec<usize>>]) -> Outcome {
             let loss = (dense(&c, "head") - target).unwrap().sqr().unwrap().mean_all().unwrap();
             outcome.losses.push(f64::from(loss.to_scalar::<f32>().unwrap()));
             let grads = (loss / micro_batches.len() as f64).unwrap().backward().unwrap();
-            let flat = vars.iter().flat_map(|var| {
-                grads.get(var).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
-            });
+            let flat =
+                vars.iter().flat_map(|var| grads.get(var).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap());
             sum.iter_mut().zip(flat).for_each(|(to, g)| *to += f64::from(g));
         }
         let norm = sum.iter().map(|g| g * g).sum::<f64>().sqrt();
