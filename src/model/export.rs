@@ -224,3 +224,63 @@ fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
 pub(super) fn sync_folder(dir: &Path) -> Result<()> {
     File::open(dir).and_then(|d| d.sync_all()).with_context(|| dir.display().to_string())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::weights::tests::write_file;
+    use super::*;
+
+    #[test]
+    fn a_component_comes_back_as_it_was_read() {
+        let (from, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        std::fs::write(from.path().join("config.json"), r#"{"torch_dtype": "float16", "vocab_size": 3}"#).unwrap();
+        let tensors: [(&str, &[usize]); 3] =
+            [("z", &[3]), ("embeddings.position_ids", &[1, 5]), ("a.weight", &[70, 1000])];
+        write_file(&from.path().join("model.fp16.safetensors"), &tensors);
+        let source = ComponentWeights::open(from.path(), "fp16", Component::TextEncoder).unwrap();
+        let (z, a) = ("text_encoder.text_model.z", "text_encoder.text_model.a.weight");
+        let values: Vec<f32> = (0..70_000).map(|i| (i % 512) as f32 / 8.0).collect();
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
+            let writer = ComponentWriter::create(to.path(), &source, dtype).unwrap();
+            writer.write(a, 50_000, &values[50_000..]).unwrap();
+            writer.write(z, 0, &[1.0, 2.0, 3.0]).unwrap();
+            assert!(writer.write(z, 2, &[1.0, 2.0]).is_err() && writer.write("text_encoder.b", 0, &[]).is_err());
+            writer.write(a, 0, &values[..50_000]).unwrap();
+            writer.finish().unwrap();
+            let back = ComponentWeights::open(to.path(), "", Component::TextEncoder).unwrap();
+            assert_eq!(back.read_all(z).unwrap(), [1.0, 2.0, 3.0]);
+            let read = back.read_all(a).unwrap();
+            // All values have eleven bits or fewer: only bf16 rounds them.
+            let exact = |(x, y): (&f32, &f32)| if dtype == DType::BF16 { (x - y).abs() <= y / 256.0 } else { x == y };
+            assert!(read.iter().zip(&values).all(exact));
+            let positions = "text_encoder.text_model.embeddings.position_ids";
+            assert_eq!(back.read_all(positions).unwrap(), source.read_all(positions).unwrap());
+            assert_eq!(back.name_in_file(a), Some("a.weight"));
+            assert_eq!(back.files[0].metadata["format"], "pt");
+        }
+        let config = std::fs::read_to_string(to.path().join("config.json")).unwrap();
+        assert!(config.contains("\"bfloat16\"") && config.contains("vocab_size"), "{config}");
+    }
+
+    #[test]
+    fn shards_stay_shards_and_forgotten_tensors_are_named() {
+        let (from, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        std::fs::write(from.path().join("config.json"), "{ }").unwrap();
+        let shard = |n| format!("diffusion_pytorch_model.fp16-0000{n}-of-00002.safetensors");
+        write_file(&from.path().join(shard(1)), &[("a", &[2])]);
+        write_file(&from.path().join(shard(2)), &[("b", &[2])]);
+        let index = json!({"metadata": {"total_size": 1}, "weight_map": {"a": shard(1), "b": shard(2)}});
+        let index_path = from.path().join("diffusion_pytorch_model.safetensors.index.fp16.json");
+        std::fs::write(index_path, index.to_string()).unwrap();
+        let source = ComponentWeights::open(from.path(), "fp16", Component::Unet).unwrap();
+        let writer = ComponentWriter::create(to.path(), &source, DType::F32).unwrap();
+        writer.write("unet.a", 0, &[1.0, 2.0]).unwrap();
+        let forgotten = writer.finish().unwrap_err().to_string();
+        assert!(forgotten.contains("unet.b"), "{forgotten}");
+        let back = ComponentWeights::open(to.path(), "", Component::Unet).unwrap();
+        assert_eq!(back.read_all("unet.a").unwrap(), [1.0, 2.0]);
+        assert_eq!(back.files.len(), 2);
+        assert_eq!(back.index.as_ref().unwrap()["metadata"]["total_size"], 16);
+        assert_eq!(std::fs::read_to_string(to.path().join("config.json")).unwrap(), "{ }");
+    }
+}

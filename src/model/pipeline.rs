@@ -155,3 +155,79 @@ fn copy(source: &Path, target: &Path) -> Result<()> {
     }
     write_json(target, &json)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::weights::tests::write_file;
+    use super::*;
+
+    /// A pipeline of a UNet (trained), a frozen VAE with two variants, a text encoder in one, and a scheduler.
+    fn pipeline() -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        let classes = json!({"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"],
+            "vae": ["diffusers", "AutoencoderKL"], "text_encoder": ["transformers", "CLIPTextModel"],
+            "scheduler": ["diffusers", "DDPMScheduler"], "safety_checker": [null, null]});
+        std::fs::write(dir.path().join("model_index.json"), classes.to_string()).unwrap();
+        for folder in ["unet", "vae", "text_encoder", "scheduler"] {
+            std::fs::create_dir(dir.path().join(folder)).unwrap();
+        }
+        let path = |file: &str| dir.path().join(file);
+        std::fs::write(path("unet/diffusion_pytorch_model.bin"), "").unwrap();
+        std::fs::write(path("vae/config.json"), "{}").unwrap();
+        std::fs::write(path("vae/diffusion_pytorch_model.bin"), "").unwrap();
+        write_file(&path("vae/diffusion_pytorch_model.safetensors"), &[("wide", &[2])]);
+        write_file(&path("vae/diffusion_pytorch_model.fp16.safetensors"), &[("narrow", &[2])]);
+        write_file(&path("text_encoder/model.fp16-00001-of-00001.safetensors"), &[("a", &[2])]);
+        let index = json!({"weight_map": {"a": "model.fp16-00001-of-00001.safetensors"}});
+        std::fs::write(path("text_encoder/model.safetensors.index.fp16.json"), index.to_string()).unwrap();
+        let scheduler = json!({"variance_type": "learned_range", "beta_end": 0.02});
+        std::fs::write(path("scheduler/scheduler_config.json"), scheduler.to_string()).unwrap();
+        dir
+    }
+
+    fn export<'a>(dir: &'a tempfile::TempDir, variant: &'a str, skip_text_encoder: bool) -> PipelineExport<'a> {
+        PipelineExport { model_dir: dir.path(), variant, trained: &[Component::Unet], skip_text_encoder }
+    }
+
+    #[test]
+    fn frozen_parts_are_copied_without_variants_and_pickles() {
+        let (from, to) = (pipeline(), tempfile::tempdir().unwrap());
+        export(&from, "fp16", false).write_skeleton(to.path()).unwrap();
+        assert!(!to.path().join("unet").exists());
+        assert_eq!(file_names(&to.path().join("vae")).unwrap(), ["config.json", "diffusion_pytorch_model.safetensors"]);
+        let narrow = std::fs::read(to.path().join("vae/diffusion_pytorch_model.safetensors")).unwrap();
+        assert!(String::from_utf8_lossy(&narrow).contains("narrow"));
+        let shard = "model-00001-of-00001.safetensors";
+        assert_eq!(file_names(&to.path().join("text_encoder")).unwrap(), [shard, "model.safetensors.index.json"]);
+        let read = |file: &str| std::fs::read_to_string(to.path().join(file)).unwrap();
+        assert!(read("text_encoder/model.safetensors.index.json").contains(shard));
+        assert!(read("scheduler/scheduler_config.json").contains("fixed_small"));
+        assert!(read("model_index.json").contains("CLIPTextModel"));
+    }
+
+    #[test]
+    fn the_text_encoder_can_be_left_out() {
+        let (from, to) = (pipeline(), tempfile::tempdir().unwrap());
+        export(&from, "", true).write_skeleton(to.path()).unwrap();
+        assert!(!to.path().join("text_encoder").exists());
+        let index: Value =
+            serde_json::from_str(&std::fs::read_to_string(to.path().join("model_index.json")).unwrap()).unwrap();
+        assert_eq!(index["text_encoder"], json!([null, null]));
+        let wide = std::fs::read(to.path().join("vae/diffusion_pytorch_model.safetensors")).unwrap();
+        assert!(String::from_utf8_lossy(&wide).contains("wide"));
+    }
+
+    #[test]
+    fn what_cannot_be_exported_is_known_before() {
+        let from = pipeline();
+        export(&from, "", false).check().unwrap();
+        std::fs::remove_dir_all(from.path().join("scheduler")).unwrap();
+        for file in ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"] {
+            std::fs::remove_file(from.path().join("vae").join(file)).unwrap();
+        }
+        let refusal = export(&from, "", false).check().unwrap_err().downcast::<Refusal>().unwrap();
+        let text = refusal.to_string();
+        assert_eq!(refusal.problems.len(), 2, "{text}");
+        assert!(text.contains("scheduler: no such folder") && text.contains("pickle"), "{text}");
+    }
+}

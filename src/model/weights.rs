@@ -233,3 +233,113 @@ fn nothing_found(
         None => format!("{folder}: no {wanted}. Download the component's weights as safetensors."),
     }
 }
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use serde_json::json;
+
+    /// A safetensors file of fp32 zeros, ones, twos ... with these names and shapes.
+    pub(in crate::model) fn write_file(path: &Path, tensors: &[(&str, &[usize])]) {
+        let mut header = serde_json::Map::new();
+        let mut data = Vec::new();
+        for (i, (name, shape)) in tensors.iter().enumerate() {
+            let begin = data.len();
+            let len: usize = shape.iter().product();
+            data.extend((0..len).flat_map(|x| ((i * 100 + x) as f32).to_le_bytes()));
+            header
+                .insert(name.to_string(), json!({"dtype": "F32", "shape": shape, "data_offsets": [begin, data.len()]}));
+        }
+        let header = Value::from(header).to_string();
+        let bytes = [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &data].concat();
+        std::fs::write(path, bytes).unwrap();
+    }
+
+    fn refusal<T>(result: Result<T>) -> Refusal {
+        let Err(error) = result else { panic!("it was accepted") };
+        error.downcast::<Refusal>().unwrap()
+    }
+
+    fn named(names: &[(&str, &[usize])]) -> Vec<(String, Vec<usize>)> {
+        names.iter().map(|(name, shape)| (name.to_string(), shape.to_vec())).collect()
+    }
+
+    #[test]
+    fn single_and_sharded_files_and_variants_are_found() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |file: &str| dir.path().join(file);
+        let open = |variant| ComponentWeights::open(dir.path(), variant, Component::Unet);
+        write_file(&path("diffusion_pytorch_model.fp16.safetensors"), &[("a", &[2])]);
+        let problem = refusal(open("")).to_string();
+        assert!(problem.contains("model.variant") && problem.contains("\"fp16\""), "{problem}");
+        assert_eq!(open("fp16").unwrap().read_all("unet.a").unwrap(), [0.0, 1.0]);
+
+        write_file(&path("diffusion_pytorch_model-00001-of-00002.safetensors"), &[("b", &[2])]);
+        write_file(&path("diffusion_pytorch_model-00002-of-00002.safetensors"), &[("x", &[1]), ("c", &[3])]);
+        assert!(refusal(open("")).to_string().contains("index"));
+        let shard = |n| format!("diffusion_pytorch_model-0000{n}-of-00002.safetensors");
+        let index = json!({"metadata": {}, "weight_map": {"b": shard(1), "x": shard(2), "c": shard(2)}});
+        std::fs::write(path("diffusion_pytorch_model.safetensors.index.json"), index.to_string()).unwrap();
+        let mut two = [0.0; 2];
+        open("").unwrap().read("unet.c", 1..3, &mut two).unwrap();
+        assert_eq!(two, [101.0, 102.0]);
+        std::fs::remove_file(path(&shard(2))).unwrap();
+        assert!(refusal(open("")).to_string().contains(&shard(2)));
+    }
+
+    #[test]
+    fn pickles_are_refused_with_the_way_to_convert_them() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("pytorch_model.bin"), "").unwrap();
+        let problem = refusal(ComponentWeights::open(dir.path(), "", Component::TextEncoder)).to_string();
+        assert!(
+            problem.contains("pytorch_model.bin") && problem.contains("CLIPTextModel.from_pretrained"),
+            "{problem}"
+        );
+        let problem = refusal(ComponentWeights::open(&dir.path().join("none"), "", Component::Vae)).to_string();
+        assert!(problem.contains("no such folder"), "{problem}");
+    }
+
+    #[test]
+    fn every_wrong_tensor_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let tensors: [(&str, &[usize]); 4] =
+            [("embeddings.position_ids", &[1, 3]), ("a", &[2, 3]), ("unknown", &[1]), ("b", &[4])];
+        write_file(&dir.path().join("model.safetensors"), &tensors);
+        let weights = ComponentWeights::open(dir.path(), "", Component::TextEncoder).unwrap();
+        let name = |n: &str| format!("text_encoder.text_model.{n}");
+        let (a, b, c) = (name("a"), name("b"), name("c"));
+        let problems = refusal(weights.check(&named(&[(&a, &[3, 2]), (&b, &[4]), (&c, &[1])]))).problems;
+        assert_eq!(problems.len(), 3, "{problems:?}");
+        for (problem, parts) in
+            problems.iter().zip([["a has shape [2, 3]", "[3, 2]"], [&c, "missing"], ["unknown", "not part"]])
+        {
+            assert!(parts.iter().all(|part| problem.contains(part)), "{problem}");
+        }
+        assert_eq!(weights.name_in_file(&a), Some("a"));
+        assert!(weights.read(&a, 5..7, &mut [0.0; 2]).is_err());
+    }
+
+    #[test]
+    fn damaged_files_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("diffusion_pytorch_model.safetensors");
+        write_file(&path, &[("a", &[2]), ("b", &[300])]);
+        let whole = std::fs::read(&path).unwrap();
+        let open = |bytes: &[u8]| {
+            std::fs::write(&path, bytes).unwrap();
+            refusal(ComponentWeights::open(dir.path(), "", Component::Vae)).to_string()
+        };
+        let cut = open(&whole[..whole.len() - 4]);
+        assert!(cut.contains("truncated: tensor b") && cut.contains(path.to_str().unwrap()), "{cut}");
+        assert!(open(&whole[..40]).contains("truncated: its header"));
+        assert!(open(&whole[..3]).contains("truncated"));
+        assert!(open(&[&whole[..], &[0]].concat()).contains("longer"));
+        assert!(open(&[0xff; 100]).contains("not a safetensors file"));
+        let text = |from: &str, to: &str| String::from_utf8_lossy(&whole).replace(from, to).into_bytes();
+        assert!(open(&text("[300]", "[200]")).contains("tensor b: bytes"));
+        assert!(open(&text("\"F32\"", "\"F99\"")).contains("unknown dtype"));
+        std::fs::write(&path, &whole).unwrap();
+        assert!(ComponentWeights::open(dir.path(), "", Component::Vae).is_ok());
+    }
+}
