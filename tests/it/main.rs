@@ -1,0 +1,3 @@
+//! Tests of whole behaviours, one module each; arithmetic is tested beside the code that does it.
+
+mod config;
