@@ -1,1 +1,7 @@
-//! (being written)
+//! What a batch is made of: the images of a data set, prepared as the peer prepares them, and tokenised prompts.
+//! Drawing crops and noise is `diffusion`'s; encoding prompts and images is `model`'s.
+
+mod tokenizer;
+
+pub use crate::diffusion::Row;
+pub use tokenizer::{ClipTokenizer, Tokens};

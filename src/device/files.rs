@@ -28,3 +28,15 @@ pub fn free_disk_bytes(path: &Path) -> Result<u64> {
     }
     Ok(stat.f_bavail as u64 * stat.f_frsize as u64)
 }
+
+/// The largest resident size of this process so far, in bytes.
+pub fn peak_rss_bytes() -> u64 {
+    // SAFETY: `rusage` is plain data, for which zero is valid.
+    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+    // SAFETY: the pointer is valid for the call.
+    if unsafe { libc::getrusage(libc::RUSAGE_SELF, &mut usage) } != 0 {
+        return 0;
+    }
+    // Kilobytes on Linux, bytes on macOS.
+    usage.ru_maxrss as u64 * if cfg!(target_os = "macos") { 1 } else { 1024 }
+}

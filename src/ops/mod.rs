@@ -5,13 +5,19 @@
 mod activation;
 mod attention;
 mod conv2d;
+mod cpu;
 mod embedding;
 pub mod gemm;
 mod group_norm;
 mod layer_norm;
 mod linear;
+mod pointwise;
+#[cfg(test)]
+mod testing;
 mod tokens;
 mod upsample;
+mod values;
+mod vector;
 
 pub use activation::{Activation, activation, add_channels, geglu};
 pub use attention::{Mask, attention};

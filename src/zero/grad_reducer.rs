@@ -68,7 +68,7 @@ impl GradReducer {
         let bucket =
             segment.slot.empty().with_context(|| format!("{}: its gradient bucket is not open", segment.name))?;
         match self.ranks.stage.partitions_gradients() {
-            true => reduce_scatter(&self.ranks, &bucket, segment.reduced.as_mut(), &segment.name),
+            true => reduce_scatter(&self.ranks, &self.arena, &bucket, segment.reduced.as_mut(), &segment.name),
             false => {
                 segment.local = Some(bucket);
                 Ok(())
@@ -84,7 +84,7 @@ impl GradReducer {
         for segment in self.segments.iter_mut().flatten() {
             let Some(local) = &mut segment.local else { continue };
             match self.ranks.stage.partitions_optimizer() {
-                true => reduce_scatter(&self.ranks, local, segment.reduced.as_mut(), &segment.name)?,
+                true => reduce_scatter(&self.ranks, &self.arena, local, segment.reduced.as_mut(), &segment.name)?,
                 false => all_reduce(&self.ranks, local, &segment.name)?,
             }
         }
@@ -124,13 +124,13 @@ impl GradReducer {
         }
     }
 
-    /// The global L2 norm of the reduced gradients: every rank's shard, bucket by bucket in order, in fp64. The same
-    /// on all ranks; a collective.
-    pub fn norm(&self) -> Result<f64> {
+    /// The sum of squares of every bucket's reduced gradients, from every rank's shard, in fp64. The same on all ranks;
+    /// a collective.
+    pub fn squares(&self) -> Result<Vec<f64>> {
         let mut squares: Vec<f64> =
             (0..self.segments.len()).map(|i| self.shard(i).map_or(0.0, sum_of_squares)).collect();
         self.ranks.comm.all_reduce(SliceMut::F64(&mut squares))?;
-        Ok(squares.iter().sum::<f64>().sqrt())
+        Ok(squares)
     }
 
     fn partition(&self) -> Partition {
@@ -180,27 +180,28 @@ fn all_reduce(ranks: &Ranks, bucket: &mut Buffer, name: &str) -> Result<()> {
 }
 
 /// Sums `bucket` over the ranks and adds the owned part to `into`.
-fn reduce_scatter(ranks: &Ranks, bucket: &Buffer, into: Option<&mut Buffer>, name: &str) -> Result<()> {
+fn reduce_scatter(ranks: &Ranks, arena: &Arena, bucket: &Buffer, into: Option<&mut Buffer>, name: &str) -> Result<()> {
     let into = into.with_context(|| format!("{name}: no place for reduced gradients"))?.as_mut_slice::<f32>();
     let values = bucket.as_slice::<f32>();
-    let mut mine = vec![0f32; into.len()];
+    let mut mine = arena.alloc(DType::F32, into.len(), name)?;
+    let mine = mine.as_mut_slice::<f32>();
     match ranks.reduce_dtype {
         DType::BF16 => {
             let mut part = vec![bf16::ZERO; into.len()];
             ranks.comm.reduce_scatter(Slice::BF16(&rounded::<bf16>(values)), SliceMut::BF16(&mut part))?;
-            widen(&part, &mut mine);
+            widen(&part, mine);
             Ok(())
         }
         DType::F16 => {
             let mut part = vec![f16::ZERO; into.len()];
             ranks.comm.reduce_scatter(Slice::F16(&rounded::<f16>(values)), SliceMut::F16(&mut part))?;
-            widen(&part, &mut mine);
+            widen(&part, mine);
             Ok(())
         }
-        _ => ranks.comm.reduce_scatter(Slice::F32(values), SliceMut::F32(&mut mine)),
+        _ => ranks.comm.reduce_scatter(Slice::F32(values), SliceMut::F32(mine)),
     }
     .with_context(|| format!("reducing the gradients of {name}"))?;
-    into.iter_mut().zip(&mine).for_each(|(sum, part)| *sum += part);
+    into.iter_mut().zip(mine).for_each(|(sum, part)| *sum += *part);
     Ok(())
 }
 

@@ -1,3 +1,5 @@
-//! Tests of whole behaviours, one module each; arithmetic is tested beside the code that does it.
+//! One integration binary; modules are named by behaviour.
 
 mod config;
+mod equivalence;
+mod toy;
