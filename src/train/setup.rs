@@ -50,7 +50,7 @@ impl Configs {
 
 /// Builds a trainer that stands where the run begins or resumes. Collective.
 pub fn build<'a>(plan: &'a RunPlan, model_dir: &Path, rank: &'a Rank) -> Result<Trainer<'a>> {
-    let comm = rank.comm.clone();
+    let comm = rank.communicator.clone();
     let resumed = match resume_folder(plan)? {
         Some(folder) => Some(Checkpoint::open(&folder)?),
         None => None,
@@ -125,14 +125,17 @@ pub fn trained(plan: &RunPlan) -> &'static [Component] {
     }
 }
 
-pub fn dataset_options(plan: &RunPlan) -> DatasetOptions {
+/// `verify`: every picture is decoded once, so that damaged ones are found before the first step.
+pub fn dataset_options(plan: &RunPlan, verify: bool) -> DatasetOptions {
     DatasetOptions {
         instance_dir: plan.data.instance_dir.clone(),
         class: plan.prior.as_ref().map(|p| (p.class_dir.clone(), p.num_class_images)),
         resolution: plan.data.resolution,
         center_crop: plan.data.center_crop,
         random_flip: plan.data.random_flip,
-        interpolation: plan.data.interpolation,
+        interpolation: interpolation(plan.data.interpolation),
+        keep_bytes: KEEP_BYTES,
+        verify,
     }
 }
 

@@ -219,7 +219,7 @@ impl Trainer<'_> {
 
     /// Whether any rank was told to stop; a collective.
     fn anyone_interrupted(&self) -> Result<bool> {
-        let mut flag = [f64::from(u8::from(self.rank.interrupted()))];
+        let mut flag = [f64::from(u8::from(self.rank.interrupt.interrupted()))];
         self.comm.all_reduce(SliceMut::F64(&mut flag))?;
         Ok(flag[0] > 0.0)
     }
