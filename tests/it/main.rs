@@ -1,0 +1,3 @@
+//! The one integration test binary; its modules are named by what they prove.
+
+mod ranks;
