@@ -16,6 +16,7 @@ mod pointwise;
 mod testing;
 mod tokens;
 mod upsample;
+mod values;
 mod vector;
 
 pub use activation::{Activation, activation, add_channels, geglu};
