@@ -3,6 +3,8 @@
 //! training needs are fetched, and of weights only safetensors. Without a network, what the cache holds is used;
 //! nothing here waits longer than [`PATIENCE`] for a sign of life.
 
+mod wanted;
+
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -19,9 +21,7 @@ use serde_json::Value;
 
 use crate::Refusal;
 use crate::config::ModelSource;
-use crate::config::model_files::{
-    COMPONENTS, Weights, choose_weights, other_variant_problem, pickle_problem, shards_of,
-};
+use wanted::{beside, names_in, wanted};
 
 /// The longest wait for an answer, or for more of a file.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -94,8 +94,8 @@ impl Hub {
         Err(failure.refusal(id, revision, &self.endpoint))
     }
 
-    /// The snapshot in the cache, if nothing is missing from it. A `strict` look takes a variant's place only for
-    /// filled by that variant; otherwise weights without a variant will do.
+    /// The snapshot in the cache, if nothing is missing from it. A `strict` look wants all weights to be of the variant
+    /// that is asked for; otherwise weights without a variant will do where that one is not there.
     fn cached(&self, id: &str, revision: &str, variant: Option<&str>, strict: bool) -> Option<PathBuf> {
         let repo = self.cache.join(Repo::model(id.to_string()).folder_name());
         let commit = std::fs::read_to_string(repo.join("refs").join(revision));
@@ -287,84 +287,124 @@ impl Failure {
     }
 }
 
-/// What training needs of a repository.
-#[derive(Debug, Default, PartialEq)]
-struct Wanted {
-    files: Vec<String>,
-    /// Weight indices; what they name is needed too.
-    indices: Vec<String>,
-    /// Whether all weights are of the variant that was asked for.
-    exact: bool,
-}
-
-/// Picks from the repository's files `names`. A pipeline class that cannot be trained needs nothing but its
-/// model_index.json, from which that can be said. Err: what is wrong, with remedies; `MODEL` stands for the model.
-fn wanted(names: &HashSet<String>, index: &Value, variant: Option<&str>) -> Result<Wanted, Vec<String>> {
-    let mut wanted = Wanted { files: vec!["model_index.json".to_string()], exact: true, ..Wanted::default() };
-    if index["_class_name"] != "StableDiffusionPipeline" {
-        return Ok(wanted);
-    }
-    let mut problems = Vec::new();
-    // Small, and part of what diffusers expects beside the weights; the safety checker is not fetched.
-    let extra = "feature_extractor/preprocessor_config.json".to_string();
-    wanted.files.extend(names.contains(&extra).then_some(extra));
-    for (component, _, stem) in COMPONENTS {
-        let prefix = format!("{component}/");
-        let mut inside: Vec<String> =
-            names.iter().filter_map(|name| name.strip_prefix(&prefix)).map(String::from).collect();
-        inside.sort();
-        let small = |name: &&String| match component {
-            "tokenizer" => [".json", ".txt", ".model"].iter().any(|end| name.ends_with(end)),
-            "scheduler" => *name == "scheduler_config.json",
-            _ => *name == "config.json",
-        };
-        let has = |name: &str| inside.iter().any(|there| there == name);
-        let complete = match component {
-            "tokenizer" => has("tokenizer.json") || (has("vocab.json") && has("merges.txt")),
-            "scheduler" => has("scheduler_config.json"),
-            _ => has("config.json"),
-        };
-        if !complete {
-            problems.push(format!("its folder {component} lacks its configuration: name a whole model"));
-        }
-        wanted.files.extend(inside.iter().filter(small).map(|name| format!("{prefix}{name}")));
-        let Some(stem) = stem else { continue };
-        let chosen = choose_weights(&inside, stem, variant);
-        if let (Some(variant), Weights::Whole(name) | Weights::Index(name)) = (variant, &chosen) {
-            wanted.exact &= name.contains(&format!(".{variant}."));
-        }
-        match chosen {
-            Weights::Whole(name) => wanted.files.push(format!("{prefix}{name}")),
-            Weights::Index(name) => wanted.indices.push(format!("{prefix}{name}")),
-            Weights::Pickle(name) => problems.push(pickle_problem(&format!("{prefix}{name}"), "MODEL")),
-            Weights::OtherVariant(name) => problems.push(other_variant_problem(&format!("{prefix}{name}"), &name)),
-            Weights::Missing => {
-                problems.push(format!("it has no {prefix}{stem}.safetensors: name a model that has one"))
-            }
-        }
-    }
-    wanted.files.extend(wanted.indices.iter().cloned());
-    if problems.is_empty() { Ok(wanted) } else { Err(problems) }
-}
-
-/// The files that the index `name` with the text `index` names, from the repository's root.
-fn beside(name: &str, index: &str) -> Option<Vec<String>> {
-    let (folder, _) = name.rsplit_once('/')?;
-    Some(shards_of(index)?.into_iter().map(|shard| format!("{folder}/{shard}")).collect())
-}
-
-/// The files in `folder` and its folders, as the Hub names them.
-fn names_in(folder: &Path) -> HashSet<String> {
-    let entries = |folder: &Path| std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
-    let inside = entries(folder).flat_map(|path| if path.is_dir() { entries(&path).collect() } else { vec![path] });
-    // `exists` follows links: a link into the cache whose file is gone is no file.
-    inside
-        .filter(|path| path.exists())
-        .filter_map(|path| Some(path.strip_prefix(folder).ok()?.to_str()?.to_string()))
-        .collect()
-}
-
 fn read(path: &Path) -> Result<Value> {
     let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
     serde_json::from_str(&text).with_context(|| format!("{}: this is not JSON", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{BufRead, BufReader, Write};
+    use std::net::{TcpListener, TcpStream};
+
+    /// The files of a repository that is whole, with their contents.
+    fn files() -> Vec<(String, String)> {
+        let mut files =
+            vec![("model_index.json".to_string(), r#"{"_class_name": "StableDiffusionPipeline"}"#.to_string())];
+        for name in [
+            "scheduler/scheduler_config.json",
+            "tokenizer/tokenizer.json",
+            "text_encoder/config.json",
+            "text_encoder/model.safetensors",
+            "unet/config.json",
+            "unet/u-1.safetensors",
+            "vae/config.json",
+            "vae/diffusion_pytorch_model.safetensors",
+        ] {
+            files.push((name.to_string(), format!("contents of {name}")));
+        }
+        let index = r#"{"weight_map": {"a": "u-1.safetensors"}}"#.to_string();
+        files.push(("unet/diffusion_pytorch_model.safetensors.index.json".to_string(), index));
+        files
+    }
+
+    /// Answers one request as the Hub does, and closes the connection.
+    fn answer(mut stream: TcpStream, files: &[(String, String)]) {
+        let mut lines = BufReader::new(stream.try_clone().unwrap()).lines().map_while(Result::ok);
+        let Some(request) = lines.next() else { return };
+        let headers: Vec<String> = lines.take_while(|line| !line.is_empty()).map(|line| line.to_lowercase()).collect();
+        let path = request.split(' ').nth(1).unwrap_or_default();
+        let (status, body, more) = match path.strip_prefix("/o/n/resolve/c0ffee/") {
+            Some(name) => match files.iter().find(|(file, _)| file == name) {
+                Some((_, text)) => {
+                    let one = headers.iter().any(|line| line == "range: bytes=0-0");
+                    let body = if one { text[..1].to_string() } else { text.clone() };
+                    let range = format!("content-range: bytes 0-{}/{}\r\n", body.len() - 1, text.len());
+                    (
+                        "206 Partial Content",
+                        body,
+                        format!("etag: \"{}\"\r\nx-repo-commit: c0ffee\r\n{range}", name.replace('/', "_")),
+                    )
+                }
+                None => ("404 Not Found", String::new(), String::new()),
+            },
+            None if path == "/api/models/o/n/revision/main" => {
+                let siblings: Vec<_> = files.iter().map(|(name, _)| serde_json::json!({"rfilename": name})).collect();
+                ("200 OK", serde_json::json!({"sha": "c0ffee", "siblings": siblings}).to_string(), String::new())
+            }
+            None => ("401 Unauthorized", String::new(), String::new()),
+        };
+        let length = body.len();
+        let _ =
+            write!(stream, "HTTP/1.1 {status}\r\nconnection: close\r\ncontent-length: {length}\r\n{more}\r\n{body}");
+    }
+
+    /// A Hub on this machine that serves `files`, or accepts and never answers.
+    fn hub(files: Option<Vec<(String, String)>>, cache: &Path) -> Hub {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let endpoint = format!("http://{}", listener.local_addr().unwrap());
+        std::thread::spawn(move || {
+            let mut silent = Vec::new();
+            for stream in listener.incoming().flatten() {
+                match &files {
+                    Some(files) => answer(stream, files),
+                    None => silent.push(stream),
+                }
+            }
+        });
+        let patience = if cache.ends_with("impatient") { Duration::from_millis(200) } else { PATIENCE };
+        Hub { endpoint, cache: cache.to_path_buf(), token: None, offline: false, patience }
+    }
+
+    fn problem(result: Result<PathBuf>) -> String {
+        let error = result.unwrap_err();
+        error.downcast_ref::<Refusal>().expect("a refusal").problems.join("\n")
+    }
+
+    #[test]
+    fn a_model_is_fetched_once_and_then_needs_no_network() {
+        let cache = tempfile::tempdir().unwrap();
+        let mut hub = hub(Some(files()), cache.path());
+        let folder = hub.fetch("o/n", None, None).unwrap();
+        assert_eq!(folder, cache.path().join("models--o--n/snapshots/c0ffee"));
+        for (name, text) in files() {
+            assert_eq!(std::fs::read_to_string(folder.join(&name)).unwrap(), text, "{name}");
+        }
+        hub.offline = true;
+        assert_eq!(hub.fetch("o/n", None, None).unwrap(), folder);
+        assert_eq!(hub.fetch("o/n", Some("c0ffee"), None).unwrap(), folder);
+        // A variant that is not in the cache cannot be asked for now; what is there will do.
+        assert_eq!(hub.fetch("o/n", None, Some("fp16")).unwrap(), folder);
+        std::fs::remove_file(folder.join("unet/u-1.safetensors")).unwrap();
+        let problem = problem(hub.fetch("o/n", None, None));
+        assert!(
+            problem.contains("HF_HUB_OFFLINE") && problem.contains("o/n") && problem.contains("give its folder"),
+            "{problem}"
+        );
+    }
+
+    #[test]
+    fn a_model_that_cannot_be_had_is_told_with_the_reason() {
+        let cache = tempfile::tempdir().unwrap();
+        let missing = problem(hub(Some(files()), cache.path()).fetch("o/other", None, None));
+        assert!(missing.contains("private, gated or not there") && missing.contains("HF_TOKEN"), "{missing}");
+        let silent = problem(hub(None, &cache.path().join("impatient")).fetch("o/n", None, None));
+        assert!(silent.contains("did not answer"), "{silent}");
+        let mut pickled = files();
+        pickled.retain(|(name, _)| name != "text_encoder/model.safetensors");
+        pickled.push(("text_encoder/pytorch_model.bin".to_string(), "x".to_string()));
+        let pickle = problem(hub(Some(pickled), cache.path()).fetch("o/n", None, None));
+        assert!(pickle.contains("pickle") && pickle.contains("from_pretrained('o/n')"), "{pickle}");
+    }
 }

@@ -57,7 +57,7 @@ impl DataPlan {
             "write instance_prompt = \"…\" under [data], with a rare word for your subject, as in \"a photo of sks dog\"",
         );
         let resolution = section.count("resolution", 8).unwrap_or(512);
-        if resolution % 8 != 0 || resolution > 16384 {
+        if !resolution.is_multiple_of(8) || resolution > 16384 {
             let lower = (resolution.min(16384) / 8) * 8;
             section.reject(
                 "resolution",

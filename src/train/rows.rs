@@ -111,7 +111,7 @@ struct RowDraws<'a> {
     kind: Row,
     item: Item,
     /// The record, and the row's number in it.
-    recorded: Option<(&'a MicroRecord<'a>, usize)>,
+    recorded: Option<(&'a MicroRecord, usize)>,
 }
 
 impl RowDraws<'_> {
@@ -121,28 +121,33 @@ impl RowDraws<'_> {
             return Ok(());
         };
         let values = match purpose {
-            Purpose::VaeSample => record.vae_eps(row),
-            Purpose::OffsetNoise => record.offset_noise(row).context("replay.draws holds no offset_noise, which train.offset_noise needs")?,
-            _ => record.noise(row),
+            Purpose::VaeSample => record.vae_eps.as_ref().context("replay.draws holds no vae_eps, which this model needs")?,
+            Purpose::OffsetNoise => {
+                let offset = record.offset_noise.as_ref();
+                offset.context("replay.draws holds no offset_noise, which train.offset_noise needs")?
+            }
+            _ => &record.noise,
         };
+        let values = values.row(row)?;
         anyhow::ensure!(values.len() == out.len(), "replay.draws holds rows of another size than the run's latents");
-        out.copy_from_slice(values);
+        out.copy_from_slice(&values);
         Ok(())
     }
 
-    fn timestep(&self, steps: usize) -> usize {
-        match self.recorded {
-            Some((record, row)) => record.timesteps[row] as usize,
-            None => self.draws.timestep(self.kind, self.item.running, steps),
-        }
+    fn timestep(&self, steps: usize) -> Result<usize> {
+        let Some((record, row)) = self.recorded else {
+            return Ok(self.draws.timestep(self.kind, self.item.running, steps));
+        };
+        let t = record.timesteps[row];
+        anyhow::ensure!((0..steps as i64).contains(&t), "replay.draws holds time step {t}; the schedule has {steps}");
+        Ok(t as usize)
     }
 }
 
 impl RowMaker {
     /// The rows of `items[local]`, of a micro-batch with these items over all ranks. `micro_step` finds it in a record.
     pub fn rows(&mut self, items: &[Item], local: std::ops::Range<usize>, micro_step: u64) -> Result<Rows> {
-        let replay = self.replay.take();
-        let micro = match &replay {
+        let micro = match &self.replay {
             Some((record, pixels)) => Some((record.micro(micro_step as usize)?, *pixels)),
             None => None,
         };
@@ -156,8 +161,6 @@ impl RowMaker {
                 self.push(&mut rows, &draws, pixels)?;
             }
         }
-        drop(micro);
-        self.replay = replay;
         rows.weights = self.weights(&rows.timesteps, local.len(), items.len());
         Ok(rows)
     }
@@ -176,7 +179,7 @@ impl RowMaker {
             draws.normal(Purpose::OffsetNoise, &mut offset)?;
             add_offset_noise(&mut noise, &offset, self.settings.offset_noise as f32);
         }
-        let t = draws.timestep(self.schedule.steps());
+        let t = draws.timestep(self.schedule.steps())?;
         let from = rows.sample.len();
         rows.sample.resize(from + n, 0.0);
         rows.targets.resize(from + n, 0.0);
@@ -190,13 +193,18 @@ impl RowMaker {
     /// Means and log-variances of the row's latents, from the cache if its image is the same every time.
     fn moments(&mut self, rows: &mut Rows, draws: &RowDraws, pixels: ReplayPixels) -> Result<Vec<f32>> {
         let (kind, item) = (draws.kind, draws.item);
-        let key = (kind, self.dataset.file_number(kind, item.index));
-        let cacheable = self.settings.cache_latents && draws.recorded.is_none() && self.dataset.is_deterministic(kind, item.index);
+        let files = match kind {
+            Row::Instance => self.dataset.instance_count(),
+            Row::Class => self.dataset.class_count(),
+        };
+        let key = (kind, item.index % files as u64);
+        let cacheable =
+            self.settings.cache_latents && draws.recorded.is_none() && self.dataset.is_deterministic(kind, item.index)?;
         if cacheable && let Some(moments) = self.cached_moments.get(&key) {
             return Ok(moments.clone());
         }
-        let crop = match draws.recorded.and_then(|(record, row)| record.crop(row)) {
-            Some((top, left)) => Crop::At { top, left, flip: false },
+        let crop = match draws.recorded.and_then(|(record, row)| Some(record.crop.as_ref()?[row])) {
+            Some((top, left)) => Crop::At { top, left },
             None => {
                 let (top, left) = self.draws.crop(kind, item.running);
                 Crop::Drawn { top, left, flip: self.draws.flip(kind, item.running) }
@@ -204,11 +212,12 @@ impl RowMaker {
         };
         let mut image = self.dataset.prepare(kind, item.index, crop)?.pixels;
         if let Some((record, row)) = draws.recorded
-            && let Some(recorded) = record.pixel_values(row)
+            && let Some(recorded) = &record.pixel_values
         {
-            rows.pixels.add(&image, recorded)?;
+            let recorded = recorded.row(row)?;
+            rows.pixels.add(&image, &recorded)?;
             if pixels == ReplayPixels::Recorded {
-                image.copy_from_slice(recorded);
+                image = recorded;
             }
         }
         let side = self.settings.resolution;

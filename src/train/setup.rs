@@ -19,11 +19,11 @@ use crate::Refusal;
 use crate::checkpoint::{self, Checkpoint, Position, SegmentRecord};
 use crate::comm::{Communicator, SliceMut};
 use crate::config::{LrKind as PlannedKind, MixedPrecision, ReduceDtype, Resume, RunPlan, Toggle};
-use crate::data::{ClipTokenizer, Dataset, DatasetOptions, Tokens};
+use crate::data::{ClipTokenizer, Dataset, DatasetOptions, KEEP_BYTES, Tokens};
 use crate::device::Arena;
 use crate::diffusion::{Draws, NoiseSchedule, Record};
 use crate::launch::Rank;
-use crate::model::{self, Component, TextConfig, UnetConfig, VaeConfig};
+use crate::model::{self, Component, Denoiser, TextConfig, UnetConfig, VaeConfig};
 use crate::optim::{LrKind, LrSchedule};
 use crate::segment::Keep;
 use crate::zero::{Ranks, Stage};
@@ -50,7 +50,7 @@ impl Configs {
 
 /// Builds a trainer that stands where the run begins or resumes. Collective.
 pub fn build<'a>(plan: &'a RunPlan, model_dir: &Path, rank: &'a Rank) -> Result<Trainer<'a>> {
-    let comm = rank.comm.clone();
+    let comm = rank.communicator.clone();
     let resumed = match resume_folder(plan)? {
         Some(folder) => Some(Checkpoint::open(&folder)?),
         None => None,
@@ -58,7 +58,7 @@ pub fn build<'a>(plan: &'a RunPlan, model_dir: &Path, rank: &'a Rank) -> Result<
     let seed = agree_on_seed(plan.train.seed, resumed.as_ref(), &*comm)?;
     let configs = Configs::read(model_dir)?;
     let weights = PipelineWeights::open(model_dir, plan.model.variant.as_deref().unwrap_or(""))?;
-    let dataset = Dataset::open(&dataset_options(plan))?;
+    let dataset = Dataset::open(&dataset_options(plan, false))?;
     let schedule = NoiseSchedule::from_json(&model_dir.join("scheduler").join("scheduler_config.json"))?;
     let arena = Arena::new("frozen network", None);
     let dtype = compute_dtype(plan);
@@ -101,7 +101,7 @@ pub fn build<'a>(plan: &'a RunPlan, model_dir: &Path, rank: &'a Rank) -> Result<
         prompts,
         rows,
         sampler: Sampler::new(draws, epoch_items, batch_items),
-        metrics: Metrics::open(&plan.output.dir, position.step, comm.rank() == 0)?,
+        metrics: Metrics::closed(),
         position,
         total_steps,
         schedule: lr_schedule(plan, total_steps),
@@ -125,7 +125,8 @@ pub fn trained(plan: &RunPlan) -> &'static [Component] {
     }
 }
 
-pub fn dataset_options(plan: &RunPlan) -> DatasetOptions {
+/// `verify`: every picture is decoded once, so that damaged ones are found before the first step.
+pub fn dataset_options(plan: &RunPlan, verify: bool) -> DatasetOptions {
     DatasetOptions {
         instance_dir: plan.data.instance_dir.clone(),
         class: plan.prior.as_ref().map(|p| (p.class_dir.clone(), p.num_class_images)),
@@ -133,11 +134,13 @@ pub fn dataset_options(plan: &RunPlan) -> DatasetOptions {
         center_crop: plan.data.center_crop,
         random_flip: plan.data.random_flip,
         interpolation: plan.data.interpolation,
+        keep_bytes: KEEP_BYTES,
+        verify,
     }
 }
 
 /// The folder to resume from, if any. `latest` with nothing found starts afresh, as in the peers.
-fn resume_folder(plan: &RunPlan) -> Result<Option<PathBuf>> {
+pub fn resume_folder(plan: &RunPlan) -> Result<Option<PathBuf>> {
     match &plan.checkpoint.resume {
         Resume::No => Ok(None),
         Resume::Latest => checkpoint::latest(&plan.output.dir),
@@ -162,6 +165,12 @@ fn fresh_seed() -> u64 {
     xxhash_rust::xxh3::xxh3_64_with_seed(&since.as_nanos().to_le_bytes(), u64::from(std::process::id())) >> 16
 }
 
+/// What trains: the UNet, with the text encoder in front of it if that trains, too.
+pub fn trained_graph(plan: &RunPlan, configs: &Configs, dtype: DType) -> Denoiser {
+    let text = plan.model.train_text_encoder.then_some(&configs.text);
+    model::denoiser(&configs.unet, text, plan.data.text_encoder_use_attention_mask, dtype)
+}
+
 fn network(
     plan: &RunPlan,
     configs: &Configs,
@@ -170,9 +179,7 @@ fn network(
     comm: &Arc<dyn Communicator>,
     dtype: DType,
 ) -> Result<(Network, model::DenoiserSlots)> {
-    let text = plan.model.train_text_encoder.then_some(&configs.text);
-    let model::Denoiser { graph, slots } =
-        model::denoiser(&configs.unet, text, plan.data.text_encoder_use_attention_mask, dtype);
+    let Denoiser { graph, slots } = trained_graph(plan, configs, dtype);
     for &component in trained(plan) {
         let wanted: Vec<_> = model::wanted(&graph).into_iter().filter(|(n, _)| Component::of(n) == Some(component)).collect();
         weights.component(component).check(&wanted)?;

@@ -58,6 +58,12 @@ struct MicroReport {
 }
 
 impl Trainer<'_> {
+    /// Opens `metrics.jsonl` on rank 0, once the output folder is there.
+    pub fn begin(&mut self) -> Result<()> {
+        self.metrics = Metrics::open(&self.plan.output.dir, self.position.step, self.comm.rank() == 0)?;
+        Ok(())
+    }
+
     /// Trains to the last step, or until the user interrupts.
     pub fn train(&mut self) -> Result<Ending> {
         while self.position.step < self.total_steps {
@@ -219,7 +225,7 @@ impl Trainer<'_> {
 
     /// Whether any rank was told to stop; a collective.
     fn anyone_interrupted(&self) -> Result<bool> {
-        let mut flag = [f64::from(u8::from(self.rank.interrupted()))];
+        let mut flag = [f64::from(u8::from(self.rank.interrupt.interrupted()))];
         self.comm.all_reduce(SliceMut::F64(&mut flag))?;
         Ok(flag[0] > 0.0)
     }
@@ -249,7 +255,7 @@ impl Trainer<'_> {
             },
         )
         .context("writing a checkpoint")?;
-        self.rank.events.send(&Event::CheckpointWritten { path: path.display().to_string() });
+        self.rank.events.send(&Event::CheckpointWritten { step: self.position.step, path });
         Ok(())
     }
 }

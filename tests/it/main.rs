@@ -1,4 +1,5 @@
 //! One integration binary; modules are named by behaviour.
 
+mod config;
 mod equivalence;
 mod toy;
