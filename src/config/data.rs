@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use super::plan::{Toggle, Writer};
 use super::reader::Reader;
+use crate::data::Interpolation;
 
 #[derive(Clone, Debug, PartialEq)]
 pub struct DataPlan {
@@ -22,20 +23,8 @@ pub struct DataPlan {
     pub precompute_text_embeddings: bool,
     /// Give the text encoder the tokenizer's mask, so that padding is not attended to there.
     pub text_encoder_use_attention_mask: bool,
-    /// Encode images once and keep the posterior. `On` is not there yet.
+    /// Encode an image once and keep its posterior, where it is prepared the same way every time.
     pub cache_latents: Toggle,
-}
-
-/// Pillow's resampling filters, by the names of the peers' flag.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Interpolation {
-    Nearest,
-    NearestExact,
-    Box,
-    Bilinear,
-    Hamming,
-    Bicubic,
-    Lanczos,
 }
 
 const FILTERS: [(&str, Interpolation); 7] = [
@@ -45,7 +34,8 @@ const FILTERS: [(&str, Interpolation); 7] = [
     ("hamming", Interpolation::Hamming),
     ("lanczos", Interpolation::Lanczos),
     ("nearest", Interpolation::Nearest),
-    ("nearest_exact", Interpolation::NearestExact),
+    // Pillow, which the peers resize with, has one nearest filter.
+    ("nearest_exact", Interpolation::Nearest),
 ];
 
 impl DataPlan {
@@ -67,9 +57,6 @@ impl DataPlan {
             );
         }
         let cache_latents = section.toggle("cache_latents");
-        if cache_latents == Toggle::On {
-            section.reject("cache_latents", "keeping latents is not there yet: use \"auto\" or false");
-        }
         Self {
             instance_dir,
             instance_prompt,

@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 
 use super::check::Inspection;
 use super::{Resume, SaveDtype};
@@ -147,7 +147,7 @@ pub(super) fn disk_space(inspection: &mut Inspection) {
     let need = checkpoints * checkpoint + pipeline;
     inspection.facts.checkpoint_bytes = checkpoint;
     inspection.facts.disk_bytes = need;
-    let free = free_bytes(&inspection.plan.output.dir);
+    let free = crate::device::free_disk_bytes(&inspection.plan.output.dir);
     if let Ok(free) = free
         && free < need
     {
@@ -175,13 +175,6 @@ fn most_checkpoints(inspection: &Inspection, have: u64) -> u64 {
         Some(keep) => written.min((keep as u64 + 1).saturating_sub(have).max(1)),
         None => written,
     }
-}
-
-/// Free bytes for a user on the disk of `dir`, or of where it would be made.
-fn free_bytes(dir: &Path) -> Result<u64> {
-    let there = nearest_existing(dir);
-    let disk = rustix::fs::statvfs(there).with_context(|| there.display().to_string())?;
-    Ok(disk.f_bavail.saturating_mul(disk.f_frsize))
 }
 
 #[cfg(test)]

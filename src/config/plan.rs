@@ -3,11 +3,11 @@
 
 use anyhow::Result;
 
-pub use super::data::{DataPlan, Interpolation, PriorPlan};
+pub use super::data::{DataPlan, PriorPlan};
 pub use super::model::{DeviceKind, ModelPlan, ModelSource};
 pub use super::optimizer::{LrKind, LrSchedulePlan, OptimizerKind, OptimizerPlan};
 pub use super::output::{CheckpointPlan, OutputPlan, ReplayPixels, ReplayPlan, Resume, SaveDtype};
-pub use super::train::{MixedPrecision, SnrVelocity, TrainPlan};
+pub use super::train::{MixedPrecision, TrainPlan};
 pub use super::zero::{ReduceDtype, ZeroPlan};
 
 /// A validated run. Values are final: `"auto"` is resolved wherever the configuration alone can, and learning rates

@@ -51,10 +51,12 @@ fn model(plan: &RunPlan, model_dir: &Path) -> Result<()> {
     let text = model::text_encoder(&configs.text, false, candle_core::DType::F32);
     let denoiser = model::denoiser(&configs.unet, None, false, candle_core::DType::F32);
     let vae = model::vae_encoder(&configs.vae);
-    let graphs = [(Component::TextEncoder, &text.graph), (Component::Unet, &denoiser.graph), (Component::Vae, &vae.graph)];
+    let graphs =
+        [(Component::TextEncoder, &text.graph), (Component::Unet, &denoiser.graph), (Component::Vae, &vae.graph)];
     let mut problems = Vec::new();
     for (component, graph) in graphs {
-        match weights.component(component).check(&model::wanted(graph)).map_err(|e| e.downcast::<Refusal>()) {
+        match weights.component(component).check(&model::wanted(graph, component)).map_err(|e| e.downcast::<Refusal>())
+        {
             Ok(()) => {}
             Err(Ok(refusal)) => problems.extend(refusal.problems),
             Err(Err(error)) => return Err(error),

@@ -10,8 +10,8 @@ use candle_core::DType;
 use super::frozen::Frozen;
 use super::items::Sampler;
 use super::metrics::Metrics;
-use super::rows::{RowMaker, RowSettings, Vae};
 use super::network::{Memory, Network};
+use super::rows::{RowMaker, RowSettings, Vae};
 use super::text::Prompts;
 use super::trainer::Trainer;
 use super::weights::PipelineWeights;
@@ -181,7 +181,7 @@ fn network(
 ) -> Result<(Network, model::DenoiserSlots)> {
     let Denoiser { graph, slots } = trained_graph(plan, configs, dtype);
     for &component in trained(plan) {
-        let wanted: Vec<_> = model::wanted(&graph).into_iter().filter(|(n, _)| Component::of(n) == Some(component)).collect();
+        let wanted = model::wanted(&graph, component);
         weights.component(component).check(&wanted)?;
     }
     let ranks = Ranks {
@@ -220,7 +220,7 @@ fn network(
 
 fn vae(config: &VaeConfig, weights: &PipelineWeights, arena: &Arena) -> Result<Vae> {
     let encoder = model::vae_encoder(config);
-    weights.component(Component::Vae).check(&model::wanted(&encoder.graph))?;
+    weights.component(Component::Vae).check(&model::wanted(&encoder.graph, Component::Vae))?;
     Ok(Vae {
         // fp32 in every precision: some published VAEs overflow in fp16, and it runs without a way back.
         network: Frozen::load(encoder.graph, DType::F32, arena, weights)?,
@@ -253,7 +253,7 @@ fn prompts(
     }
     // Encoded once, in fp32, and then dropped: a frozen encoder gives the same states every time.
     let encoder = model::text_encoder(&configs.text, plan.data.text_encoder_use_attention_mask, DType::F32);
-    weights.component(Component::TextEncoder).check(&model::wanted(&encoder.graph))?;
+    weights.component(Component::TextEncoder).check(&model::wanted(&encoder.graph, Component::TextEncoder))?;
     let frozen = Frozen::load(encoder.graph, DType::F32, arena, weights)?;
     Prompts::encode(&frozen, &encoder.slots, &tokens, dtype)
 }
