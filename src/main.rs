@@ -47,7 +47,7 @@ fn config_path(request: &RequestArgs) -> &std::path::Path {
 
 /// `dblaunch check`: what is wrong, or what would run.
 fn check(request: &RequestArgs) -> Result<()> {
-    let report = train::check(config_path(request), &request.overrides, ranks(request))?;
+    let report = config::check(config_path(request), &request.overrides, ranks(request))?;
     println!("{report}");
     Ok(())
 }
@@ -55,7 +55,7 @@ fn check(request: &RequestArgs) -> Result<()> {
 /// The launcher: checks the request, then starts the ranks and stays with them.
 fn start_ranks(args: &TrainArgs) -> Result<u8> {
     let nproc = ranks(&args.request);
-    let report = train::check(config_path(&args.request), &args.request.overrides, nproc)?;
+    let report = config::check(config_path(&args.request), &args.request.overrides, nproc)?;
     eprintln!("{report}");
     let arguments = std::env::args_os().skip(1).collect();
     let mut request = LaunchRequest::this_program(nproc, arguments)?;
@@ -69,7 +69,7 @@ fn be_a_rank(args: &TrainArgs, world: &World) -> Result<u8> {
     let mut plan = config::load(config_path(request), &request.overrides, world.world_size)?;
     if world.starter != launch::Starter::Dblaunch {
         // No launcher of ours has checked the request.
-        train::check(config_path(request), &request.overrides, world.world_size)?;
+        config::check(config_path(request), &request.overrides, world.world_size)?;
     }
     let model_dir = hub::resolve(&plan.model.source, plan.model.variant.as_deref())?;
     let rank = Rank::start(std::time::Duration::from_secs_f64(plan.zero.timeout_seconds))?;

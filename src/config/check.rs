@@ -11,11 +11,14 @@ use super::document::Document;
 use super::model_folder::{self, ModelFacts};
 use super::output_folder;
 use super::{Draft, ModelSource, Resume, RunPlan, Steps};
+use crate::checkpoint::{self, Checkpoint};
+use crate::data::Dataset;
+use crate::diffusion::{NoiseSchedule, Record};
 use crate::{Refusal, hub};
 
 /// What is looked at, in this order, after the configuration itself.
 const INSPECTIONS: &[fn(&mut Inspection)] =
-    &[model, images, ranks, replay, output_folder::inspect, output_folder::disk_space];
+    &[model, images, pictures, ranks, replay, resume, output_folder::inspect, output_folder::disk_space];
 
 /// Checks the request that `config` and `overrides` make, for `world_size` ranks. Fetches the model if it is on the
 /// Hub (into the Hub's own cache, where the run finds it), and writes nothing else. Ok is what will run; a request
@@ -93,7 +96,6 @@ pub struct Facts {
 /// The model's folder and its files.
 fn model(inspection: &mut Inspection) {
     let plan = &inspection.plan.model;
-    let variant = plan.variant.clone();
     let folder = match &plan.source {
         ModelSource::Folder(path) if path.as_os_str().is_empty() => return,
         ModelSource::Folder(path) if path.is_file() => {
@@ -107,7 +109,7 @@ fn model(inspection: &mut Inspection) {
         }
         ModelSource::Folder(path) => path.clone(),
         hub_model => {
-            let fetched = hub::resolve(hub_model, variant.as_deref());
+            let fetched = hub::resolve(hub_model, plan.variant.as_deref());
             match inspection.absorb("model", "path", fetched) {
                 Some(folder) => folder,
                 None => return,
@@ -115,8 +117,10 @@ fn model(inspection: &mut Inspection) {
         }
     };
     let mut problems = Vec::new();
-    inspection.facts.model = model_folder::inspect(&folder, variant.as_deref(), &mut problems);
+    inspection.facts.model = model_folder::inspect(&folder, &inspection.plan, &mut problems);
     if problems.is_empty() {
+        let scheduler = folder.join("scheduler").join("scheduler_config.json");
+        inspection.absorb("model", "path", NoiseSchedule::from_json(&scheduler));
         inspection.facts.model_dir = Some(folder);
     }
     for what in problems {
@@ -158,7 +162,19 @@ fn images(inspection: &mut Inspection) {
     }
 }
 
-/// How many files of `dir` have the name of an image; none (and a problem) where there is no folder or no image.
+/// The pictures themselves: every one is decoded, so that a damaged one is found now and not in the middle of a run.
+fn pictures(inspection: &mut Inspection) {
+    if inspection.facts.steps.is_some() {
+        let options = inspection.plan.dataset_options(true);
+        // Class images that are too few were told already.
+        let enough = options.class.as_ref().is_none_or(|(_, wanted)| *wanted <= inspection.facts.class_images);
+        if enough {
+            inspection.absorb("data", "instance_dir", Dataset::open(&options));
+        }
+    }
+}
+
+/// How many pictures `dir` holds, by its files alone; none (and a problem) where there is no folder or no image.
 fn count_images(inspection: &mut Inspection, section: &str, key: &str, dir: &Path) -> Option<usize> {
     if dir.as_os_str().is_empty() {
         return None;
@@ -176,10 +192,10 @@ fn count_images(inspection: &mut Inspection, section: &str, key: &str, dir: &Pat
             return None;
         }
     };
+    // As the data set lists them: hidden files and folders are passed over, everything else is to be a picture.
     let is_image = |path: &PathBuf| {
-        let end = path.extension().map(|end| end.to_string_lossy().to_lowercase());
         let hidden = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.'));
-        !hidden && path.is_file() && end.is_some_and(|end| ["png", "jpg", "jpeg", "webp"].contains(&end.as_str()))
+        !hidden && path.is_file()
     };
     let count = names.filter(is_image).count();
     if count == 0 {
@@ -210,9 +226,38 @@ fn ranks(inspection: &mut Inspection) {
 /// The record of a replay. (The folder for its gradients is looked at with the output folder.)
 fn replay(inspection: &mut Inspection) {
     let Some(draws) = inspection.plan.replay.as_ref().map(|replay| replay.draws.clone()) else { return };
-    if !draws.as_os_str().is_empty() && !draws.is_file() {
+    if draws.as_os_str().is_empty() {
+        return;
+    }
+    if !draws.is_file() {
         let what = "there is no such file: name a safetensors file of recorded draws, or leave out the section";
-        inspection.problem("replay", "draws", what);
+        return inspection.problem("replay", "draws", what);
+    }
+    inspection.absorb("replay", "draws", Record::open(&draws));
+}
+
+/// The checkpoint that the run goes on from: it is whole, and of this model and these trained parts.
+fn resume(inspection: &mut Inspection) {
+    let plan = &inspection.plan;
+    let found = match &plan.checkpoint.resume {
+        Resume::No => return,
+        Resume::Latest => checkpoint::latest(&plan.output.dir),
+        Resume::Folder(folder) if folder.is_dir() => Ok(Some(folder.clone())),
+        Resume::Folder(folder) => {
+            let what = format!(
+                "there is no checkpoint folder {}: name one, or write \"latest\" for the newest in the output folder",
+                folder.display()
+            );
+            return inspection.problem("checkpoint", "resume", &what);
+        }
+    };
+    let Some(Some(folder)) = inspection.absorb("checkpoint", "resume", found) else { return };
+    let opened = Checkpoint::open(&folder);
+    if let Some(opened) = inspection.absorb("checkpoint", "resume", opened)
+        && inspection.facts.model_dir.is_some()
+    {
+        let checked = opened.check(&inspection.facts.model.segments);
+        inspection.absorb("checkpoint", "resume", checked);
     }
 }
 

@@ -23,7 +23,7 @@ pub struct DataPlan {
     pub precompute_text_embeddings: bool,
     /// Give the text encoder the tokenizer's mask, so that padding is not attended to there.
     pub text_encoder_use_attention_mask: bool,
-    /// Encode an image once and keep its posterior, where it is prepared the same way every time.
+    /// Keep the VAE's posterior of images that come out the same every time (no random crop or flip).
     pub cache_latents: Toggle,
 }
 
@@ -56,7 +56,6 @@ impl DataPlan {
                 ),
             );
         }
-        let cache_latents = section.toggle("cache_latents");
         Self {
             instance_dir,
             instance_prompt,
@@ -72,7 +71,7 @@ impl DataPlan {
             tokenizer_max_length: section.count("tokenizer_max_length", 2),
             precompute_text_embeddings: section.flag("precompute_text_embeddings", false),
             text_encoder_use_attention_mask: section.flag("text_encoder_use_attention_mask", false),
-            cache_latents,
+            cache_latents: section.toggle("cache_latents"),
         }
     }
 

@@ -7,7 +7,7 @@ mod data;
 mod document;
 mod keys;
 mod model;
-pub(crate) mod model_files;
+
 mod model_folder;
 mod optimizer;
 mod output;

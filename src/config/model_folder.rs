@@ -1,209 +1,193 @@
-//! What can be said about a pipeline folder in diffusers' layout without reading its weights: the classes it names,
-//! the files they need, and from the weight files' headers how many parameters there are. Shapes and names of tensors
-//! are the model's own business.
+//! Whether a pipeline folder in diffusers' layout can be trained: the classes it names, each component's
+//! configuration, that its weight files fit that configuration, and that a whole pipeline can be written of it at the
+//! end. The components' own rules are `model`'s; this asks for all of them at once.
 
-use std::fs::File;
-use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
+use anyhow::Result;
+use candle_core::DType;
 use serde_json::Value;
 
-use super::model_files::{COMPONENTS, Weights, choose_weights, other_variant_problem, pickle_problem, shards_of};
+use super::RunPlan;
+use crate::Refusal;
+use crate::checkpoint::SegmentRecord;
+use crate::data::ClipTokenizer;
+use crate::diffusion::NoiseSchedule;
+use crate::model::{self, Component, ComponentWeights, PipelineExport, TextConfig, UnetConfig, VaeConfig};
+use crate::segment::SegmentGraph;
+
+/// The components that training needs, and the classes that can be trained; any scheduler's noise schedule will do.
+const CLASSES: [(&str, &[&str]); 5] = [
+    ("unet", &["UNet2DConditionModel"]),
+    ("vae", &["AutoencoderKL"]),
+    ("text_encoder", &["CLIPTextModel"]),
+    ("tokenizer", &["CLIPTokenizer", "CLIPTokenizerFast"]),
+    ("scheduler", &[]),
+];
 
 /// What was learnt of a pipeline folder.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default)]
 pub struct ModelFacts {
+    /// The pipeline's class.
     pub class: String,
     pub unet_parameters: u64,
     pub text_encoder_parameters: u64,
-    /// Bytes of all weight files.
-    pub weight_bytes: u64,
+    /// Bytes of the weight files of all components that do not train.
+    pub frozen_bytes: u64,
+    /// Segments with their tensors, as a checkpoint of this model and these trained parts has them.
+    pub(super) segments: Vec<SegmentRecord>,
 }
 
 /// Looks through `folder`; what is missing or wrong is added to `problems`, each naming the file.
-pub(crate) fn inspect(folder: &Path, variant: Option<&str>, problems: &mut Vec<String>) -> ModelFacts {
+pub(super) fn inspect(folder: &Path, plan: &RunPlan, problems: &mut Vec<String>) -> ModelFacts {
     let mut facts = ModelFacts::default();
-    let index_path = folder.join("model_index.json");
-    let index = match read_json(&index_path) {
-        Ok(index) => index,
-        Err(why) => {
-            problems.push(format!(
-                "{why}: a model is a folder in diffusers' layout, with model_index.json and a folder for each part; \
-                 diffusers' scripts/convert_original_stable_diffusion_to_diffusers.py makes one of a single checkpoint file"
-            ));
-            return facts;
-        }
-    };
+    let Some(index) = keep(model_index(folder), problems) else { return facts };
     facts.class = index["_class_name"].as_str().unwrap_or_default().to_string();
     if facts.class != "StableDiffusionPipeline" {
         problems.push(format!(
             "{}: this is a {}, and only StableDiffusionPipeline (Stable Diffusion 1.x and 2.x) can be trained yet: use such a model",
-            index_path.display(),
+            folder.join("model_index.json").display(),
             if facts.class.is_empty() { "folder that names no pipeline class" } else { &facts.class }
         ));
         return facts;
     }
-    let mut of_variant = false;
-    for (name, classes, stem) in COMPONENTS {
+    let before = problems.len();
+    classes(folder, &index, problems);
+    if problems.len() > before {
+        return facts;
+    }
+    keep(NoiseSchedule::from_json(&folder.join("scheduler/scheduler_config.json")), problems);
+    let (unet, text) = networks(folder, plan, &mut facts, problems);
+    tokenizer(folder, plan, text.as_ref(), problems);
+    if let (Some(unet), Some(text)) = (&unet, &text) {
+        keep(model::check_text_width(unet, text), problems);
+    }
+    let trained: &[Component] = match plan.model.train_text_encoder {
+        true => &[Component::Unet, Component::TextEncoder],
+        false => &[Component::Unet],
+    };
+    if problems.len() == before {
+        let variant = plan.model.variant.as_deref().unwrap_or("");
+        let skip_text_encoder = plan.output.skip_save_text_encoder;
+        keep(PipelineExport { model_dir: folder, variant, trained, skip_text_encoder }.check(), problems);
+    }
+    facts.frozen_bytes = frozen_bytes(folder, &index, trained);
+    facts
+}
+
+/// The value, or its error's problems.
+fn keep<T>(result: Result<T>, problems: &mut Vec<String>) -> Option<T> {
+    match result {
+        Ok(value) => Some(value),
+        Err(error) => {
+            match error.downcast::<Refusal>() {
+                Ok(refusal) => problems.extend(refusal.problems),
+                Err(error) => problems.push(format!("{error:#}")),
+            }
+            None
+        }
+    }
+}
+
+fn model_index(folder: &Path) -> Result<Value> {
+    let path = folder.join("model_index.json");
+    let text = std::fs::read_to_string(&path).map_err(|error| {
+        let why = match error.kind() {
+            std::io::ErrorKind::NotFound => "there is no such file".to_string(),
+            _ => format!("this file cannot be read ({error})"),
+        };
+        Refusal::error(format!(
+            "{}: {why}: a model is a folder in diffusers' layout, with model_index.json and a folder for each part; \
+             diffusers' scripts/convert_original_stable_diffusion_to_diffusers.py makes one of a single checkpoint file",
+            path.display()
+        ))
+    })?;
+    let broken = |error| Refusal::error(format!("{}: this is not JSON ({error}): restore the file", path.display()));
+    serde_json::from_str(&text).map_err(broken)
+}
+
+fn classes(folder: &Path, index: &Value, problems: &mut Vec<String>) {
+    for (name, classes) in CLASSES {
         let class = index[name][1].as_str();
         if class.is_none_or(|class| !classes.is_empty() && !classes.contains(&class)) {
             problems.push(format!(
                 "{}: its {name} is {}, and {} is what can be trained: use a model that has one",
-                index_path.display(),
+                folder.join("model_index.json").display(),
                 class.unwrap_or("missing"),
                 if classes.is_empty() { "a scheduler of diffusers".to_string() } else { classes.join(" or ") }
             ));
-            continue;
-        }
-        component_files(folder, name, problems);
-        if let Some(stem) = stem {
-            let files = weight_files(folder, name, stem, variant, problems);
-            of_variant |= variant.is_some_and(|variant| files.iter().any(|file| is_of(file, variant)));
-            for file in files {
-                match count_elements(&file) {
-                    Ok((elements, bytes)) => {
-                        facts.weight_bytes += bytes;
-                        match name {
-                            "unet" => facts.unet_parameters += elements,
-                            "text_encoder" => facts.text_encoder_parameters += elements,
-                            _ => {}
-                        }
-                    }
-                    Err(why) => problems.push(format!("{}: {why}: copy or download the file again", file.display())),
-                }
-            }
         }
     }
-    if let Some(variant) = variant.filter(|_| !of_variant && problems.is_empty()) {
-        problems.push(format!(
-            "{}: no weight file of this model is of variant \"{variant}\": leave variant out, or use one that is there",
-            folder.display()
-        ));
-    }
-    facts
 }
 
-fn is_of(file: &Path, variant: &str) -> bool {
-    file.file_name().is_some_and(|name| name.to_string_lossy().contains(&format!(".{variant}")))
-}
-
-/// The small files a component cannot do without.
-fn component_files(folder: &Path, name: &str, problems: &mut Vec<String>) {
-    let folder = folder.join(name);
-    let have = |file: &str| folder.join(file).is_file();
-    let missing = match name {
-        "tokenizer" if have("tokenizer.json") || (have("vocab.json") && have("merges.txt")) => None,
-        "tokenizer" => Some("tokenizer.json, nor vocab.json with merges.txt"),
-        "scheduler" if have("scheduler_config.json") => None,
-        "scheduler" => Some("scheduler_config.json"),
-        _ if have("config.json") => match read_json(&folder.join("config.json")) {
-            Ok(_) => None,
-            Err(why) => {
-                problems.push(format!("{why}: copy or download the file again"));
-                None
-            }
-        },
-        _ => Some("config.json"),
-    };
-    if let Some(missing) = missing {
-        let what = if folder.is_dir() { format!("has no {missing}") } else { "does not exist".to_string() };
-        problems.push(format!(
-            "{}: this part of the model {what}: copy or download the whole model again",
-            folder.display()
-        ));
-    }
-}
-
-/// The weight files of one component, all of which exist.
-fn weight_files(
+/// The three networks: configurations, and weights that fit them. Nothing is loaded.
+fn networks(
     folder: &Path,
-    name: &str,
-    stem: &str,
-    variant: Option<&str>,
+    plan: &RunPlan,
+    facts: &mut ModelFacts,
     problems: &mut Vec<String>,
-) -> Vec<PathBuf> {
-    let part = folder.join(name);
-    let names: Vec<String> = std::fs::read_dir(&part)
-        .map(|entries| entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect())
-        .unwrap_or_default();
-    let files = match choose_weights(&names, stem, variant) {
-        Weights::Whole(file) => vec![file],
-        Weights::Index(index) => {
-            let shards = std::fs::read_to_string(part.join(&index)).ok().and_then(|text| shards_of(&text));
-            match shards {
-                Some(shards) => shards,
-                None => {
-                    let index = part.join(index);
-                    problems.push(format!(
-                        "{}: this is not an index of weight files: copy or download the file again",
-                        index.display()
-                    ));
-                    return Vec::new();
-                }
-            }
-        }
-        Weights::Pickle(file) => {
-            problems.push(pickle_problem(&part.join(file).display().to_string(), &folder.display().to_string()));
-            return Vec::new();
-        }
-        Weights::OtherVariant(file) => {
-            problems.push(other_variant_problem(&part.join(&file).display().to_string(), &file));
-            return Vec::new();
-        }
-        Weights::Missing => {
-            if part.is_dir() {
-                problems.push(format!(
-                    "{}: no weights here ({stem}.safetensors, or an index of several): copy or download the whole model again",
-                    part.display()
-                ));
-            }
-            return Vec::new();
+) -> (Option<UnetConfig>, Option<TextConfig>) {
+    let of = |component: Component| folder.join(component.name());
+    let mask = plan.data.text_encoder_use_attention_mask;
+    let unet = keep(UnetConfig::read(&of(Component::Unet)), problems);
+    let text = keep(TextConfig::read(&of(Component::TextEncoder)), problems);
+    let vae = keep(VaeConfig::read(&of(Component::Vae)), problems);
+    let mut weights = |component, graph: Option<&SegmentGraph>| {
+        let variant = plan.model.variant.as_deref().unwrap_or("");
+        let weights = keep(ComponentWeights::open(&of(component), variant, component), problems);
+        if let (Some(weights), Some(graph)) = (weights, graph) {
+            keep(weights.check(&model::wanted(graph, component)), problems);
         }
     };
-    let (there, missing): (Vec<_>, Vec<_>) = files.iter().map(|file| part.join(file)).partition(|file| file.is_file());
-    for file in missing {
+    if let Some(vae) = vae {
+        weights(Component::Vae, Some(&model::vae_encoder(&vae).graph));
+    } else {
+        weights(Component::Vae, None);
+    }
+    let encoder = text.as_ref().map(|text| model::text_encoder(text, mask, DType::F32).graph);
+    weights(Component::TextEncoder, encoder.as_ref());
+    facts.text_encoder_parameters = encoder.map_or(0, |graph| graph.parameters() as u64);
+    let in_training = text.as_ref().filter(|_| plan.model.train_text_encoder);
+    let denoiser = unet.as_ref().map(|unet| model::denoiser(unet, in_training, mask, DType::F32).graph);
+    weights(Component::Unet, denoiser.as_ref());
+    if let Some(graph) = denoiser {
+        let text_encoder = in_training.map_or(0, |_| facts.text_encoder_parameters);
+        facts.unet_parameters = graph.parameters() as u64 - text_encoder;
+        facts.segments = graph.nodes.iter().map(|n| SegmentRecord::new(&n.name, n.params.layout())).collect();
+    }
+    (unet, text)
+}
+
+/// The tokenizer, and that the text encoder has a row for each of its ids and a position for each of a prompt's.
+fn tokenizer(folder: &Path, plan: &RunPlan, text: Option<&TextConfig>, problems: &mut Vec<String>) {
+    let folder = folder.join("tokenizer");
+    let Some(tokenizer) = keep(ClipTokenizer::open(&folder, plan.data.tokenizer_max_length), problems) else { return };
+    let Some(text) = text else { return };
+    if tokenizer.vocab_size() > text.vocab_size {
         problems.push(format!(
-            "{}: the index names this weight file, and it is not there: copy or download it",
-            file.display()
+            "{}: it has {} tokens, and the text encoder knows {}: they do not belong together, restore the model's own files",
+            folder.display(),
+            tokenizer.vocab_size(),
+            text.vocab_size
         ));
     }
-    there
+    if tokenizer.max_length() > text.max_positions {
+        problems.push(format!(
+            "{}: prompts of {} tokens are asked for, and the text encoder takes at most {}: write tokenizer_max_length = {} under [data]",
+            folder.display(),
+            tokenizer.max_length(),
+            text.max_positions,
+            text.max_positions
+        ));
+    }
 }
 
-/// Elements and bytes of a safetensors file by its header; an error says what is wrong with the file as a whole.
-fn count_elements(path: &Path) -> Result<(u64, u64), String> {
-    let broken = "this is not a safetensors file".to_string();
-    let unreadable = |error: std::io::Error| format!("this weight file cannot be read ({error})");
-    let mut file = File::open(path).map_err(unreadable)?;
-    let bytes = file.metadata().map_err(unreadable)?.len();
-    let mut length = [0u8; 8];
-    file.read_exact(&mut length).map_err(|_| broken.clone())?;
-    let length = u64::from_le_bytes(length);
-    if length > bytes.saturating_sub(8) || length > 100 << 20 {
-        return Err(broken);
-    }
-    let mut header = vec![0u8; length as usize];
-    file.read_exact(&mut header).map_err(unreadable)?;
-    let header: Value = serde_json::from_slice(&header).map_err(|_| broken.clone())?;
-    let (mut elements, mut end) = (0u64, 0u64);
-    for (_, tensor) in header.as_object().ok_or(broken.clone())?.iter().filter(|(name, _)| *name != "__metadata__") {
-        let numbers =
-            |key: &str| tensor[key].as_array().map(|list| list.iter().filter_map(Value::as_u64).collect::<Vec<_>>());
-        let (shape, offsets) = numbers("shape").zip(numbers("data_offsets")).ok_or(broken.clone())?;
-        elements += shape.iter().fold(1u64, |product, side| product.saturating_mul(*side));
-        end = end.max(offsets.last().copied().unwrap_or(0));
-    }
-    let whole = end.saturating_add(8 + length);
-    if whole > bytes {
-        return Err(format!("this weight file is cut short ({bytes} bytes of {whole})"));
-    }
-    Ok((elements, bytes))
-}
-
-fn read_json(path: &Path) -> Result<Value, String> {
-    let text = std::fs::read_to_string(path).map_err(|error| match error.kind() {
-        std::io::ErrorKind::NotFound => format!("{}: there is no such file", path.display()),
-        _ => format!("{}: this file cannot be read ({error})", path.display()),
-    })?;
-    serde_json::from_str(&text).map_err(|error| format!("{}: this is not JSON ({error})", path.display()))
+/// Bytes of the safetensors files that the pipeline at the end will have copies of, and perhaps a little more.
+fn frozen_bytes(folder: &Path, index: &Value, trained: &[Component]) -> u64 {
+    let components = index.as_object().into_iter().flatten().filter(|(_, class)| class[1].is_string());
+    let copied = components.filter(|(name, _)| !trained.iter().any(|component| component.name() == *name));
+    let files = copied.flat_map(|(name, _)| std::fs::read_dir(folder.join(name)).into_iter().flatten().flatten());
+    let weights = files.filter(|file| file.path().extension().is_some_and(|end| end == "safetensors"));
+    // Follows links, which is what the Hub's cache is made of.
+    weights.filter_map(|file| std::fs::metadata(file.path()).ok()).map(|file| file.len()).sum()
 }

@@ -9,23 +9,15 @@ use anyhow::Result;
 use super::check::Inspection;
 use super::{Resume, SaveDtype};
 use crate::Refusal;
+use crate::device::free_disk_bytes;
 
 /// Bytes a checkpoint takes per trained parameter: the fp32 master weight and AdamW's two moments.
 const CHECKPOINT_BYTES: u64 = 12;
 
-/// The output folder, the checkpoint to resume, and where recorded gradients go.
+/// The output folder, and where recorded gradients go.
 pub(super) fn inspect(inspection: &mut Inspection) {
     let plan = inspection.plan.clone();
     let dir = plan.output.dir.as_path();
-    if let Resume::Folder(folder) = &plan.checkpoint.resume
-        && !folder.is_dir()
-    {
-        let what = format!(
-            "there is no checkpoint folder {}: name one, or write \"latest\" for the newest in the output folder",
-            folder.display()
-        );
-        inspection.problem("checkpoint", "resume", &what);
-    }
     if dir.as_os_str().is_empty() {
         return;
     }
@@ -136,8 +128,7 @@ pub(super) fn disk_space(inspection: &mut Inspection) {
         SaveDtype::F32 => 4,
         SaveDtype::F16 | SaveDtype::Bf16 => 2,
     };
-    // The frozen parts are copied; taking the whole model for them is a little too much and never too little.
-    let pipeline = trained * saved + model.weight_bytes;
+    let pipeline = trained * saved + model.frozen_bytes;
     let have = fs::read_dir(&plan.output.dir)
         .map(|entries| {
             entries.flatten().filter(|entry| checkpoint_number(&entry.file_name().to_string_lossy()).is_some()).count()
@@ -147,7 +138,7 @@ pub(super) fn disk_space(inspection: &mut Inspection) {
     let need = checkpoints * checkpoint + pipeline;
     inspection.facts.checkpoint_bytes = checkpoint;
     inspection.facts.disk_bytes = need;
-    let free = crate::device::free_disk_bytes(&inspection.plan.output.dir);
+    let free = free_disk_bytes(&inspection.plan.output.dir);
     if let Ok(free) = free
         && free < need
     {

@@ -33,4 +33,5 @@ pub use names::Component;
 pub use pipeline::PipelineExport;
 pub use time::time_features;
 pub use vae::{VaeEncoder, vae_encoder};
+pub(crate) use weight_files::{WeightName, is_pickle};
 pub use weights::{ComponentWeights, wanted};

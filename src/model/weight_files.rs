@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 
 /// What a safetensors file's or index's name says.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct WeightName {
+pub(crate) struct WeightName {
     pub stem: String,
     pub variant: String,
     /// `00001-of-00002`
@@ -57,7 +57,7 @@ fn split_shard(name: &str) -> (&str, Option<&str>) {
 }
 
 /// Weights as Python pickles (or other frameworks' formats), which we neither read nor copy.
-pub(super) fn is_pickle(file: &str) -> bool {
+pub(crate) fn is_pickle(file: &str) -> bool {
     let file = file.strip_suffix(".index.json").unwrap_or(file);
     [".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack", ".h5"].iter().any(|end| file.ends_with(end))
 }

@@ -1,6 +1,5 @@
 //! Row 4: training. Start with `step.rs`.
 
-mod check;
 mod export;
 mod frozen;
 mod items;
@@ -14,6 +13,5 @@ mod text;
 mod trainer;
 mod weights;
 
-pub use check::check;
 pub use run::run;
 pub use trainer::{Ending, Trainer};

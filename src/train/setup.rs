@@ -19,7 +19,7 @@ use crate::Refusal;
 use crate::checkpoint::{self, Checkpoint, Position, SegmentRecord};
 use crate::comm::{Communicator, SliceMut};
 use crate::config::{LrKind as PlannedKind, MixedPrecision, ReduceDtype, Resume, RunPlan, Toggle};
-use crate::data::{ClipTokenizer, Dataset, DatasetOptions, KEEP_BYTES, Tokens};
+use crate::data::{ClipTokenizer, Dataset, Tokens};
 use crate::device::Arena;
 use crate::diffusion::{Draws, NoiseSchedule, Record};
 use crate::launch::Rank;
@@ -58,7 +58,7 @@ pub fn build<'a>(plan: &'a RunPlan, model_dir: &Path, rank: &'a Rank) -> Result<
     let seed = agree_on_seed(plan.train.seed, resumed.as_ref(), &*comm)?;
     let configs = Configs::read(model_dir)?;
     let weights = PipelineWeights::open(model_dir, plan.model.variant.as_deref().unwrap_or(""))?;
-    let dataset = Dataset::open(&dataset_options(plan, false))?;
+    let dataset = Dataset::open(&plan.dataset_options(false))?;
     let schedule = NoiseSchedule::from_json(&model_dir.join("scheduler").join("scheduler_config.json"))?;
     let arena = Arena::new("frozen network", None);
     let dtype = compute_dtype(plan);
@@ -125,22 +125,8 @@ pub fn trained(plan: &RunPlan) -> &'static [Component] {
     }
 }
 
-/// `verify`: every picture is decoded once, so that damaged ones are found before the first step.
-pub fn dataset_options(plan: &RunPlan, verify: bool) -> DatasetOptions {
-    DatasetOptions {
-        instance_dir: plan.data.instance_dir.clone(),
-        class: plan.prior.as_ref().map(|p| (p.class_dir.clone(), p.num_class_images)),
-        resolution: plan.data.resolution,
-        center_crop: plan.data.center_crop,
-        random_flip: plan.data.random_flip,
-        interpolation: plan.data.interpolation,
-        keep_bytes: KEEP_BYTES,
-        verify,
-    }
-}
-
 /// The folder to resume from, if any. `latest` with nothing found starts afresh, as in the peers.
-pub fn resume_folder(plan: &RunPlan) -> Result<Option<PathBuf>> {
+fn resume_folder(plan: &RunPlan) -> Result<Option<PathBuf>> {
     match &plan.checkpoint.resume {
         Resume::No => Ok(None),
         Resume::Latest => checkpoint::latest(&plan.output.dir),
@@ -233,7 +219,7 @@ fn vae(config: &VaeConfig, weights: &PipelineWeights, arena: &Arena) -> Result<V
 }
 
 /// The tokens of the instance prompt and, under prior preservation, of the class prompt.
-pub fn tokens(plan: &RunPlan, model_dir: &Path) -> Result<Vec<Tokens>> {
+fn tokens(plan: &RunPlan, model_dir: &Path) -> Result<Vec<Tokens>> {
     let tokenizer = ClipTokenizer::open(&model_dir.join("tokenizer"), plan.data.tokenizer_max_length)?;
     let prompts = std::iter::once(&plan.data.instance_prompt).chain(plan.prior.as_ref().map(|p| &p.class_prompt));
     prompts.map(|prompt| tokenizer.encode(prompt)).collect()

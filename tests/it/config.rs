@@ -14,44 +14,19 @@ struct Home {
 impl Home {
     fn new() -> Self {
         let home = Home { dir: tempfile::tempdir().unwrap() };
-        home.write_model();
-        for (folder, count) in [("photos", 3), ("class", 4)] {
+        copy(&data("models/sd15"), &home.path("model"));
+        fs::copy(data("parity/sd15_offset_snr/draws.safetensors"), home.path("draws.safetensors")).unwrap();
+        for (folder, count) in [("photos", 3), ("class", 4), ("runs", 0)] {
             fs::create_dir(home.path(folder)).unwrap();
             for number in 0..count {
                 image::RgbImage::new(8, 8).save(home.path(folder).join(format!("{number}.png"))).unwrap();
             }
         }
-        fs::write(home.path("draws.safetensors"), "x").unwrap();
         home
     }
 
     fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
-    }
-
-    /// The files of a Stable Diffusion pipeline, with one small tensor each.
-    fn write_model(&self) {
-        let part = |library: &str, class: &str| serde_json::json!([library, class]);
-        let index = serde_json::json!({
-            "_class_name": "StableDiffusionPipeline",
-            "unet": part("diffusers", "UNet2DConditionModel"),
-            "vae": part("diffusers", "AutoencoderKL"),
-            "text_encoder": part("transformers", "CLIPTextModel"),
-            "tokenizer": part("transformers", "CLIPTokenizer"),
-            "scheduler": part("diffusers", "PNDMScheduler"),
-            "safety_checker": [null, null],
-        });
-        self.write("model/model_index.json", index.to_string());
-        for name in
-            ["unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json"]
-        {
-            self.write(&format!("model/{name}"), "{}");
-        }
-        self.write("model/tokenizer/vocab.json", "{}");
-        self.write("model/tokenizer/merges.txt", "");
-        for stem in ["unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"] {
-            self.write(&format!("model/{stem}.safetensors"), weights());
-        }
     }
 
     fn write(&self, name: &str, contents: impl AsRef<[u8]>) {
@@ -92,13 +67,21 @@ impl Home {
     }
 }
 
-/// Bytes of a safetensors file with one tensor of 2x3.
-fn weights() -> Vec<u8> {
-    let header = r#"{"a":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]}}"#;
-    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
-    bytes.extend(header.as_bytes());
-    bytes.extend([0; 24]);
-    bytes
+/// A path in tests/data.
+fn data(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name)
+}
+
+fn copy(from: &Path, to: &Path) {
+    fs::create_dir(to).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let (path, to) = (entry.as_ref().unwrap().path(), to.join(entry.unwrap().file_name()));
+        if path.is_dir() {
+            copy(&path, &to);
+        } else {
+            fs::copy(&path, &to).unwrap();
+        }
+    }
 }
 
 fn listing(dir: &Path) -> Vec<PathBuf> {
@@ -246,15 +229,15 @@ fn keys_that_do_not_go_together_are_told() {
 
 #[test]
 fn folders_and_files_that_are_not_there_are_told() {
-    let data = |dir: &str| format!("[data]\ninstance_dir = \"{dir}\"\ninstance_prompt = \"x\"\nresolution = 64");
+    let photos = |dir: &str| format!("[data]\ninstance_dir = \"{dir}\"\ninstance_prompt = \"x\"\nresolution = 64");
     let prior = |more: &str| format!("[prior]\nclass_dir = \"HOME/class\"\nclass_prompt = \"a cat\"\n{more}");
     each_is_told(&[
         ("[model]\npath = \"HOME/nowhere\"", &["train.toml:2: model.path = ", "nowhere", "no such folder"]),
         ("[model]\npath = \"HOME/draws.safetensors\"", &["this is a file"]),
         ("[model]\npath = \"HOME/photos\"", &["model_index.json", "no such file", "diffusers' layout"]),
-        (&data("HOME/nowhere"), &["train.toml:2: data.instance_dir", "no such folder"]),
-        (&data("HOME/draws.safetensors"), &["data.instance_dir", "not a folder"]),
-        (&data("HOME/model"), &["data.instance_dir", "no pictures"]),
+        (&photos("HOME/nowhere"), &["train.toml:2: data.instance_dir", "no such folder"]),
+        (&photos("HOME/draws.safetensors"), &["data.instance_dir", "not a folder"]),
+        (&photos("HOME/runs"), &["data.instance_dir", "no pictures"]),
         (&prior(""), &["prior.num_class_images", "4 pictures", "100 are wanted", "num_class_images = 4"]),
         ("[prior]\nclass_dir = \"HOME/x\"\nclass_prompt = \"a cat\"", &["prior.class_dir", "no such folder"]),
         ("[replay]\ndraws = \"HOME/nothing\"", &["replay.draws", "no such file"]),
@@ -269,31 +252,32 @@ fn folders_and_files_that_are_not_there_are_told() {
 
 #[test]
 fn a_broken_model_is_told_part_by_part() {
-    let home = Home::new();
     let told = |home: &Home, pieces: &[&str]| {
         let problems = home.check("", &[], 1).unwrap_err();
         let told = problems.iter().any(|problem| pieces.iter().all(|piece| problem.contains(piece)));
         assert!(told, "{problems:#?}\nlacks {pieces:?}");
     };
+    let home = Home::new();
     let unet = home.path("model/unet/diffusion_pytorch_model.safetensors");
+    let weights = fs::read(&unet).unwrap();
     fs::rename(&unet, unet.with_extension("bin")).unwrap();
-    told(&home, &["unet/diffusion_pytorch_model.bin", "pickle", "save_pretrained"]);
+    told(&home, &["model/unet", "diffusion_pytorch_model.bin", "pickle", "save_pretrained"]);
     fs::rename(unet.with_extension("bin"), unet.with_extension("fp16.safetensors")).unwrap();
-    told(&home, &["variant = \"fp16\""]);
-    assert!(home.check("", &["model.variant=fp16"], 1).is_ok());
-    fs::rename(unet.with_extension("fp16.safetensors"), &unet).unwrap();
-    let problems = home.check("", &["model.variant=bf16"], 1).unwrap_err();
-    assert!(problems[0].contains("no weight file") && problems[0].contains("\"bf16\""), "{problems:?}");
+    told(&home, &["model/unet", "fp16", "variant"]);
 
-    fs::write(&unet, &weights()[..40]).unwrap();
-    home.write("model/text_encoder/model.safetensors", &weights()[..weights().len() - 4]);
+    // All at once: a file cut short, a configuration that the weights do not fit, parts that are not there.
+    fs::write(&unet, &weights[..weights.len() - 4]).unwrap();
+    let config = home.path("model/text_encoder/config.json");
+    let text = fs::read_to_string(&config).unwrap();
+    fs::write(&config, text.replace("\"vocab_size\": ", "\"vocab_size\": 1")).unwrap();
     fs::remove_file(home.path("model/vae/config.json")).unwrap();
     fs::remove_dir_all(home.path("model/tokenizer")).unwrap();
-    told(&home, &["unet/diffusion_pytorch_model.safetensors", "not a safetensors file"]);
-    told(&home, &["text_encoder/model.safetensors", "cut short"]);
-    told(&home, &["vae: ", "config.json"]);
-    told(&home, &["tokenizer: ", "does not exist"]);
+    told(&home, &["unet/diffusion_pytorch_model.safetensors", "truncated"]);
+    told(&home, &["text_encoder/model.safetensors", "token_embedding", "has shape"]);
+    told(&home, &["vae/config.json", "no such file"]);
+    told(&home, &["model/tokenizer"]);
 
+    let home = Home::new();
     let index = home.path("model/model_index.json");
     let text = fs::read_to_string(&index).unwrap();
     fs::write(&index, text.replace("CLIPTextModel", "T5EncoderModel")).unwrap();
@@ -308,16 +292,20 @@ fn a_broken_model_is_told_part_by_part() {
 fn a_folder_with_another_run_is_kept_unless_the_run_goes_on_or_replaces_it() {
     let home = Home::new();
     home.write("runs/out/metrics.jsonl", "");
-    fs::create_dir_all(home.path("runs/out/checkpoint-5")).unwrap();
+    home.write("runs/out/checkpoint-5/manifest.json", "{}");
     let problems = home.check("", &[], 1).unwrap_err();
     assert_eq!(problems.len(), 1);
     assert!(
         problems[0].contains("checkpoint-5, metrics.jsonl") && problems[0].contains("overwrite = true"),
         "{problems:?}"
     );
-    for overrides in ["checkpoint.resume=latest", "checkpoint.resume=checkpoint-5", "output.overwrite=true"] {
-        assert!(home.check("", &[overrides], 1).is_ok(), "{overrides}");
+    assert!(home.check("", &["output.overwrite=true"], 1).is_ok());
+    for resume in ["checkpoint.resume=latest", "checkpoint.resume=checkpoint-5"] {
+        let problems = home.check("", &[resume], 1).unwrap_err();
+        assert!(problems.len() == 1 && problems[0].contains("checkpoint-5/manifest.json"), "{problems:?}");
     }
+    fs::remove_dir_all(home.path("runs/out/checkpoint-5")).unwrap();
+    assert!(home.check("", &["checkpoint.resume=latest"], 1).is_ok(), "a run without a checkpoint begins afresh");
 }
 
 #[test]
@@ -368,9 +356,12 @@ fn a_request_with_nothing_wrong_is_summed_up() {
     let report = home.check(sections, &["optimizer.learning_rate=1e-4"], 2).unwrap();
     let steps = report.facts.steps.unwrap();
     assert_eq!((steps.items, steps.micro_batches_per_epoch, steps.per_epoch, steps.total), (4, 2, 1, 5));
-    // Six elements with twelve bytes each; two regular checkpoints, and a pipeline folder.
-    assert_eq!(report.facts.checkpoint_bytes, 72);
-    assert_eq!(report.facts.disk_bytes, 2 * 72 + 6 * 4 + 3 * weights().len() as u64);
+    // Three fp32 words a parameter; two regular checkpoints, and a pipeline folder with copies of the frozen parts.
+    let trained = report.facts.model.unet_parameters;
+    assert_eq!(report.facts.checkpoint_bytes, 12 * trained);
+    let size = |name: &str| fs::metadata(home.path(name)).unwrap().len();
+    let frozen = size("model/vae/diffusion_pytorch_model.safetensors") + size("model/text_encoder/model.safetensors");
+    assert_eq!(report.facts.disk_bytes, 2 * 12 * trained + 4 * trained + frozen);
     let summary = report.to_string();
     for piece in [
         "StableDiffusionPipeline",
