@@ -121,8 +121,8 @@ impl Screen {
                 match &self.bar {
                     Some(bar) => {
                         bar.set_length(total);
-                        bar.set_position(step);
                         bar.set_message(text);
+                        bar.set_position(step);
                     }
                     None => self.plain(step, total, &text),
                 }

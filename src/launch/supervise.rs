@@ -15,6 +15,7 @@ pub use super::progress::Output;
 use super::report::Verdict;
 use super::status;
 use crate::Refusal;
+use crate::comm::MAX_RANKS;
 
 /// Between two looks at the ranks.
 const LOOK: Duration = Duration::from_millis(10);
@@ -23,7 +24,7 @@ const MERCY: Duration = Duration::from_secs(3);
 
 /// What to start, and how.
 pub struct LaunchRequest {
-    /// Ranks, 1 to 256.
+    /// Ranks, 1 to [`MAX_RANKS`].
     pub nproc: usize,
     /// What every rank runs; [`LaunchRequest::this_program`] says this very program.
     pub program: PathBuf,
@@ -56,8 +57,8 @@ impl LaunchRequest {
 /// Starts the ranks and stays with them to their end; the exit status to leave with (see [`status`]). To be called from
 /// a thread that lives as long as the ranks shall, since they die with it. An error if they cannot be started.
 pub fn run(request: &LaunchRequest, output: Output) -> Result<u8> {
-    if !(1..=256).contains(&request.nproc) {
-        return Err(Refusal::error(format!("--nproc {}: one machine takes 1 to 256 ranks", request.nproc)));
+    if !(1..=MAX_RANKS).contains(&request.nproc) {
+        return Err(Refusal::error(format!("--nproc {}: one machine takes 1 to {MAX_RANKS} ranks", request.nproc)));
     }
     // From here on a signal is noted, not obeyed.
     let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).context("cannot listen for signals")?;
