@@ -121,25 +121,24 @@ fn measure_in<T: Element>(words: &[&str]) -> Result<(Duration, f64)> {
     let [pass, kind, sizes @ ..] = words else { bail!("a case needs a pass, a kind and sizes") };
     let sizes: Vec<usize> = sizes.iter().map(|s| s.parse()).collect::<Result<_, _>>()?;
     let trainable = *pass == "backward";
-    let (x, operations, run): (Tensor, usize, Box<dyn Fn(&Tensor) -> candle_core::Result<Tensor>>) =
-        match (*kind, &*sizes) {
-            ("linear", &[rows, inputs, outputs]) => {
-                let matrix = weight::<T>(&[outputs, inputs], trainable)?;
-                let bias = weight::<T>(&[outputs], trainable)?;
-                let run = move |x: &Tensor| linear(x, &matrix, Some(&bias));
-                (numbers::<T>(&[rows, inputs])?, 2 * rows * inputs * outputs, Box::new(run))
-            }
-            ("conv", &[images, inputs, outputs, height, width, kernel, stride, padding]) => {
-                let conv = Conv2d::new(stride, padding);
-                let matrix = weight::<T>(&[outputs, inputs, kernel, kernel], trainable)?;
-                let bias = weight::<T>(&[outputs], trainable)?;
-                let run = move |x: &Tensor| conv2d(x, &matrix, Some(&bias), conv);
-                let pixels = |size: usize| (size + 2 * padding - kernel) / stride + 1;
-                let operations = 2 * images * outputs * pixels(height) * pixels(width) * inputs * kernel * kernel;
-                (numbers::<T>(&[images, inputs, height, width])?, operations, Box::new(run))
-            }
-            _ => bail!("no such case: {}", words.join(" ")),
-        };
+    let (x, operations, run): (Tensor, usize, Op) = match (*kind, &*sizes) {
+        ("linear", &[rows, inputs, outputs]) => {
+            let matrix = weight::<T>(&[outputs, inputs], trainable)?;
+            let bias = weight::<T>(&[outputs], trainable)?;
+            let run = move |x: &Tensor| linear(x, &matrix, Some(&bias));
+            (numbers::<T>(&[rows, inputs])?, 2 * rows * inputs * outputs, Box::new(run))
+        }
+        ("conv", &[images, inputs, outputs, height, width, kernel, stride, padding]) => {
+            let conv = Conv2d::new(stride, padding);
+            let matrix = weight::<T>(&[outputs, inputs, kernel, kernel], trainable)?;
+            let bias = weight::<T>(&[outputs], trainable)?;
+            let run = move |x: &Tensor| conv2d(x, &matrix, Some(&bias), conv);
+            let pixels = |size: usize| (size + 2 * padding - kernel) / stride + 1;
+            let operations = 2 * images * outputs * pixels(height) * pixels(width) * inputs * kernel * kernel;
+            (numbers::<T>(&[images, inputs, height, width])?, operations, Box::new(run))
+        }
+        _ => bail!("no such case: {}", words.join(" ")),
+    };
     match *pass {
         "forward" => Ok((best(|| run(&x).map(drop))?, operations as f64)),
         "data" | "backward" => {

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::ops::gemm::{Grid, Left, Right, Scalar, Simd, turned};
+use crate::ops::gemm::{Grid, Left, MOST_LANES, Right, Scalar, Simd, first, turned};
 
 /// Where the patches of one output grid lie in an image: tap (ty, tx) of output pixel (y, x) is the input pixel
 /// (y * stride + top + ty, x * stride + left + tx), and zero outside the image.
@@ -27,29 +27,99 @@ impl Window {
         self.output.0 * self.output.1
     }
 
-    /// Output pixels `from..from + count` of one tap of one channel's `plane`.
+    /// `count` output pixels from `pixel` on, at most as many as a vector takes.
+    #[inline(always)]
+    fn spot(&self, pixel: usize, count: usize) -> Spot {
+        let mut spot = Spot { rows: [0; MOST_TAPS], columns: [0; MOST_TAPS], index: [0; MOST_LANES], contiguous: None };
+        let (mut y, mut x) = (pixel / self.output.1, pixel % self.output.1);
+        let (mut top, mut left) = ([0isize; MOST_LANES], [0isize; MOST_LANES]);
+        for i in 0..count {
+            top[i] = (y * self.stride) as isize + self.top;
+            left[i] = (x * self.stride) as isize + self.left;
+            spot.index[i] = (top[i] * self.input.1 as isize + left[i]) as i32;
+            x += 1;
+            if x == self.output.1 {
+                (y, x) = (y + 1, 0);
+            }
+        }
+        for tap in 0..self.taps.0 {
+            spot.rows[tap] = inside(&top, tap, self.input.0) & first(count);
+        }
+        for tap in 0..self.taps.1 {
+            spot.columns[tap] = inside(&left, tap, self.input.1) & first(count);
+        }
+        if self.stride == 1 && self.input.1 == self.output.1 {
+            spot.contiguous = Some(spot.index[0] as isize);
+        }
+        spot
+    }
+}
+
+/// The lanes that, `tap` further on, lie in 0..size.
+#[inline(always)]
+fn inside(from: &[isize; MOST_LANES], tap: usize, size: usize) -> u16 {
+    let mut lanes = 0;
+    for (i, &at) in from.iter().enumerate() {
+        // A place before the image is a huge number when taken as unsigned.
+        lanes |= u16::from(((at + tap as isize) as usize) < size) << i;
+    }
+    lanes
+}
+
+/// The most rows or columns of a kernel.
+pub const MOST_TAPS: usize = 16;
+
+/// What one vector of output pixels reads: which of them lie inside the image for each row and column of taps, and where
+/// in a plane, counted from the first tap.
+#[derive(Clone, Copy)]
+struct Spot {
+    rows: [u16; MOST_TAPS],
+    columns: [u16; MOST_TAPS],
+    index: [i32; MOST_LANES],
+    /// The first one's place if the others follow it: where the output is as wide as the input, they do across lines too.
+    contiguous: Option<isize>,
+}
+
+impl Spot {
+    /// The pixels under one tap, zero outside the image; `shift` is the tap's place in a plane.
     ///
     /// # Safety
-    /// `plane` has the input's pixels, `to` room for `count`.
+    /// `plane` has the input's pixels; the CPU has `S`.
     #[inline(always)]
-    unsafe fn line<T: Scalar>(&self, plane: *const T, tap: usize, from: usize, count: usize, to: *mut f32) {
-        let (height, width) = (self.input.0 as isize, self.input.1 as isize);
-        let (mut y, mut x) = (from / self.output.1, from % self.output.1);
-        let (down, right) = (self.top + (tap / self.taps.1) as isize, self.left + (tap % self.taps.1) as isize);
-        let mut done = 0;
-        while done < count {
-            let run = (self.output.1 - x).min(count - done);
-            let row = (y * self.stride) as isize + down;
-            for i in 0..run {
-                let column = ((x + i) * self.stride) as isize + right;
-                let inside = 0 <= row && row < height && 0 <= column && column < width;
-                // SAFETY: inside the plane, and below `count`.
-                unsafe {
-                    *to.add(done + i) = if inside { (*plane.offset(row * width + column)).to_f32() } else { 0.0 };
-                }
+    unsafe fn load<S: Simd, T: Scalar>(&self, plane: *const T, (ty, tx): (usize, usize), shift: usize) -> S::V {
+        let lanes = self.rows[ty] & self.columns[tx];
+        // SAFETY: lanes outside the plane are not read.
+        unsafe {
+            match self.contiguous {
+                Some(first) => T::load_where::<S>(plane.wrapping_offset(first + shift as isize), lanes),
+                None => T::gather_where::<S>(plane.wrapping_add(shift), &self.index, lanes),
             }
-            done += run;
-            (y, x) = (y + 1, 0);
+        }
+    }
+}
+
+/// Counts taps and channels in the order of a weight's elements.
+#[derive(Clone, Copy)]
+struct Counter {
+    channel: usize,
+    tap: (usize, usize),
+}
+
+impl Counter {
+    #[inline(always)]
+    fn at(element: usize, taps: (usize, usize)) -> Self {
+        let (channel, tap) = (element / (taps.0 * taps.1), element % (taps.0 * taps.1));
+        Counter { channel, tap: (tap / taps.1, tap % taps.1) }
+    }
+
+    #[inline(always)]
+    fn step(&mut self, taps: (usize, usize)) {
+        self.tap.1 += 1;
+        if self.tap.1 == taps.1 {
+            self.tap = (self.tap.0 + 1, 0);
+            if self.tap.0 == taps.0 {
+                (self.channel, self.tap) = (self.channel + 1, (0, 0));
+            }
         }
     }
 }
@@ -73,24 +143,37 @@ impl<'a, T: Scalar> Patches<'a, T> {
         let pixels = self.window.input.0 * self.window.input.1;
         self.images[(image * self.channels + channel) * pixels..][..pixels].as_ptr()
     }
+
+    /// One vector of pixels under one tap of one channel.
+    ///
+    /// # Safety
+    /// As [`Spot::load`].
+    #[inline(always)]
+    unsafe fn load<S: Simd>(&self, spot: &Spot, image: usize, at: Counter) -> S::V {
+        let shift = at.tap.0 * self.window.input.1 + at.tap.1;
+        // SAFETY: a plane is as long as the window says.
+        unsafe { spot.load::<S, T>(self.plane(image, at.channel), at.tap, shift) }
+    }
 }
 
 impl<T: Scalar> Right for Patches<'_, T> {
     #[inline(always)]
     unsafe fn pack<S: Simd>(&self, depth: Range<usize>, panels: Range<usize>, grid: Grid, to: *mut f32) {
-        let (width, taps) = (2 * S::LANES, self.window.taps());
+        let (width, taps) = (2 * S::LANES, self.window.taps);
         for (i, panel) in panels.enumerate() {
             let place = grid.place::<S>(panel);
-            for k in depth.clone() {
-                // SAFETY: `to` has room for the panels; a plane is as long as the window says.
+            let ahead = place.columns.min(S::LANES);
+            let spots =
+                [self.window.spot(place.pixel, ahead), self.window.spot(place.pixel + ahead, place.columns - ahead)];
+            let mut at = Counter::at(depth.start, taps);
+            for k in 0..depth.len() {
+                // SAFETY: `to` has room for the panels.
                 unsafe {
-                    let to = to.add((i * depth.len() + k - depth.start) * width);
-                    let plane = self.plane(place.image, k / taps);
-                    self.window.line(plane, k % taps, place.pixel, place.columns, to);
-                    for rest in place.columns..width {
-                        *to.add(rest) = 0.0;
-                    }
+                    let to = to.add((i * depth.len() + k) * width);
+                    S::store(to, self.load::<S>(&spots[0], place.image, at));
+                    S::store(to.add(S::LANES), self.load::<S>(&spots[1], place.image, at));
                 }
+                at.step(taps);
             }
         }
     }
@@ -103,33 +186,35 @@ pub struct PatchesTurned<'a, T>(pub Patches<'a, T>);
 impl<T: Scalar> Right for PatchesTurned<'_, T> {
     #[inline(always)]
     unsafe fn pack<S: Simd>(&self, depth: Range<usize>, panels: Range<usize>, grid: Grid, to: *mut f32) {
-        const LONGEST: usize = 64;
         let (patches, width) = (&self.0, 2 * S::LANES);
-        let (taps, pixels) = (patches.window.taps(), patches.window.pixels());
-        let mut lines = [0f32; 16 * LONGEST];
-        for (i, panel) in panels.enumerate() {
-            let place = grid.place::<S>(panel);
-            let mut k = depth.start;
-            while k < depth.end {
-                let (image, from) = (k / pixels, k % pixels);
-                let count = (pixels - from).min(depth.end - k).min(LONGEST);
-                for half in 0..2 {
-                    let first = half * S::LANES;
-                    let columns = place.columns.saturating_sub(first).min(S::LANES);
-                    // SAFETY: `lines` takes LANES (at most 16) lines, `to` the panels.
+        let (taps, pixels) = (patches.window.taps, patches.window.pixels());
+        let mut k = depth.start;
+        while k < depth.end {
+            let (image, pixel) = (k / pixels, k % pixels);
+            let count = (pixels - pixel).min(depth.end - k).min(S::LANES);
+            let spot = patches.window.spot(pixel, count);
+            for (i, panel) in panels.clone().enumerate() {
+                let place = grid.place::<S>(panel);
+                for half in [0, S::LANES] {
+                    let columns = place.columns.saturating_sub(half).min(S::LANES);
+                    let mut counters = [Counter::at(place.pixel + half, taps); MOST_LANES];
+                    for j in 1..S::LANES {
+                        counters[j] = counters[j - 1];
+                        counters[j].step(taps);
+                    }
+                    // SAFETY: `to` has room for the panels.
                     unsafe {
-                        for j in 0..columns {
-                            let column = place.pixel + first + j;
-                            let plane = patches.plane(image, column / taps);
-                            let line = lines.as_mut_ptr().add(j * LONGEST);
-                            patches.window.line(plane, column % taps, from, count, line);
-                        }
-                        let to = to.add((i * depth.len() + k - depth.start) * width + first);
-                        turned::<S, f32>(lines.as_ptr(), LONGEST, columns, count, to, width);
+                        S::transpose(
+                            #[inline(always)]
+                            |j| if j < columns { patches.load::<S>(&spot, image, counters[j]) } else { S::zero() },
+                            count,
+                            to.add((i * depth.len() + k - depth.start) * width + half),
+                            width,
+                        );
                     }
                 }
-                k += count;
             }
+            k += count;
         }
     }
 }
@@ -204,21 +289,39 @@ pub struct Flipped<'a, T> {
     pub step: usize,
 }
 
+impl<T: Scalar> Flipped<'_, T> {
+    /// The element of a kernel that belongs to a tap.
+    #[inline(always)]
+    fn element(&self, tap: usize) -> usize {
+        let (ty, tx) = (self.taps.0 - 1 - tap / self.taps.1, self.taps.1 - 1 - tap % self.taps.1);
+        (self.first.0 + self.step * ty) * self.kernel.1 + self.first.1 + self.step * tx
+    }
+}
+
 impl<T: Scalar> Left for Flipped<'_, T> {
     #[inline(always)]
     unsafe fn pack<S: Simd>(&self, row: usize, rows: usize, depth: Range<usize>, to: *mut f32) {
         let (kernel, taps) = (self.kernel.0 * self.kernel.1, self.taps.0 * self.taps.1);
-        for k in depth.clone() {
+        // All elements of a kernel by row of A, padded to vectors.
+        let mut turned_kernel = [0f32; MOST_TAPS * MOST_TAPS * MOST_LANES];
+        let mut elements = [0; MOST_TAPS * MOST_TAPS];
+        for (tap, element) in elements.iter_mut().enumerate().take(taps) {
+            *element = self.element(tap);
+        }
+        let mut k = depth.start;
+        while k < depth.end {
             let (output, tap) = (k / taps, k % taps);
-            let (ty, tx) = (self.taps.0 - 1 - tap / self.taps.1, self.taps.1 - 1 - tap % self.taps.1);
-            let tap = (self.first.0 + self.step * ty) * self.kernel.1 + self.first.1 + self.step * tx;
-            let from = &self.weight[(output * self.inputs + row) * kernel + tap..];
-            for r in 0..S::LANES {
-                // SAFETY: `to` has LANES numbers for each k.
-                unsafe {
-                    *to.add((k - depth.start) * S::LANES + r) = if r < rows { from[r * kernel].to_f32() } else { 0.0 };
+            let count = (taps - tap).min(depth.end - k);
+            let from = self.weight[(output * self.inputs + row) * kernel..][..rows * kernel].as_ptr();
+            // SAFETY: `turned_kernel` has a vector for each element, `to` for each k.
+            unsafe {
+                turned::<S, T>(from, kernel, rows, kernel, turned_kernel.as_mut_ptr(), S::LANES);
+                for (i, &element) in elements[tap..tap + count].iter().enumerate() {
+                    let vector = S::load(turned_kernel.as_ptr().add(element * S::LANES));
+                    S::store(to.add((k - depth.start + i) * S::LANES), vector);
                 }
             }
+            k += count;
         }
     }
 }

@@ -1,6 +1,6 @@
 //! The register tile: up to ROWS x 2 LANES sums, one fused multiply-add per element and step of k, in the order of k.
 
-use super::simd::Simd;
+use super::simd::{Simd, first};
 
 /// What happens with a tile's sums.
 #[derive(Clone, Copy)]
@@ -119,10 +119,10 @@ unsafe fn put<S: Simd>(sum: S::V, to: *mut f32, lanes: usize, finish: Finish, ro
         let value = match finish {
             Finish::Store => sum,
             Finish::Add if whole => S::add(S::load(to), sum),
-            Finish::Add => S::add(S::load_first(to, lanes), sum),
+            Finish::Add => S::add(S::load_where(to, first(lanes)), sum),
             Finish::RowBias(bias) => S::add(sum, S::splat(*bias.add(row))),
             Finish::ColumnBias(bias) if whole => S::add(sum, S::load(bias.add(column))),
-            Finish::ColumnBias(bias) => S::add(sum, S::load_first(bias.add(column), lanes)),
+            Finish::ColumnBias(bias) => S::add(sum, S::load_where(bias.add(column), first(lanes))),
         };
         if whole { S::store(to, value) } else { S::store_first(to, lanes, value) }
     }

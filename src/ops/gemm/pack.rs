@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use super::simd::{Scalar, Simd};
+use super::simd::{Scalar, Simd, first};
 
 /// The columns of a product: `images` times `pixels` of them. No panel of B straddles two images, so what a column
 /// comes to does not depend on the images beside it.
@@ -167,29 +167,10 @@ pub unsafe fn run<S: Simd, T: Scalar>(from: *const T, count: usize, to: *mut f32
             i += S::LANES;
         }
         while i < width {
-            let lanes = count.saturating_sub(i).min(S::LANES);
-            S::store(to.add(i), load_first::<S, T>(from.add(i.min(count)), lanes));
+            let lanes = first(count.saturating_sub(i).min(S::LANES));
+            S::store(to.add(i), T::load_where::<S>(from.wrapping_add(i), lanes));
             i += S::LANES;
         }
-    }
-}
-
-/// The first `lanes` numbers as a vector with zeros behind them.
-///
-/// # Safety
-/// `from` has `lanes` numbers, at most LANES.
-#[inline(always)]
-pub unsafe fn load_first<S: Simd, T: Scalar>(from: *const T, lanes: usize) -> S::V {
-    // SAFETY: reads `lanes` numbers only; 16 is the largest LANES.
-    unsafe {
-        if T::DTYPE == candle_core::DType::F32 {
-            return S::load_first(from.cast(), lanes);
-        }
-        let mut some = [0f32; 16];
-        for (i, x) in some.iter_mut().enumerate().take(lanes) {
-            *x = (*from.add(i)).to_f32();
-        }
-        S::load(some.as_ptr())
     }
 }
 
@@ -207,18 +188,29 @@ pub unsafe fn turned<S: Simd, T: Scalar>(
     to: *mut f32,
     width: usize,
 ) {
-    // SAFETY: the caller's promise.
+    let whole = depth - depth % S::LANES;
+    let mut k = 0;
+    // SAFETY: the caller's promise; the last step reads and writes only what is left.
     unsafe {
-        let whole = depth - depth % S::LANES;
-        let mut k = 0;
         while k < whole {
-            S::transpose(from.add(k), stride, count, to.add(k * width), width);
+            S::transpose(
+                #[inline(always)]
+                |i| if i < count { T::load::<S>(from.add(i * stride + k)) } else { S::zero() },
+                S::LANES,
+                to.add(k * width),
+                width,
+            );
             k += S::LANES;
         }
-        for k in whole..depth {
-            for i in 0..S::LANES {
-                *to.add(k * width + i) = if i < count { (*from.add(i * stride + k)).to_f32() } else { 0.0 };
-            }
+        if k < depth {
+            let lanes = first(depth - k);
+            S::transpose(
+                #[inline(always)]
+                |i| if i < count { T::load_where::<S>(from.add(i * stride + k), lanes) } else { S::zero() },
+                depth - k,
+                to.add(k * width),
+                width,
+            );
         }
     }
 }

@@ -178,7 +178,9 @@ impl<A: Left, B: Right> Product<'_, A, B> {
             let depth = k..(k + self.block).min(self.depth);
             // SAFETY: the promise to `tile`; ranges lie inside the operands.
             unsafe {
-                self.b.pack::<S>(depth.clone(), panels.clone(), self.grid, b);
+                if !depth.is_empty() {
+                    self.b.pack::<S>(depth.clone(), panels.clone(), self.grid, b);
+                }
                 self.block::<S, T>(rows.clone(), panels.clone(), depth.clone(), [a, b, sums], out);
             }
             k = depth.end;
@@ -212,7 +214,9 @@ impl<A: Left, B: Right> Product<'_, A, B> {
             let count = (rows.end - row).min(S::ROWS);
             // SAFETY: panels and results lie where `tile` made room and where `Out` has checked.
             unsafe {
-                self.a.pack::<S>(row, count, depth.clone(), a);
+                if !depth.is_empty() {
+                    self.a.pack::<S>(row, count, depth.clone(), a);
+                }
                 for (i, panel) in panels.clone().enumerate() {
                     let place = self.grid.place::<S>(panel);
                     let b = b.add(i * depth.len() * width);

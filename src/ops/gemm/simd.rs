@@ -24,8 +24,12 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     unsafe fn zero() -> Self::V;
     unsafe fn splat(value: f32) -> Self::V;
     unsafe fn load(from: *const f32) -> Self::V;
-    /// The first `lanes` of a vector, zeros behind them; reads no further.
-    unsafe fn load_first(from: *const f32, lanes: usize) -> Self::V;
+    /// The lanes whose bit is set, zero in the others, which are not read and may lie anywhere.
+    unsafe fn load_where(from: *const f32, lanes: u16) -> Self::V;
+    unsafe fn load_bf16_where(from: *const bf16, lanes: u16) -> Self::V;
+    unsafe fn load_f16_where(from: *const f16, lanes: u16) -> Self::V;
+    /// Lane i is `from[index[i]]`, for the lanes whose bit is set; zero in the others, which are not read.
+    unsafe fn gather_where(from: *const f32, index: &[i32; MOST_LANES], lanes: u16) -> Self::V;
     unsafe fn store(to: *mut f32, v: Self::V);
     unsafe fn store_first(to: *mut f32, lanes: usize, v: Self::V);
     /// a * b + c with one rounding.
@@ -35,8 +39,18 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     unsafe fn load_f16(from: *const f16) -> Self::V;
     /// Brings the cache line into the first level.
     unsafe fn prefetch(at: *const f32);
-    /// `to[j * to_stride + i] = from[i * from_stride + j]` for i < `rows` and j < LANES; zeros for i in `rows`..LANES.
-    unsafe fn transpose<T: Scalar>(from: *const T, from_stride: usize, rows: usize, to: *mut f32, to_stride: usize);
+    /// Writes lane j of the vector `row(i)` to `to[j * stride + i]`, for all i and for j < `lanes`.
+    unsafe fn transpose(row: impl Fn(usize) -> Self::V, lanes: usize, to: *mut f32, stride: usize);
+}
+
+/// The most lanes of any instruction set.
+pub const MOST_LANES: usize = 16;
+
+/// The first `count` lanes, as the methods that take some of them want it.
+#[inline(always)]
+pub fn first(count: usize) -> u16 {
+    debug_assert!(count <= MOST_LANES);
+    ((1u32 << count) - 1) as u16
 }
 
 /// Number types that kernels read; arithmetic is in f32 throughout.
@@ -44,6 +58,23 @@ pub trait Scalar: Element {
     /// # Safety
     /// As [`Simd::load`].
     unsafe fn load<S: Simd>(from: *const Self) -> S::V;
+    /// # Safety
+    /// As [`Simd::load_where`].
+    unsafe fn load_where<S: Simd>(from: *const Self, lanes: u16) -> S::V;
+    /// # Safety
+    /// As [`Simd::gather_where`].
+    #[inline(always)]
+    unsafe fn gather_where<S: Simd>(from: *const Self, index: &[i32; MOST_LANES], lanes: u16) -> S::V {
+        let mut some = [0f32; MOST_LANES];
+        for (i, (x, &at)) in some.iter_mut().zip(index).enumerate() {
+            if lanes >> i & 1 == 1 {
+                // SAFETY: the caller's promise for lanes whose bit is set.
+                *x = unsafe { *from.wrapping_offset(at as isize) }.to_f32();
+            }
+        }
+        // SAFETY: as many numbers as the longest vector has.
+        unsafe { S::load(some.as_ptr()) }
+    }
 }
 
 impl Scalar for f32 {
@@ -51,6 +82,16 @@ impl Scalar for f32 {
     unsafe fn load<S: Simd>(from: *const Self) -> S::V {
         // SAFETY: the caller's promise.
         unsafe { S::load(from) }
+    }
+    #[inline(always)]
+    unsafe fn load_where<S: Simd>(from: *const Self, lanes: u16) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe { S::load_where(from, lanes) }
+    }
+    #[inline(always)]
+    unsafe fn gather_where<S: Simd>(from: *const Self, index: &[i32; MOST_LANES], lanes: u16) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe { S::gather_where(from, index, lanes) }
     }
 }
 
@@ -60,6 +101,11 @@ impl Scalar for bf16 {
         // SAFETY: the caller's promise.
         unsafe { S::load_bf16(from) }
     }
+    #[inline(always)]
+    unsafe fn load_where<S: Simd>(from: *const Self, lanes: u16) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe { S::load_bf16_where(from, lanes) }
+    }
 }
 
 impl Scalar for f16 {
@@ -67,6 +113,11 @@ impl Scalar for f16 {
     unsafe fn load<S: Simd>(from: *const Self) -> S::V {
         // SAFETY: the caller's promise.
         unsafe { S::load_f16(from) }
+    }
+    #[inline(always)]
+    unsafe fn load_where<S: Simd>(from: *const Self, lanes: u16) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe { S::load_f16_where(from, lanes) }
     }
 }
 
@@ -102,7 +153,11 @@ impl Isa {
         {
             let avx2 =
                 is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
-            if avx2 && is_x86_feature_detected!("avx512f") {
+            if avx2
+                && is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512vl")
+            {
                 found.push(Isa::Avx512);
             }
             if avx2 {
@@ -163,9 +218,23 @@ unsafe impl Simd for Portable {
         unsafe { from.cast::<Self::V>().read_unaligned() }
     }
     #[inline(always)]
-    unsafe fn load_first(from: *const f32, lanes: usize) -> Self::V {
-        // SAFETY: reads only the first `lanes`.
-        std::array::from_fn(|i| if i < lanes { unsafe { *from.add(i) } } else { 0.0 })
+    unsafe fn load_where(from: *const f32, lanes: u16) -> Self::V {
+        some(from, lanes)
+    }
+    #[inline(always)]
+    unsafe fn load_bf16_where(from: *const bf16, lanes: u16) -> Self::V {
+        some(from, lanes)
+    }
+    #[inline(always)]
+    unsafe fn load_f16_where(from: *const f16, lanes: u16) -> Self::V {
+        some(from, lanes)
+    }
+    #[inline(always)]
+    unsafe fn gather_where(from: *const f32, index: &[i32; MOST_LANES], lanes: u16) -> Self::V {
+        std::array::from_fn(|i| {
+            // SAFETY: the caller's promise for lanes whose bit is set.
+            if lanes >> i & 1 == 1 { unsafe { *from.wrapping_offset(index[i] as isize) } } else { 0.0 }
+        })
     }
     #[inline(always)]
     unsafe fn store(to: *mut f32, v: Self::V) {
@@ -200,15 +269,19 @@ unsafe impl Simd for Portable {
     #[inline(always)]
     unsafe fn prefetch(_at: *const f32) {}
     #[inline(always)]
-    unsafe fn transpose<T: Scalar>(from: *const T, from_stride: usize, rows: usize, to: *mut f32, to_stride: usize) {
-        for j in 0..LANES {
-            for i in 0..LANES {
-                // SAFETY: the caller's promise: rows `i < rows` are readable, all of `to` writable.
-                unsafe {
-                    *to.add(j * to_stride + i) =
-                        if i < rows { Element::to_f32(*from.add(i * from_stride + j)) } else { 0.0 };
-                }
+    unsafe fn transpose(row: impl Fn(usize) -> Self::V, lanes: usize, to: *mut f32, stride: usize) {
+        for i in 0..LANES {
+            let row = row(i);
+            for (j, &x) in row.iter().enumerate().take(lanes) {
+                // SAFETY: the caller's promise.
+                unsafe { *to.add(j * stride + i) = x };
             }
         }
     }
+}
+
+#[inline(always)]
+fn some<T: Element>(from: *const T, lanes: u16) -> [f32; LANES] {
+    // SAFETY: called with the promise of `load_where`: lanes whose bit is set are readable.
+    std::array::from_fn(|i| if lanes >> i & 1 == 1 { unsafe { *from.wrapping_add(i) }.to_f32() } else { 0.0 })
 }
