@@ -19,7 +19,8 @@ use crate::device::threads::set_threads;
 pub struct Rank {
     pub world: World,
     pub communicator: Arc<dyn Communicator>,
-    /// How the launcher learns of progress; does nothing where there is none.
+    /// How the launcher learns of progress; does nothing where there is no launcher. Progress is the same for all ranks,
+    /// so only rank 0's is heard, and nobody needs to ask for the rank before sending.
     pub events: EventSink,
     /// Compute threads, already set.
     pub threads: usize,
@@ -40,7 +41,8 @@ impl Rank {
         let threads = threads(&world, &*communicator)?;
         set_threads(threads);
         let restart = number(variable::RESTART).unwrap_or(0);
-        Ok(Rank { world, communicator, events: launcher(), threads, restart, interrupt })
+        let events = if world.rank == 0 { launcher() } else { EventSink::none() };
+        Ok(Rank { world, communicator, events, threads, restart, interrupt })
     }
 }
 
