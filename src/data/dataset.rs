@@ -1,6 +1,7 @@
 //! The images of a run: a folder of instance images and, under prior preservation, one of class images, and how an item
 //! of the data set becomes pixels. Order, crops and flips are drawn elsewhere and come in as values.
 
+use super::crop::{Crop, Window, center, fit, scale_draw};
 use super::decode::{Picture, decode};
 use super::resize::{Interpolation, resize};
 use crate::Refusal;
@@ -33,15 +34,6 @@ pub struct DatasetOptions {
 /// [`DatasetOptions::keep_bytes`] unless there is a reason.
 pub const KEEP_BYTES: usize = 1 << 30;
 
-/// Where an item's crop comes from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Crop {
-    /// A recorded offset in the resized picture, in pixels; never mirrored.
-    At { top: usize, left: usize },
-    /// Uniform 64-bit numbers for a random crop's offsets (not used with `center_crop`), and whether to mirror.
-    Drawn { top: u64, left: u64, flip: bool },
-}
-
 /// One row's pixels and what SDXL is told about them.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Prepared {
@@ -68,14 +60,6 @@ struct Image {
     /// (width, height) of the upright picture, once it was decoded.
     size: OnceLock<(usize, usize)>,
     kept: OnceLock<Window>,
-}
-
-/// A part of a resized picture that holds every crop that can be asked for.
-#[derive(Debug)]
-struct Window {
-    picture: Picture,
-    top: usize,
-    left: usize,
 }
 
 impl Dataset {
@@ -152,7 +136,7 @@ impl Dataset {
                 image.size.get().copied().unwrap_or_default()
             }
         };
-        let (width, height) = resized(size, self.options.resolution);
+        let (width, height) = fit(size, self.options.resolution);
         Ok((height - self.options.resolution, width - self.options.resolution))
     }
 
@@ -177,8 +161,8 @@ impl Dataset {
                     image.path.display()
                 )));
             }
-            Crop::Drawn { flip, .. } if self.options.center_crop => (half(max_top), half(max_left), flip),
-            Crop::Drawn { top, left, flip } => (scaled(top, max_top), scaled(left, max_left), flip),
+            Crop::Drawn { flip, .. } if self.options.center_crop => (center(max_top), center(max_left), flip),
+            Crop::Drawn { top, left, flip } => (scale_draw(top, max_top), scale_draw(left, max_left), flip),
         };
         let flip = flip && self.options.random_flip && row == Row::Instance;
         // The column of the picture as it was before mirroring.
@@ -190,7 +174,7 @@ impl Dataset {
             None => match self.load(image, row)? {
                 Loaded::Kept(window) => window,
                 Loaded::Passing(picture) => {
-                    let full = resized((picture.width, picture.height), r);
+                    let full = fit((picture.width, picture.height), r);
                     let filter = self.options.interpolation;
                     let picture = resize(&picture, full, column..column + r, top..top + r, filter);
                     part = Window { picture, top, left: column };
@@ -230,10 +214,10 @@ impl Dataset {
         })?;
         image.size.get_or_init(|| (picture.width, picture.height));
         let r = self.options.resolution;
-        let (width, height) = resized((picture.width, picture.height), r);
+        let (width, height) = fit((picture.width, picture.height), r);
         let (mut columns, mut rows) = (0..width, 0..height);
         if self.options.center_crop {
-            let (top, left) = (half(height - r), half(width - r));
+            let (top, left) = (center(height - r), center(width - r));
             rows = top..top + r;
             // The middle of a mirrored picture of even width over an odd one begins a column further.
             let mirrored = if self.options.random_flip && row == Row::Instance { width - r - left } else { left };
@@ -267,40 +251,6 @@ enum Loaded<'a> {
     Passing(Picture),
 }
 
-impl Window {
-    /// The r × r pixels from (top, left) as (3, r, r) in −1 … 1, rounded as `ToTensor` and `Normalize` round.
-    fn pixels(&self, top: usize, left: usize, r: usize, flip: bool) -> Vec<f32> {
-        let levels: [f32; 256] = std::array::from_fn(|v| (v as f32 / 255.0 - 0.5) / 0.5);
-        let mut pixels = vec![0f32; 3 * r * r];
-        for y in 0..r {
-            let start = (top - self.top + y) * self.picture.width + (left - self.left);
-            let line = &self.picture.rgb[start * 3..][..r * 3];
-            for (x, pixel) in line.as_chunks::<3>().0.iter().enumerate() {
-                let x = if flip { r - 1 - x } else { x };
-                for (channel, &level) in pixel.iter().enumerate() {
-                    pixels[(channel * r + y) * r + x] = levels[usize::from(level)];
-                }
-            }
-        }
-        pixels
-    }
-}
-
-/// The size of a picture whose shorter side becomes `r`; the longer is rounded down, as in torchvision.
-fn resized((width, height): (usize, usize), r: usize) -> (usize, usize) {
-    if width <= height { (r, r * height / width) } else { (r * width / height, r) }
-}
-
-/// n/2, a half to the even neighbour, as Python's `round` does.
-fn half(n: usize) -> usize {
-    n / 2 + usize::from(n % 4 == 3)
-}
-
-/// A uniform 64-bit number as one of 0 … max.
-fn scaled(draw: u64, max: usize) -> usize {
-    ((u128::from(draw) * (max as u128 + 1)) >> 64) as usize
-}
-
 /// A folder's files by name. An error's text is a problem for a refusal.
 fn list(dir: &Path, key: &str) -> std::result::Result<Vec<Image>, String> {
     let unreadable = |e: std::io::Error| match e.kind() {
@@ -329,4 +279,178 @@ fn list(dir: &Path, key: &str) -> std::result::Result<Vec<Image>, String> {
     }
     paths.sort();
     Ok(paths.into_iter().map(|path| Image { path, size: OnceLock::new(), kept: OnceLock::new() }).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::diffusion::Draws;
+    use serde_json::Value;
+
+    fn data() -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/images")
+    }
+
+    fn options(dir: impl Into<PathBuf>, resolution: usize) -> DatasetOptions {
+        DatasetOptions {
+            instance_dir: dir.into(),
+            class: None,
+            resolution,
+            center_crop: false,
+            random_flip: false,
+            interpolation: Interpolation::Bilinear,
+            keep_bytes: KEEP_BYTES,
+            verify: true,
+        }
+    }
+
+    fn filter(name: &str) -> Interpolation {
+        match name {
+            "bilinear" => Interpolation::Bilinear,
+            "bicubic" => Interpolation::Bicubic,
+            "lanczos" => Interpolation::Lanczos,
+            "box" => Interpolation::Box,
+            "hamming" => Interpolation::Hamming,
+            _ => Interpolation::Nearest,
+        }
+    }
+
+    fn fingerprint(pixels: &[f32]) -> String {
+        let bytes = pixels.iter().flat_map(|v| v.to_le_bytes());
+        let hash = bytes.fold(0xcbf29ce484222325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100000001b3));
+        format!("{hash:016x}")
+    }
+
+    /// Every picture of tests/data/images through Pillow and torchvision, as golden.json holds it: to the bit where the
+    /// format is lossless (and for WebP), within 4 levels and 0.5 on average for JPEG.
+    #[test]
+    fn pixels_are_the_peer_s() {
+        let golden: Value = serde_json::from_slice(&std::fs::read(data().join("golden.json")).unwrap()).unwrap();
+        for (folder, files) in golden.as_object().unwrap() {
+            for (index, (file, cases)) in files.as_object().unwrap().iter().enumerate() {
+                for case in cases.as_array().unwrap() {
+                    let number = |i: usize| case[i].as_u64().unwrap() as usize;
+                    let filter_name = case[1].as_str().unwrap();
+                    for keep_bytes in [0, KEEP_BYTES] {
+                        let wanted = DatasetOptions {
+                            interpolation: filter(filter_name),
+                            keep_bytes,
+                            verify: false,
+                            ..options(data().join(folder), number(0))
+                        };
+                        let dataset = Dataset::open(&wanted).unwrap();
+                        assert_eq!(dataset.path(Row::Instance, index as u64).file_name().unwrap(), file.as_str());
+                        let crop = Crop::At { top: number(4), left: number(5) };
+                        let got = dataset.prepare(Row::Instance, index as u64, crop).unwrap();
+                        assert_eq!(got.original_size, (number(2), number(3)), "{file}");
+                        match case[6].as_str() {
+                            Some(hash) => assert_eq!(fingerprint(&got.pixels), hash, "{folder}/{file} {filter_name}"),
+                            None => check_near(&got, &format!("{folder}_{file}_{filter_name}.png")),
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    fn check_near(got: &Prepared, expected: &str) {
+        let picture = decode(&data().join("expected").join(expected)).unwrap();
+        let plane = picture.width * picture.height;
+        let differences = picture.rgb.iter().enumerate().map(|(i, &level)| {
+            let own = got.pixels[i % 3 * plane + i / 3];
+            ((own * 0.5 + 0.5) * 255.0 - f32::from(level)).abs()
+        });
+        let (largest, sum) = differences.fold((0f32, 0f32), |(m, s), d| (m.max(d), s + d));
+        assert!(largest < 4.01 && sum / (3 * plane) as f32 <= 0.5, "{expected}: {largest} {sum}");
+    }
+
+    #[test]
+    fn items_pair_instances_with_class_images_and_the_smaller_set_cycles() {
+        let wanted = DatasetOptions { class: Some((data().join("sizes"), 4)), ..options(data().join("rough"), 16) };
+        let dataset = Dataset::open(&wanted).unwrap();
+        assert_eq!((dataset.len(), dataset.instance_count(), dataset.class_count()), (6, 6, 4));
+        let name = |row, item| dataset.path(row, item).file_name().unwrap().to_string_lossy().into_owned();
+        assert_eq!(name(Row::Instance, 0), "a photo.png");
+        assert_eq!(name(Row::Instance, 7), "b.JPG");
+        assert_eq!(name(Row::Class, 5), name(Row::Class, 1));
+    }
+
+    #[test]
+    fn center_crops_and_mirrored_ones_agree_with_the_whole_picture() {
+        let draws = Draws::new(4);
+        for (center_crop, item) in (0..12).flat_map(|i| [(true, i), (false, i)]) {
+            let whole =
+                DatasetOptions { center_crop, random_flip: true, keep_bytes: 0, ..options(data().join("sizes"), 48) };
+            let kept = DatasetOptions { keep_bytes: KEEP_BYTES, ..whole.clone() };
+            let (whole, kept) = (Dataset::open(&whole).unwrap(), Dataset::open(&kept).unwrap());
+            let (top, left) = draws.crop(Row::Instance, item);
+            let crops = [false, true].map(|flip| Crop::Drawn { top, left, flip });
+            let [plain, mirrored] = crops.map(|crop| kept.prepare(Row::Instance, item, crop).unwrap());
+            assert_eq!(plain, whole.prepare(Row::Instance, item, crops[0]).unwrap());
+            assert_eq!(mirrored, whole.prepare(Row::Instance, item, crops[1]).unwrap());
+            assert_eq!(plain.crop_top_left, mirrored.crop_top_left);
+        }
+    }
+
+    #[test]
+    fn only_rows_without_chance_are_deterministic() {
+        let random = Dataset::open(&options(data().join("sizes"), 48)).unwrap();
+        let square =
+            |d: &Dataset| (0..d.len() as u64).find(|&i| d.path(Row::Instance, i).ends_with("48x48.png")).unwrap();
+        assert!(random.is_deterministic(Row::Instance, square(&random)).unwrap());
+        assert_eq!((0..12).filter(|&i| random.is_deterministic(Row::Instance, i).unwrap()).count(), 2);
+        let centered = DatasetOptions { center_crop: true, ..options(data().join("sizes"), 48) };
+        let centered = Dataset::open(&centered).unwrap();
+        assert!((0..12).all(|i| centered.is_deterministic(Row::Instance, i).unwrap()));
+        let flipped = DatasetOptions { center_crop: true, random_flip: true, ..options(data().join("sizes"), 48) };
+        assert!(!Dataset::open(&flipped).unwrap().is_deterministic(Row::Instance, 0).unwrap());
+    }
+
+    #[test]
+    fn every_bad_file_is_named_at_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let whole = std::fs::read(data().join("rough/a photo.png")).unwrap();
+        let jpeg = std::fs::read(data().join("rough/b.JPG")).unwrap();
+        let webp = std::fs::read(data().join("rough/f.webp")).unwrap();
+        let mut corrupt = whole.clone();
+        corrupt[5000] ^= 0xFF;
+        let files: [(&str, &[u8]); 8] = [
+            ("good.png", &whole),
+            (".hidden", b"passed over"),
+            ("corrupt.png", &corrupt),
+            ("cut.png", &whole[..whole.len() / 2]),
+            ("cut.jpg", &jpeg[..jpeg.len() - 100]),
+            ("cut.webp", &webp[..webp.len() - 1]),
+            ("text.png", b"a text file"),
+            ("empty.jpg", b""),
+        ];
+        for (name, bytes) in files {
+            std::fs::write(folder.path().join(name), bytes).unwrap();
+        }
+        std::fs::create_dir(folder.path().join("sub-folder")).unwrap();
+        let error = Dataset::open(&options(folder.path(), 16)).unwrap_err();
+        let problems = &error.downcast_ref::<Refusal>().unwrap().problems;
+        let named = |name: &str| problems.iter().any(|p| p.contains(name) && p.contains("Replace the file"));
+        let bad = ["corrupt.png", "cut.png", "cut.jpg", "cut.webp", "text.png", "empty.jpg"];
+        assert!(bad.iter().all(|name| named(name)), "{problems:?}");
+        assert_eq!(problems.len(), bad.len());
+    }
+
+    #[test]
+    fn wrong_folders_are_refused() {
+        let refused = |options: &DatasetOptions| {
+            let error = Dataset::open(options).unwrap_err();
+            assert!(error.is::<Refusal>());
+            error.to_string()
+        };
+        let empty = tempfile::tempdir().unwrap();
+        assert!(refused(&options("no/such/folder", 16)).contains("no/such/folder (data.instance_dir) does not exist"));
+        assert!(refused(&options(empty.path(), 16)).contains("holds no images"));
+        assert!(refused(&options(data().join("golden.json"), 16)).contains("not a folder"));
+        let few = DatasetOptions { class: Some((data().join("rough"), 100)), ..options(data().join("rough"), 16) };
+        assert!(refused(&few).contains("94 are missing"));
+        let dataset = Dataset::open(&options(data().join("rough"), 72)).unwrap();
+        let outside = dataset.prepare(Row::Instance, 0, Crop::At { top: 1, left: 0 }).unwrap_err();
+        assert!(outside.is::<Refusal>() && outside.to_string().contains("a photo.png"));
+    }
 }

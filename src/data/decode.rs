@@ -33,6 +33,9 @@ pub(super) fn decode(path: &Path) -> Result<Picture> {
             through_image(decoder).context("it is a damaged JPEG file")?
         }
         Ok(ImageFormat::WebP) => {
+            if !riff_is_whole(&bytes) {
+                bail!("it is a WebP file that is truncated");
+            }
             let decoder = image::codecs::webp::WebPDecoder::new(Cursor::new(&bytes))
                 .context("it is a WebP file that is damaged or truncated")?;
             through_image(decoder).context("it is a WebP file that is damaged or truncated")?
@@ -76,7 +79,7 @@ fn png(bytes: &[u8]) -> Result<(Picture, Orientation)> {
     let mut data = vec![0u8; size];
     let frame = reader.next_frame(&mut data)?;
     data.truncate(frame.buffer_size());
-    // Orientation may stand behind the pixels. A file that lacks its very end still has all of them, as for Pillow.
+    // The orientation may stand behind the pixels; what is wrong there does not touch them.
     let _ = reader.finish();
     let info = reader.info();
     if frame.bit_depth == png::BitDepth::Sixteen {
@@ -111,6 +114,12 @@ impl Picture {
         };
         Picture { width, height, rgb }
     }
+}
+
+/// Whether a WebP file is as long as its RIFF header says; an animation's first picture would decode without the rest.
+fn riff_is_whole(bytes: &[u8]) -> bool {
+    let stated = bytes.get(4..8).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+    stated.is_some_and(|length| bytes.len() as u64 >= u64::from(length) + 8)
 }
 
 /// Whether a JPEG file goes on to its end marker; decoders fill what is missing with grey instead of failing.

@@ -42,7 +42,8 @@ impl Interpolation {
                 d if d >= 1.0 => 0.0,
                 d => {
                     let angle = d * std::f64::consts::PI;
-                    angle.sin() / angle * (0.54 + 0.46 * angle.cos())
+                    // Pillow writes these two as C floats.
+                    angle.sin() / angle * (f64::from(0.54f32) + f64::from(0.46f32) * angle.cos())
                 }
             },
             Interpolation::Bicubic => {
