@@ -118,11 +118,6 @@ impl UnetConfig {
         r.finish(config)
     }
 
-    /// How often the latents are halved on the way down.
-    pub fn halvings(&self) -> usize {
-        self.levels.len() - 1
-    }
-
     /// Stable Diffusion 1.5: 859,520,964 parameters.
     pub fn sd15_shape() -> Self {
         let level = |channels, attends: bool| Level {
