@@ -258,7 +258,10 @@ pub struct Report {
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (plan, facts) = (&self.plan, &self.facts);
-        let millions = |count: u64| format!("{:.1} M parameters", count as f64 / 1e6);
+        let millions = |count: u64| match count {
+            0..100_000 => format!("{count} parameters"),
+            _ => format!("{:.1} M parameters", count as f64 / 1e6),
+        };
         writeln!(f, "{}: nothing wrong was found; this is what will run.", self.config.display())?;
         let folder = facts.model_dir.as_deref().unwrap_or(Path::new("")).display();
         writeln!(f, "  model       {folder} ({})", facts.model.class)?;

@@ -283,7 +283,7 @@ fn a_broken_model_is_told_part_by_part() {
     fs::write(&index, text.replace("CLIPTextModel", "T5EncoderModel")).unwrap();
     told(&home, &["text_encoder is T5EncoderModel", "CLIPTextModel"]);
     fs::write(&index, text.replace("StableDiffusionPipeline", "StableDiffusionXLPipeline")).unwrap();
-    told(&home, &["this is a StableDiffusionXLPipeline", "only StableDiffusionPipeline"]);
+    told(&home, &["_class_name is StableDiffusionXLPipeline", "only StableDiffusionPipeline"]);
     fs::write(&index, "{").unwrap();
     told(&home, &["model_index.json", "not JSON"]);
 }
