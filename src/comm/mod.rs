@@ -24,7 +24,7 @@ pub use rendezvous::Rendezvous;
 pub use shared::Shared;
 pub use solo::Solo;
 pub use values::CommunicatorExt;
-pub use window::Window;
+pub use window::{MAX_RANKS, Window};
 
 /// What a collective reads.
 #[derive(Clone, Copy, Debug)]

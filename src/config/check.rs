@@ -12,12 +12,13 @@ use super::model_folder::{self, ModelFacts};
 use super::output_folder;
 use super::{Draft, ModelSource, Resume, RunPlan, Steps};
 use crate::checkpoint::{self, Checkpoint};
-use crate::diffusion::Record;
+use crate::data::Dataset;
+use crate::diffusion::{NoiseSchedule, Record};
 use crate::{Refusal, hub};
 
 /// What is looked at, in this order, after the configuration itself.
 const INSPECTIONS: &[fn(&mut Inspection)] =
-    &[model, images, ranks, replay, resume, output_folder::inspect, output_folder::disk_space];
+    &[model, images, pictures, ranks, replay, resume, output_folder::inspect, output_folder::disk_space];
 
 /// Checks the request that `config` and `overrides` make, for `world_size` ranks. Fetches the model if it is on the
 /// Hub (into the Hub's own cache, where the run finds it), and writes nothing else. Ok is what will run; a request
@@ -118,6 +119,8 @@ fn model(inspection: &mut Inspection) {
     let mut problems = Vec::new();
     inspection.facts.model = model_folder::inspect(&folder, &inspection.plan, &mut problems);
     if problems.is_empty() {
+        let scheduler = folder.join("scheduler").join("scheduler_config.json");
+        inspection.absorb("model", "path", NoiseSchedule::from_json(&scheduler));
         inspection.facts.model_dir = Some(folder);
     }
     for what in problems {
@@ -156,6 +159,18 @@ fn images(inspection: &mut Inspection) {
             ));
         }
         inspection.facts.steps = Some(steps);
+    }
+}
+
+/// The pictures themselves: every one is decoded, so that a damaged one is found now and not in the middle of a run.
+fn pictures(inspection: &mut Inspection) {
+    if inspection.facts.steps.is_some() {
+        let options = inspection.plan.dataset_options(true);
+        // Class images that are too few were told already.
+        let enough = options.class.as_ref().is_none_or(|(_, wanted)| *wanted <= inspection.facts.class_images);
+        if enough {
+            inspection.absorb("data", "instance_dir", Dataset::open(&options));
+        }
     }
 }
 

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use super::plan::{Toggle, Writer};
 use super::reader::Reader;
+use crate::data::Interpolation;
 
 #[derive(Clone, Debug, PartialEq)]
 pub struct DataPlan {
@@ -26,18 +27,6 @@ pub struct DataPlan {
     pub cache_latents: Toggle,
 }
 
-/// Pillow's resampling filters, by the names of the peers' flag.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Interpolation {
-    Nearest,
-    NearestExact,
-    Box,
-    Bilinear,
-    Hamming,
-    Bicubic,
-    Lanczos,
-}
-
 const FILTERS: [(&str, Interpolation); 7] = [
     ("bilinear", Interpolation::Bilinear),
     ("bicubic", Interpolation::Bicubic),
@@ -45,7 +34,8 @@ const FILTERS: [(&str, Interpolation); 7] = [
     ("hamming", Interpolation::Hamming),
     ("lanczos", Interpolation::Lanczos),
     ("nearest", Interpolation::Nearest),
-    ("nearest_exact", Interpolation::NearestExact),
+    // Pillow, which the peers resize with, has one nearest filter.
+    ("nearest_exact", Interpolation::Nearest),
 ];
 
 impl DataPlan {

@@ -143,6 +143,7 @@ fn refuse_validation(section: &Reader) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::data::Interpolation;
 
     const LEAST: &str = "[model]\npath = \"m/x\"\n[data]\ninstance_dir = \"photos\"\ninstance_prompt = \"a sks dog\"\n[output]\ndir = \"out\"\n";
 

@@ -3,11 +3,13 @@
 
 use anyhow::Result;
 
-pub use super::data::{DataPlan, Interpolation, PriorPlan};
+use crate::data::{DatasetOptions, KEEP_BYTES};
+
+pub use super::data::{DataPlan, PriorPlan};
 pub use super::model::{DeviceKind, ModelPlan, ModelSource};
 pub use super::optimizer::{LrKind, LrSchedulePlan, OptimizerKind, OptimizerPlan};
 pub use super::output::{CheckpointPlan, OutputPlan, ReplayPixels, ReplayPlan, Resume, SaveDtype};
-pub use super::train::{MixedPrecision, SnrVelocity, TrainPlan};
+pub use super::train::{MixedPrecision, TrainPlan};
 pub use super::zero::{ReduceDtype, ZeroPlan};
 
 /// A validated run. Values are final: `"auto"` is resolved wherever the configuration alone can, and learning rates
@@ -78,6 +80,20 @@ impl Writer {
 }
 
 impl RunPlan {
+    /// How the run's pictures are opened. `verify`: every one is decoded, so that damaged ones are found now.
+    pub fn dataset_options(&self, verify: bool) -> DatasetOptions {
+        DatasetOptions {
+            instance_dir: self.data.instance_dir.clone(),
+            class: self.prior.as_ref().map(|prior| (prior.class_dir.clone(), prior.num_class_images)),
+            resolution: self.data.resolution,
+            center_crop: self.data.center_crop,
+            random_flip: self.data.random_flip,
+            interpolation: self.data.interpolation,
+            keep_bytes: KEEP_BYTES,
+            verify,
+        }
+    }
+
     /// The resolved configuration as TOML. Loaded again, by any number of ranks, it gives this plan. Fails only if a
     /// value cannot be written, such as a seed of 2^63 or more (TOML's integers have 64 bits and a sign).
     pub fn to_toml(&self) -> Result<String> {

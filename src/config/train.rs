@@ -4,6 +4,7 @@ use anyhow::{Context, Result};
 
 use super::plan::{Toggle, Writer};
 use super::reader::Reader;
+use crate::diffusion::VelocityWeight;
 
 #[derive(Clone, Debug, PartialEq)]
 pub struct TrainPlan {
@@ -22,7 +23,7 @@ pub struct TrainPlan {
     /// Min-SNR's gamma; none weighs all time steps alike.
     pub snr_gamma: Option<f64>,
     /// Min-SNR's weight under v-prediction.
-    pub snr_velocity: SnrVelocity,
+    pub snr_velocity: VelocityWeight,
     /// Strength of the per-channel offset in the noise; 0 is off.
     pub offset_noise: f64,
     /// Run segments again in the backward pass instead of keeping their graphs.
@@ -37,15 +38,6 @@ pub enum MixedPrecision {
     Bf16,
 }
 
-/// The weight of time step t with signal-to-noise ratio s under v-prediction.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SnrVelocity {
-    /// min(s, gamma) / (s + 1), as in the peer's full script.
-    Standard,
-    /// min(s, gamma) / s + 1, as in the peer's SDXL script.
-    PlusOne,
-}
-
 impl TrainPlan {
     pub(super) fn read(section: &Reader) -> Self {
         section.not_yet(
@@ -55,8 +47,8 @@ impl TrainPlan {
         let snr_gamma = section.above_zero("snr_gamma");
         let snr_velocity = section.choice(
             "snr_gamma_v",
-            SnrVelocity::Standard,
-            &[("standard", Ok(SnrVelocity::Standard)), ("plus_one", Ok(SnrVelocity::PlusOne))],
+            VelocityWeight::OverSnrPlusOne,
+            &[("standard", Ok(VelocityWeight::OverSnrPlusOne)), ("plus_one", Ok(VelocityWeight::PlusOne))],
         );
         if section.is_set("snr_gamma_v") && !section.is_set("snr_gamma") {
             section.reject(
@@ -92,8 +84,8 @@ impl TrainPlan {
         let count = |value: Option<usize>| value.map(|value| value as i64);
         let seed = self.seed.map(i64::try_from).transpose().context("the seed does not fit TOML's integers")?;
         let velocity = match self.snr_velocity {
-            SnrVelocity::Standard => "standard",
-            SnrVelocity::PlusOne => "plus_one",
+            VelocityWeight::OverSnrPlusOne => "standard",
+            VelocityWeight::PlusOne => "plus_one",
         };
         let precision = match self.mixed_precision {
             MixedPrecision::No => "no",

@@ -13,6 +13,8 @@ mod denoiser;
 mod export;
 mod layers;
 mod names;
+#[cfg(test)]
+mod parity;
 mod pipeline;
 mod resnet;
 mod tensor_file;

@@ -42,12 +42,15 @@ pub fn f64s(tensor: &Tensor) -> Vec<f64> {
     tensor.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
 
+type Op<'a> = dyn Fn(&[Tensor], &[WeightRef]) -> Result<Tensor> + Sync + 'a;
+type Reference<'a> = dyn Fn(&[Vec<f64>]) -> Vec<f64> + Sync + 'a;
+
 /// An op under test: its inputs' and weights' shapes, itself, and the same in f64 from (inputs..., weights...).
 pub struct Case<'a> {
     pub inputs: &'a [&'a [usize]],
     pub weights: &'a [&'a [usize]],
-    pub op: &'a (dyn Fn(&[Tensor], &[WeightRef]) -> Result<Tensor> + Sync),
-    pub reference: &'a (dyn Fn(&[Vec<f64>]) -> Vec<f64> + Sync),
+    pub op: &'a Op<'a>,
+    pub reference: &'a Reference<'a>,
 }
 
 /// What an op gave: y, and the gradients of sum(y * dy) by inputs and weights, with what they were computed from.

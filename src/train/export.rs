@@ -71,7 +71,7 @@ fn write_segment(writers: &mut Writers, network: &Network, i: usize, whole: &[f3
         let component = Component::of(&entry.name);
         let writer = writers.iter_mut().find(|(c, _)| Some(*c) == component).map(|(_, w)| w);
         let writer = writer.with_context(|| format!("{} belongs to no trained component", entry.name))?;
-        writer.write(&entry.name, &whole[entry.offset..entry.offset + entry.len])?;
+        writer.write(&entry.name, 0, &whole[entry.offset..entry.offset + entry.len])?;
     }
     Ok(())
 }
@@ -110,7 +110,12 @@ fn agree<T>(comm: &dyn Communicator, mine: Result<T>) -> Result<T> {
 }
 
 /// Writes the reduced gradients as fp32 safetensors, by their names in the model's own files; a collective.
-pub fn save_gradients(network: &Network, weights: &PipelineWeights, comm: &dyn Communicator, path: &Path) -> Result<()> {
+pub fn save_gradients(
+    network: &Network,
+    weights: &PipelineWeights,
+    comm: &dyn Communicator,
+    path: &Path,
+) -> Result<()> {
     let mut header = Map::new();
     let mut data: Vec<u8> = Vec::new();
     for i in 0..network.store.len() {

@@ -50,6 +50,11 @@ pub struct Metrics {
 }
 
 impl Metrics {
+    /// Writes nothing until a file is opened.
+    pub fn closed() -> Self {
+        Metrics { path: PathBuf::new(), file: None }
+    }
+
     /// Opens `metrics.jsonl` in `dir` at `step`: rows past it (of a run that went on after the checkpoint it resumes
     /// from) are cut, as is a torn last line.
     pub fn open(dir: &Path, step: u64, writes: bool) -> Result<Self> {

@@ -8,10 +8,10 @@ use candle_core::{Device, Tensor};
 
 use super::frozen::Frozen;
 use super::items::Item;
-use crate::config::{ReplayPixels, SnrVelocity};
+use crate::config::ReplayPixels;
 use crate::data::{Crop, Dataset};
 use crate::diffusion::{
-    Draws, MicroRecord, NoiseSchedule, Prediction, Purpose, Record, Row, RowShape, VelocityWeight, add_offset_noise,
+    Draws, MicroRecord, NoiseSchedule, Purpose, Record, Row, RowShape, VelocityWeight, add_offset_noise,
     noisy_and_target, row_weights, sample_latent,
 };
 use crate::segment::SlotId;
@@ -45,7 +45,7 @@ pub struct RowSettings {
     /// Prior preservation's weight; None without it.
     pub prior_weight: Option<f64>,
     pub snr_gamma: Option<f64>,
-    pub snr_velocity: SnrVelocity,
+    pub snr_velocity: VelocityWeight,
     pub offset_noise: f64,
     pub resolution: usize,
     pub cache_latents: bool,
@@ -121,7 +121,9 @@ impl RowDraws<'_> {
             return Ok(());
         };
         let values = match purpose {
-            Purpose::VaeSample => record.vae_eps.as_ref().context("replay.draws holds no vae_eps, which this model needs")?,
+            Purpose::VaeSample => {
+                record.vae_eps.as_ref().context("replay.draws holds no vae_eps, which this model needs")?
+            }
             Purpose::OffsetNoise => {
                 let offset = record.offset_noise.as_ref();
                 offset.context("replay.draws holds no offset_noise, which train.offset_noise needs")?
@@ -151,7 +153,8 @@ impl RowMaker {
             Some((record, pixels)) => Some((record.micro(micro_step as usize)?, *pixels)),
             None => None,
         };
-        let kinds: &[Row] = if self.settings.prior_weight.is_some() { &[Row::Instance, Row::Class] } else { &[Row::Instance] };
+        let kinds: &[Row] =
+            if self.settings.prior_weight.is_some() { &[Row::Instance, Row::Class] } else { &[Row::Instance] };
         let mut rows = Rows::empty(self.settings.resolution / self.vae.downscale, self.vae.latent_channels);
         for (half, &kind) in kinds.iter().enumerate() {
             for i in local.clone() {
@@ -198,8 +201,9 @@ impl RowMaker {
             Row::Class => self.dataset.class_count(),
         };
         let key = (kind, item.index % files as u64);
-        let cacheable =
-            self.settings.cache_latents && draws.recorded.is_none() && self.dataset.is_deterministic(kind, item.index)?;
+        let cacheable = self.settings.cache_latents
+            && draws.recorded.is_none()
+            && self.dataset.is_deterministic(kind, item.index)?;
         if cacheable && let Some(moments) = self.cached_moments.get(&key) {
             return Ok(moments.clone());
         }
@@ -232,12 +236,8 @@ impl RowMaker {
 
     /// Min-SNR weighs the instance half by the instance half's time steps, never the class half.
     fn weights(&self, timesteps: &[i64], instances: usize, items: usize) -> Vec<f64> {
-        let velocity = match self.settings.snr_velocity {
-            SnrVelocity::PlusOne => VelocityWeight::PlusOne,
-            _ => VelocityWeight::Full,
-        };
         let weight = |&t: &i64| match self.settings.snr_gamma {
-            Some(gamma) => self.schedule.min_snr_weight(t as usize, gamma as f32, velocity),
+            Some(gamma) => self.schedule.min_snr_weight(t as usize, gamma as f32, self.settings.snr_velocity),
             None => 1.0,
         };
         let weights: Vec<f32> = timesteps[..instances].iter().map(weight).collect();

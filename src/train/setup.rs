@@ -10,8 +10,8 @@ use candle_core::DType;
 use super::frozen::Frozen;
 use super::items::Sampler;
 use super::metrics::Metrics;
-use super::rows::{RowMaker, RowSettings, Vae};
 use super::network::{Memory, Network};
+use super::rows::{RowMaker, RowSettings, Vae};
 use super::text::Prompts;
 use super::trainer::Trainer;
 use super::weights::PipelineWeights;
@@ -19,11 +19,11 @@ use crate::Refusal;
 use crate::checkpoint::{self, Checkpoint, Position, SegmentRecord};
 use crate::comm::{Communicator, SliceMut};
 use crate::config::{LrKind as PlannedKind, MixedPrecision, ReduceDtype, Resume, RunPlan, Toggle};
-use crate::data::{ClipTokenizer, Dataset, DatasetOptions, Tokens};
+use crate::data::{ClipTokenizer, Dataset, Tokens};
 use crate::device::Arena;
 use crate::diffusion::{Draws, NoiseSchedule, Record};
 use crate::launch::Rank;
-use crate::model::{self, Component, TextConfig, UnetConfig, VaeConfig};
+use crate::model::{self, Component, Denoiser, TextConfig, UnetConfig, VaeConfig};
 use crate::optim::{LrKind, LrSchedule};
 use crate::segment::Keep;
 use crate::zero::{Ranks, Stage};
@@ -58,7 +58,7 @@ pub fn build<'a>(plan: &'a RunPlan, model_dir: &Path, rank: &'a Rank) -> Result<
     let seed = agree_on_seed(plan.train.seed, resumed.as_ref(), &*comm)?;
     let configs = Configs::read(model_dir)?;
     let weights = PipelineWeights::open(model_dir, plan.model.variant.as_deref().unwrap_or(""))?;
-    let dataset = Dataset::open(&dataset_options(plan))?;
+    let dataset = Dataset::open(&plan.dataset_options(false))?;
     let schedule = NoiseSchedule::from_json(&model_dir.join("scheduler").join("scheduler_config.json"))?;
     let arena = Arena::new("frozen network", None);
     let dtype = compute_dtype(plan);
@@ -101,7 +101,7 @@ pub fn build<'a>(plan: &'a RunPlan, model_dir: &Path, rank: &'a Rank) -> Result<
         prompts,
         rows,
         sampler: Sampler::new(draws, epoch_items, batch_items),
-        metrics: Metrics::open(&plan.output.dir, position.step, comm.rank() == 0)?,
+        metrics: Metrics::closed(),
         position,
         total_steps,
         schedule: lr_schedule(plan, total_steps),
@@ -122,20 +122,6 @@ pub fn trained(plan: &RunPlan) -> &'static [Component] {
     match plan.model.train_text_encoder {
         true => &[Component::Unet, Component::TextEncoder],
         false => &[Component::Unet],
-    }
-}
-
-/// `verify`: every picture is decoded once, so that damaged ones are found before the first step.
-pub fn dataset_options(plan: &RunPlan, verify: bool) -> DatasetOptions {
-    DatasetOptions {
-        instance_dir: plan.data.instance_dir.clone(),
-        class: plan.prior.as_ref().map(|p| (p.class_dir.clone(), p.num_class_images)),
-        resolution: plan.data.resolution,
-        center_crop: plan.data.center_crop,
-        random_flip: plan.data.random_flip,
-        interpolation: interpolation(plan.data.interpolation),
-        keep_bytes: KEEP_BYTES,
-        verify,
     }
 }
 
@@ -165,6 +151,12 @@ fn fresh_seed() -> u64 {
     xxhash_rust::xxh3::xxh3_64_with_seed(&since.as_nanos().to_le_bytes(), u64::from(std::process::id())) >> 16
 }
 
+/// What trains: the UNet, with the text encoder in front of it if that trains, too.
+pub fn trained_graph(plan: &RunPlan, configs: &Configs, dtype: DType) -> Denoiser {
+    let text = plan.model.train_text_encoder.then_some(&configs.text);
+    model::denoiser(&configs.unet, text, plan.data.text_encoder_use_attention_mask, dtype)
+}
+
 fn network(
     plan: &RunPlan,
     configs: &Configs,
@@ -173,11 +165,9 @@ fn network(
     comm: &Arc<dyn Communicator>,
     dtype: DType,
 ) -> Result<(Network, model::DenoiserSlots)> {
-    let text = plan.model.train_text_encoder.then_some(&configs.text);
-    let model::Denoiser { graph, slots } =
-        model::denoiser(&configs.unet, text, plan.data.text_encoder_use_attention_mask, dtype);
+    let Denoiser { graph, slots } = trained_graph(plan, configs, dtype);
     for &component in trained(plan) {
-        let wanted: Vec<_> = model::wanted(&graph).into_iter().filter(|(n, _)| Component::of(n) == Some(component)).collect();
+        let wanted = model::wanted(&graph, component);
         weights.component(component).check(&wanted)?;
     }
     let ranks = Ranks {
@@ -216,7 +206,7 @@ fn network(
 
 fn vae(config: &VaeConfig, weights: &PipelineWeights, arena: &Arena) -> Result<Vae> {
     let encoder = model::vae_encoder(config);
-    weights.component(Component::Vae).check(&model::wanted(&encoder.graph))?;
+    weights.component(Component::Vae).check(&model::wanted(&encoder.graph, Component::Vae))?;
     Ok(Vae {
         // fp32 in every precision: some published VAEs overflow in fp16, and it runs without a way back.
         network: Frozen::load(encoder.graph, DType::F32, arena, weights)?,
@@ -229,7 +219,7 @@ fn vae(config: &VaeConfig, weights: &PipelineWeights, arena: &Arena) -> Result<V
 }
 
 /// The tokens of the instance prompt and, under prior preservation, of the class prompt.
-pub fn tokens(plan: &RunPlan, model_dir: &Path) -> Result<Vec<Tokens>> {
+fn tokens(plan: &RunPlan, model_dir: &Path) -> Result<Vec<Tokens>> {
     let tokenizer = ClipTokenizer::open(&model_dir.join("tokenizer"), plan.data.tokenizer_max_length)?;
     let prompts = std::iter::once(&plan.data.instance_prompt).chain(plan.prior.as_ref().map(|p| &p.class_prompt));
     prompts.map(|prompt| tokenizer.encode(prompt)).collect()
@@ -249,7 +239,7 @@ fn prompts(
     }
     // Encoded once, in fp32, and then dropped: a frozen encoder gives the same states every time.
     let encoder = model::text_encoder(&configs.text, plan.data.text_encoder_use_attention_mask, DType::F32);
-    weights.component(Component::TextEncoder).check(&model::wanted(&encoder.graph))?;
+    weights.component(Component::TextEncoder).check(&model::wanted(&encoder.graph, Component::TextEncoder))?;
     let frozen = Frozen::load(encoder.graph, DType::F32, arena, weights)?;
     Prompts::encode(&frozen, &encoder.slots, &tokens, dtype)
 }

@@ -8,8 +8,8 @@ use candle_core::{DType, Device, Tensor};
 
 use super::items::{Items, Sampler};
 use super::metrics::{Metrics, MicroRow, StepRow};
-use super::rows::{PixelDifference, RowMaker, Rows};
 use super::network::Network;
+use super::rows::{PixelDifference, RowMaker, Rows};
 use super::step::{Group, Inputs, clip_factor};
 use super::text::Prompts;
 use super::weights::PipelineWeights;
@@ -58,6 +58,12 @@ struct MicroReport {
 }
 
 impl Trainer<'_> {
+    /// Opens `metrics.jsonl` on rank 0, once the output folder is there.
+    pub fn begin(&mut self) -> Result<()> {
+        self.metrics = Metrics::open(&self.plan.output.dir, self.position.step, self.comm.rank() == 0)?;
+        Ok(())
+    }
+
     /// Trains to the last step, or until the user interrupts.
     pub fn train(&mut self) -> Result<Ending> {
         while self.position.step < self.total_steps {
@@ -209,7 +215,8 @@ impl Trainer<'_> {
         message[..cut].copy_from_slice(&trouble.as_bytes()[..cut]);
         let mut messages = vec![0u8; message.len() * self.comm.world_size()];
         self.comm.all_gather(Slice::U8(&message), SliceMut::U8(&mut messages))?;
-        let text = String::from_utf8_lossy(&messages).split('\0').filter(|s| !s.is_empty()).collect::<Vec<_>>().join(", ");
+        let text =
+            String::from_utf8_lossy(&messages).split('\0').filter(|s| !s.is_empty()).collect::<Vec<_>>().join(", ");
         bail!(
             "the loss of micro-batch {} is {}: {text}. The weights before this step are in the last checkpoint. Lower optimizer.learning_rate, add warm-up, or look at these images.",
             self.position.micro_step - 1,
@@ -228,7 +235,9 @@ impl Trainer<'_> {
     fn save_first_gradients(&self) -> Result<()> {
         let path = self.plan.replay.as_ref().and_then(|r| r.save_gradients.as_ref());
         match path {
-            Some(path) if self.position.step == 0 => super::export::save_gradients(&self.network, &self.weights, &*self.comm, path),
+            Some(path) if self.position.step == 0 => {
+                super::export::save_gradients(&self.network, &self.weights, &*self.comm, path)
+            }
             _ => Ok(()),
         }
     }
@@ -249,7 +258,7 @@ impl Trainer<'_> {
             },
         )
         .context("writing a checkpoint")?;
-        self.rank.events.send(&Event::CheckpointWritten { path: path.display().to_string() });
+        self.rank.events.send(&Event::CheckpointWritten { step: self.position.step, path });
         Ok(())
     }
 }

@@ -2,4 +2,5 @@
 
 mod config;
 mod equivalence;
+mod ranks;
 mod toy;

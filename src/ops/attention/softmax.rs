@@ -18,7 +18,7 @@ pub fn exp2(x: f32) -> f32 {
     p = p.mul_add(r, 9.618_438e-3);
     p = p.mul_add(r, 5.550_332_4e-2);
     p = p.mul_add(r, 2.402_264_8e-1);
-    p = p.mul_add(r, 0.693_147_2);
+    p = p.mul_add(r, std::f32::consts::LN_2);
     p = p.mul_add(r, 1.0);
     let scaled = f32::from_bits((p.to_bits() as i32).wrapping_add((shifted.to_bits() as i32) << 23) as u32);
     if x < -126.0 { 0.0 } else { scaled }

@@ -90,7 +90,7 @@ unsafe fn wide(job: Job, rows: usize, width: usize) {
     unsafe {
         let fours = width / (4 * LANES) * (4 * LANES);
         sweep::<__m512, 6, 4>(job, rows, fours);
-        let job = job.from_lane(fours);
+        let job = job.at_lane(fours);
         match (width - fours) / LANES {
             3 => sweep::<__m512, 8, 3>(job, rows, 3 * LANES),
             2 => sweep::<__m512, 12, 2>(job, rows, 2 * LANES),
@@ -110,14 +110,14 @@ unsafe fn narrow(job: Job, rows: usize, width: usize) {
 impl Job {
     /// The job's columns from `lane` on.
     #[inline(always)]
-    unsafe fn from_lane(self, lane: usize) -> Job {
+    unsafe fn at_lane(self, lane: usize) -> Job {
         // SAFETY: `lane` is within the width, which `multiply` has checked.
         unsafe { Job { b: self.b.add(lane), c: self.c.add(lane), ..self } }
     }
 
     /// The job's rows from `row` on.
     #[inline(always)]
-    unsafe fn from_row(self, row: usize) -> Job {
+    unsafe fn at_row(self, row: usize) -> Job {
         // SAFETY: `row` is below the number of rows, which `multiply` has checked.
         unsafe { Job { a: self.a.add(row * self.row_stride), c: self.c.add(row * self.c_stride), ..self } }
     }
@@ -129,20 +129,20 @@ unsafe fn sweep<V: Vector, const M: usize, const N: usize>(job: Job, rows: usize
     for lane in (0..width).step_by(N * LANES) {
         // SAFETY: lane < width and row < rows throughout.
         unsafe {
-            let job = job.from_lane(lane);
+            let job = job.at_lane(lane);
             let mut row = 0;
             while row + M <= rows {
-                tile::<V, M, N>(job.from_row(row));
+                tile::<V, M, N>(job.at_row(row));
                 row += M;
             }
             while M > 4 && row + 4 <= rows {
-                tile::<V, 4, N>(job.from_row(row));
+                tile::<V, 4, N>(job.at_row(row));
                 row += 4;
             }
             match rows - row {
-                3 => tile::<V, 3, N>(job.from_row(row)),
-                2 => tile::<V, 2, N>(job.from_row(row)),
-                1 => tile::<V, 1, N>(job.from_row(row)),
+                3 => tile::<V, 3, N>(job.at_row(row)),
+                2 => tile::<V, 2, N>(job.at_row(row)),
+                1 => tile::<V, 1, N>(job.at_row(row)),
                 _ => (),
             }
         }

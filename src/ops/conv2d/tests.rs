@@ -106,7 +106,7 @@ fn check<T: crate::device::Element>(case: Case, round: impl Fn(f32) -> f32, tole
     close(&weight.grad(), &plain.dw, 1e-6 * depth.sqrt(), &format!("{case:?} dw"));
     close(&bias.grad(), &plain.db, 1e-6 * depth.sqrt(), &format!("{case:?} db"));
     // A second backward adds.
-    (&y * seed_of(&y, &T::from_f32)).unwrap().backward().unwrap();
+    (&y * seed_of(&y, T::from_f32)).unwrap().backward().unwrap();
     let more = plain_loop(case, &x, &wv, &bv, |_| 0.5);
     let sum: Vec<f64> = plain.dw.iter().zip(&more.dw).map(|(a, b)| a + b).collect();
     close(&weight.grad(), &sum, 3e-6 * depth.sqrt(), &format!("{case:?} dw twice"));

@@ -58,9 +58,9 @@ pub unsafe fn tile<S: Simd>(
                     if $r > S::ROWS {
                         unreachable!("more rows than a tile has")
                     } else if columns > S::LANES {
-                        S::vectorize(|| sized::<S, $r, 2>(depth, a, b, columns, c, stride, finish))
+                        S::vectorize(#[inline(always)] || sized::<S, $r, 2>(depth, a, b, columns, c, stride, finish))
                     } else {
-                        S::vectorize(|| sized::<S, $r, 1>(depth, a, b, columns, c, stride, finish))
+                        S::vectorize(#[inline(always)] || sized::<S, $r, 1>(depth, a, b, columns, c, stride, finish))
                     }
                 })*
                 _ => unreachable!("more rows than a tile has"),
@@ -90,13 +90,13 @@ unsafe fn sized<S: Simd, const R: usize, const V: usize>(
         let mut sums = [[S::zero(); V]; R];
         for _ in 0..depth {
             let mut right = [S::zero(); V];
-            for v in 0..V {
-                right[v] = S::load(b.add(v * S::LANES));
+            for (v, right) in right.iter_mut().enumerate() {
+                *right = S::load(b.add(v * S::LANES));
             }
-            for r in 0..R {
+            for (r, sums) in sums.iter_mut().enumerate() {
                 let left = S::splat(*a.add(r));
-                for v in 0..V {
-                    sums[r][v] = S::fma(left, right[v], sums[r][v]);
+                for (sum, &right) in sums.iter_mut().zip(&right) {
+                    *sum = S::fma(left, right, *sum);
                 }
             }
             a = a.add(S::LANES);

@@ -72,6 +72,12 @@ impl<'a, T: Scalar> Out<'a, T> {
         Out { lattice: Some(lattice), ..self }
     }
 
+    /// Whether sums can be kept in the result itself.
+    #[inline(always)]
+    pub(super) fn direct(&self) -> bool {
+        T::DTYPE == candle_core::DType::F32 && self.lattice.is_none()
+    }
+
     /// Panics if an element or a bias would lie outside the memory, or if two elements would be one.
     pub(super) fn check(&self, rows: usize, grid: Grid) {
         if rows * grid.columns() == 0 {

@@ -79,7 +79,7 @@ impl<A: Left, B: Right, T: Scalar> Kernel for Parallel<'_, '_, A, B, T> {
             let (y, x) = (task % down * rows, task / down * columns);
             let (rows, columns) = (y..(y + rows).min(product.rows), x..(x + columns).min(panels));
             // SAFETY: the CPU has `S`, the promise to `run`; the tiles are disjoint.
-            unsafe { S::vectorize(|| product.tile::<S, T>(rows, columns, out)) }
+            unsafe { product.tile::<S, T>(rows, columns, out) }
         });
     }
 }
@@ -97,7 +97,7 @@ impl<A: Left, B: Right, T: Scalar> Kernel for Serial<'_, '_, A, B, T> {
         for from in (0..panels).step_by(WIDEST) {
             let columns = from..(from + WIDEST).min(panels);
             // SAFETY: the CPU has `S`, the promise to `run`.
-            unsafe { S::vectorize(|| product.tile::<S, T>(0..product.rows, columns, out)) }
+            unsafe { product.tile::<S, T>(0..product.rows, columns, out) }
         }
     }
 }
@@ -145,36 +145,51 @@ thread_local! {
 }
 
 impl<A: Left, B: Right> Product<'_, A, B> {
-    /// One tile of the result.
+    /// One tile of the result, with this thread's buffers.
     ///
     /// # Safety
     /// The CPU has `S`, and no other task writes these elements.
-    #[inline(always)]
     unsafe fn tile<S: Simd, T: Scalar>(&self, rows: Range<usize>, panels: Range<usize>, out: &Out<T>) {
         let width = 2 * S::LANES;
-        let direct = T::DTYPE == candle_core::DType::F32 && out.lattice.is_none();
-        let held = if direct { 0 } else { rows.len() * panels.len() * width };
+        let held = if out.direct() { 0 } else { rows.len() * panels.len() * width };
         let block = self.block.min(self.depth);
         SCRATCH.with_borrow_mut(|scratch| {
-            let [a, b, sums] = scratch.room([block * S::LANES, block * panels.len() * width, held]);
-            let mut k = 0;
-            loop {
-                let depth = k..(k + self.block).min(self.depth);
-                // SAFETY: the buffers have the room that `pack` and `block` need; ranges lie inside the operands.
-                unsafe {
-                    self.b.pack::<S>(depth.clone(), panels.clone(), self.grid, b);
-                    self.block::<S, T>(rows.clone(), panels.clone(), depth.clone(), [a, b, sums], direct, out);
-                }
-                k = depth.end;
-                if k >= self.depth {
-                    break;
-                }
-            }
-            if !direct {
-                // SAFETY: `sums` holds the tile.
-                unsafe { self.scatter::<S, T>(rows, panels, sums, out) }
+            let room = scratch.room([block * S::LANES, block * panels.len() * width, held]);
+            // SAFETY: the CPU has `S`; the buffers have the room that a block and the tile need.
+            unsafe {
+                S::vectorize(
+                    #[inline(always)]
+                    || self.tile_in::<S, T>(rows, panels, room, out),
+                )
             }
         });
+    }
+
+    #[inline(always)]
+    unsafe fn tile_in<S: Simd, T: Scalar>(
+        &self,
+        rows: Range<usize>,
+        panels: Range<usize>,
+        [a, b, sums]: [*mut f32; 3],
+        out: &Out<T>,
+    ) {
+        let mut k = 0;
+        loop {
+            let depth = k..(k + self.block).min(self.depth);
+            // SAFETY: the promise to `tile`; ranges lie inside the operands.
+            unsafe {
+                self.b.pack::<S>(depth.clone(), panels.clone(), self.grid, b);
+                self.block::<S, T>(rows.clone(), panels.clone(), depth.clone(), [a, b, sums], out);
+            }
+            k = depth.end;
+            if k >= self.depth {
+                break;
+            }
+        }
+        if !out.direct() {
+            // SAFETY: `sums` holds the tile.
+            unsafe { self.scatter::<S, T>(rows, panels, sums, out) }
+        }
     }
 
     #[inline(always)]
@@ -184,7 +199,6 @@ impl<A: Left, B: Right> Product<'_, A, B> {
         panels: Range<usize>,
         depth: Range<usize>,
         [a, b, sums]: [*mut f32; 3],
-        direct: bool,
         out: &Out<T>,
     ) {
         let width = 2 * S::LANES;
@@ -202,7 +216,7 @@ impl<A: Left, B: Right> Product<'_, A, B> {
                 for (i, panel) in panels.clone().enumerate() {
                     let place = self.grid.place::<S>(panel);
                     let b = b.add(i * depth.len() * width);
-                    let (c, stride) = if direct {
+                    let (c, stride) = if out.direct() {
                         let at = place.image * out.image_stride + row * out.row_stride + place.pixel;
                         (out.to.cast::<f32>().add(at), out.row_stride)
                     } else {
