@@ -289,6 +289,23 @@ fn a_broken_model_is_told_part_by_part() {
 }
 
 #[test]
+fn pictures_that_are_none_are_told_by_name() {
+    let home = Home::new();
+    let whole = fs::read(home.path("photos/0.png")).unwrap();
+    home.write("photos/1.png", &whole[..whole.len() / 2]);
+    home.write("class/notes.png", "not a picture");
+    home.write("photos/.hidden", "passed over");
+    let sections = "[prior]\nclass_dir = \"HOME/class\"\nclass_prompt = \"a cat\"\nnum_class_images = 9";
+    let problems = home.check(sections, &[], 1).unwrap_err();
+    assert_eq!(problems.len(), 3, "{problems:#?}");
+    for pieces in
+        [["data.instance_dir", "photos/1.png"], ["prior.class_dir", "class/notes.png"], ["5 pictures", "9 are wanted"]]
+    {
+        assert!(problems.iter().any(|problem| pieces.iter().all(|piece| problem.contains(piece))), "{problems:#?}");
+    }
+}
+
+#[test]
 fn a_folder_with_another_run_is_kept_unless_the_run_goes_on_or_replaces_it() {
     let home = Home::new();
     home.write("runs/out/metrics.jsonl", "");
