@@ -12,8 +12,8 @@ use super::model_folder::{self, ModelFacts};
 use super::output_folder;
 use super::{Draft, ModelSource, Resume, RunPlan, Steps};
 use crate::checkpoint::{self, Checkpoint};
-use crate::data::Dataset;
-use crate::diffusion::{NoiseSchedule, Record};
+use crate::data::{Dataset, DatasetOptions};
+use crate::diffusion::Record;
 use crate::{Refusal, hub};
 
 /// What is looked at, in this order, after the configuration itself.
@@ -119,8 +119,6 @@ fn model(inspection: &mut Inspection) {
     let mut problems = Vec::new();
     inspection.facts.model = model_folder::inspect(&folder, &inspection.plan, &mut problems);
     if problems.is_empty() {
-        let scheduler = folder.join("scheduler").join("scheduler_config.json");
-        inspection.absorb("model", "path", NoiseSchedule::from_json(&scheduler));
         inspection.facts.model_dir = Some(folder);
     }
     for what in problems {
@@ -164,13 +162,24 @@ fn images(inspection: &mut Inspection) {
 
 /// The pictures themselves: every one is decoded, so that a damaged one is found now and not in the middle of a run.
 fn pictures(inspection: &mut Inspection) {
-    if inspection.facts.steps.is_some() {
-        let options = inspection.plan.dataset_options(true);
-        // Class images that are too few were told already.
-        let enough = options.class.as_ref().is_none_or(|(_, wanted)| *wanted <= inspection.facts.class_images);
-        if enough {
-            inspection.absorb("data", "instance_dir", Dataset::open(&options));
-        }
+    // Decoded to see whether they can be, and not kept.
+    let mut options = DatasetOptions { keep_bytes: 0, ..inspection.plan.dataset_options(true) };
+    if inspection.facts.steps.is_none() {
+        return;
+    }
+    // Class images that are too few were told already.
+    let there = inspection.facts.class_images;
+    options.class = options.class.map(|(dir, wanted)| (dir, wanted.min(there)));
+    let Err(error) = Dataset::open(&options) else { return };
+    match error.downcast::<Refusal>() {
+        Ok(refusal) => refusal.problems.iter().for_each(|what| {
+            let class_dir = options.class.as_ref().map(|(dir, _)| dir.display().to_string());
+            match class_dir.is_some_and(|dir| what.starts_with(&dir)) {
+                true => inspection.problem("prior", "class_dir", what),
+                false => inspection.problem("data", "instance_dir", what),
+            }
+        }),
+        Err(error) => inspection.problem("data", "instance_dir", &format!("{error:#}")),
     }
 }
 
@@ -273,7 +282,10 @@ pub struct Report {
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (plan, facts) = (&self.plan, &self.facts);
-        let millions = |count: u64| format!("{:.1} M parameters", count as f64 / 1e6);
+        let millions = |count: u64| match count {
+            0..100_000 => format!("{count} parameters"),
+            _ => format!("{:.1} M parameters", count as f64 / 1e6),
+        };
         writeln!(f, "{}: nothing wrong was found; this is what will run.", self.config.display())?;
         let folder = facts.model_dir.as_deref().unwrap_or(Path::new("")).display();
         writeln!(f, "  model       {folder} ({})", facts.model.class)?;

@@ -45,9 +45,9 @@ pub(super) fn inspect(folder: &Path, plan: &RunPlan, problems: &mut Vec<String>)
     facts.class = index["_class_name"].as_str().unwrap_or_default().to_string();
     if facts.class != "StableDiffusionPipeline" {
         problems.push(format!(
-            "{}: this is a {}, and only StableDiffusionPipeline (Stable Diffusion 1.x and 2.x) can be trained yet: use such a model",
+            "{}: its _class_name is {}, and only StableDiffusionPipeline (Stable Diffusion 1.x and 2.x) can be trained yet: use such a model",
             folder.join("model_index.json").display(),
-            if facts.class.is_empty() { "folder that names no pipeline class" } else { &facts.class }
+            if facts.class.is_empty() { "missing" } else { &facts.class }
         ));
         return facts;
     }

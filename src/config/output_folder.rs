@@ -105,8 +105,11 @@ fn can_write(dir: &Path) -> Result<()> {
     }
     let probe = there.join(format!(".dblaunch-write-test-{}", std::process::id()));
     let tried = fs::write(&probe, [0u8; 4096]);
-    // A half-written probe is there after a failure too.
-    let removed = fs::remove_file(&probe);
+    // A half-written probe is there after a failure too; one that is gone was another rank's of the same number.
+    let removed = fs::remove_file(&probe).or_else(|error| match error.kind() {
+        std::io::ErrorKind::NotFound => Ok(()),
+        _ => Err(error),
+    });
     tried.and(removed).map_err(|error| {
         Refusal::error(format!(
             "nothing can be written in {} ({error}): make room or get leave to write there, or name another folder",

@@ -58,7 +58,9 @@ pub(super) fn wanted(names: &HashSet<String>, index: &Value, variant: &str) -> R
 /// else another is taken in its place: the one without a name, or the only one.
 fn weights<'a>(inside: &BTreeSet<&'a str>, variant: &str, strict: bool) -> Result<Option<&'a str>, String> {
     let parsed = |name: &&'a str| Some((WeightName::parse(name)?, *name));
-    let found: Vec<(WeightName, &str)> = inside.iter().filter_map(parsed).collect();
+    // What diffusers and transformers call weights; a file of another stem is something else.
+    let ours = |(name, _): &(WeightName, &str)| ["diffusion_pytorch_model", "model"].contains(&name.stem.as_str());
+    let found: Vec<(WeightName, &str)> = inside.iter().filter_map(parsed).filter(ours).collect();
     let variants: BTreeSet<&str> = found.iter().map(|(name, _)| name.variant.as_str()).collect();
     let variant = match variants.first() {
         _ if variants.contains(variant) => variant,

@@ -283,9 +283,26 @@ fn a_broken_model_is_told_part_by_part() {
     fs::write(&index, text.replace("CLIPTextModel", "T5EncoderModel")).unwrap();
     told(&home, &["text_encoder is T5EncoderModel", "CLIPTextModel"]);
     fs::write(&index, text.replace("StableDiffusionPipeline", "StableDiffusionXLPipeline")).unwrap();
-    told(&home, &["this is a StableDiffusionXLPipeline", "only StableDiffusionPipeline"]);
+    told(&home, &["_class_name is StableDiffusionXLPipeline", "only StableDiffusionPipeline"]);
     fs::write(&index, "{").unwrap();
     told(&home, &["model_index.json", "not JSON"]);
+}
+
+#[test]
+fn pictures_that_are_none_are_told_by_name() {
+    let home = Home::new();
+    let whole = fs::read(home.path("photos/0.png")).unwrap();
+    home.write("photos/1.png", &whole[..whole.len() / 2]);
+    home.write("class/notes.png", "not a picture");
+    home.write("photos/.hidden", "passed over");
+    let sections = "[prior]\nclass_dir = \"HOME/class\"\nclass_prompt = \"a cat\"\nnum_class_images = 9";
+    let problems = home.check(sections, &[], 1).unwrap_err();
+    assert_eq!(problems.len(), 3, "{problems:#?}");
+    for pieces in
+        [["data.instance_dir", "photos/1.png"], ["prior.class_dir", "class/notes.png"], ["5 pictures", "9 are wanted"]]
+    {
+        assert!(problems.iter().any(|problem| pieces.iter().all(|piece| problem.contains(piece))), "{problems:#?}");
+    }
 }
 
 #[test]
