@@ -76,8 +76,10 @@ fn be_a_rank(args: &TrainArgs, world: &World) -> Result<u8> {
     if rank.restart > 0 {
         plan.checkpoint.resume = Resume::Latest;
     }
-    Ok(match train::run(&plan, &model_dir, &rank)? {
-        train::Ending::Done => status::DONE,
-        train::Ending::Interrupted => status::INTERRUPTED,
+    Ok(match train::run(&plan, &model_dir, &rank) {
+        Ok(train::Ending::Done) => status::DONE,
+        Ok(train::Ending::Interrupted) => status::INTERRUPTED,
+        // Told while the rank is still there, so that the others learn the cause and not that it left.
+        Err(error) => launch::report_failure(&error),
     })
 }
