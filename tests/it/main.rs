@@ -2,5 +2,6 @@
 
 mod config;
 mod equivalence;
+mod parity;
 mod ranks;
 mod toy;
