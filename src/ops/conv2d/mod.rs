@@ -1,6 +1,7 @@
 //! 2-D convolution as matrix products over patches that are packed from the image on the way.
 
 mod patches;
+mod planes;
 
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, WithDType, bail};
@@ -8,7 +9,8 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, WithDTyp
 use super::gemm::{Bias, Grid, Lattice, Matrix, Out, Product, Scalar, add_channel_sums, block_of};
 use super::values::{per_dtype, plain, plain_cpu, tensor};
 use crate::device::WeightRef;
-use patches::{Flipped, MOST_TAPS, Patches, PatchesTurned, Planes, Window};
+use patches::{MOST_TAPS, Patches, PatchesTurned, Window};
+use planes::{Flipped, Planes};
 
 /// Stride and zero padding of a convolution (the VAE's downsampling pads right and bottom only).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,8 +48,8 @@ pub fn conv2d(x: &Tensor, weight: &WeightRef, bias: Option<&WeightRef>, conv: Co
     if conv.stride == 0 || kh == 0 || kw == 0 || tall < kh || wide < kw {
         bail!("{}: an image of {height} x {width} is too small for a kernel of {kh} x {kw}", weight.name());
     }
-    if kh.max(kw) > MOST_TAPS {
-        bail!("{}: no convolution for kernels of more than {MOST_TAPS} rows or columns", weight.name());
+    if kh * kw > MOST_TAPS {
+        bail!("{}: no convolution for kernels of more than {MOST_TAPS} taps", weight.name());
     }
     let op = Convolution {
         weight: weight.clone(),

@@ -15,7 +15,7 @@ mod sums;
 mod x86;
 
 pub(super) use out::{Bias, Lattice, Out};
-pub(super) use pack::{Grid, Left, Matrix, Right, turned};
+pub(super) use pack::{Grid, Left, Matrix, Right, panels, turned};
 pub(super) use product::{Product, block_of};
 pub use simd::Isa;
 pub(super) use simd::{MOST_LANES, Scalar, Simd, first};

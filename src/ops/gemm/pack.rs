@@ -45,11 +45,20 @@ impl Grid {
 
 /// The left operand, M x K.
 pub trait Left: Sync {
-    /// Writes, for each k of `depth`, LANES numbers: rows `row..row + rows`, then zeros.
+    /// Writes panels of ROWS rows (the last may have fewer), one after the other: for each k of `depth` LANES numbers, the
+    /// panel's rows, then zeros.
     ///
     /// # Safety
-    /// `to` takes `depth.len()` x LANES numbers, the ranges lie inside the operand, and the CPU has `S`.
-    unsafe fn pack<S: Simd>(&self, row: usize, rows: usize, depth: Range<usize>, to: *mut f32);
+    /// `to` takes the panels, the ranges lie inside the operand, and the CPU has `S`.
+    unsafe fn pack<S: Simd>(&self, rows: Range<usize>, depth: Range<usize>, to: *mut f32);
+}
+
+/// The panels of some rows: their first row, their rows, and where their first number goes.
+#[inline(always)]
+pub fn panels<S: Simd>(rows: Range<usize>, depth: usize) -> impl Iterator<Item = (usize, usize, usize)> {
+    let end = rows.end;
+    let firsts = rows.step_by(S::ROWS).enumerate();
+    firsts.map(move |(i, row)| (row, (end - row).min(S::ROWS), i * depth * S::LANES))
 }
 
 /// The right operand, K x N.
@@ -97,18 +106,26 @@ impl<'a, T: Scalar> Matrix<'a, T> {
 
 impl<T: Scalar> Left for Matrix<'_, T> {
     #[inline(always)]
-    unsafe fn pack<S: Simd>(&self, row: usize, rows: usize, depth: Range<usize>, to: *mut f32) {
+    unsafe fn pack<S: Simd>(&self, rows: Range<usize>, depth: Range<usize>, to: *mut f32) {
+        let (row_stride, col_stride) = (self.row_stride, self.col_stride);
         // SAFETY: `new` has checked that every (row, k) lies inside `data`; the caller vouches for `to`.
         unsafe {
-            let from = self.data.as_ptr().add(row * self.row_stride + depth.start * self.col_stride);
-            if self.col_stride == 1 {
-                turned::<S, T>(from, self.row_stride, rows, depth.len(), to, S::LANES);
-            } else if self.row_stride == 1 {
+            let from = self.data.as_ptr().add(depth.start * col_stride);
+            if row_stride == 1 && col_stride != 1 {
                 for k in 0..depth.len() {
-                    run::<S, T>(from.add(k * self.col_stride), rows, to.add(k * S::LANES), S::LANES);
+                    for (row, count, place) in panels::<S>(rows.clone(), depth.len()) {
+                        run::<S, T>(from.add(k * col_stride + row), count, to.add(place + k * S::LANES), S::LANES);
+                    }
                 }
-            } else {
-                scattered(from, (self.row_stride, self.col_stride), rows, depth.len(), to, S::LANES);
+                return;
+            }
+            for (row, count, place) in panels::<S>(rows, depth.len()) {
+                let (from, to) = (from.add(row * row_stride), to.add(place));
+                if col_stride == 1 {
+                    turned::<S, T>(from, row_stride, count, depth.len(), to, S::LANES);
+                } else {
+                    scattered(from, (row_stride, col_stride), count, depth.len(), to, S::LANES);
+                }
             }
         }
     }

@@ -102,17 +102,39 @@ impl<A: Left, B: Right, T: Scalar> Kernel for Serial<'_, '_, A, B, T> {
     }
 }
 
-/// Panels of B in a tile: its block then fills a good part of a second-level cache.
-const WIDEST: usize = 16;
+/// Panels of B in a tile at most: its block then fills a good part of a second-level cache.
+const WIDEST: usize = 32;
 
-/// Rows and panels of a tile, from the shape alone: wide enough that packing costs little, and enough tiles to share.
+/// Rows and panels of a tile: such that little is packed twice and the threads have enough to share. This depends on the
+/// number of threads, which changes no bit.
 fn tiles<S: Simd>(rows: usize, panels: usize, depth: usize) -> (usize, usize) {
-    const WORK: usize = 1 << 22;
-    let wanted = (rows * panels * 2 * S::LANES * depth / WORK).clamp(1, 16);
-    let across = panels.div_ceil(WIDEST).max(wanted.min(panels.div_ceil(WIDEST / 2)));
-    let columns = panels.div_ceil(across);
-    let down = wanted.div_ceil(across).min(rows.div_ceil(6 * S::ROWS));
-    (rows.div_ceil(down).next_multiple_of(S::ROWS), columns)
+    /// Multiply-adds by which packing one number is as dear, in columns or rows of a tile.
+    const PACKING: f64 = 12.0;
+    /// Multiply-adds that are worth a task.
+    const TASK: usize = 1 << 19;
+    const DOWN: [usize; 16] = [1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96];
+    const COLUMNS: [usize; 12] = [WIDEST, 28, 24, 20, 16, 12, 10, 8, 6, 4, 2, 1];
+    let threads = threads::threads() as f64;
+    let most = (rows * panels * 2 * S::LANES * depth / TASK).max(1);
+    let mut best = (f64::MAX, rows, panels.min(WIDEST));
+    for across in COLUMNS.map(|columns| panels.div_ceil(columns)) {
+        let columns = panels.div_ceil(across);
+        for down in DOWN.into_iter().take_while(|&down| down == 1 || down * across <= most) {
+            let high = rows.div_ceil(down).next_multiple_of(S::ROWS);
+            let tasks = (across * rows.div_ceil(high)) as f64;
+            let packing = PACKING / (columns * 2 * S::LANES) as f64 + PACKING / high.min(rows) as f64;
+            let rounds = (tasks / threads).ceil() * threads / tasks;
+            let uneven = if threads > 1.0 { rounds.max(1.0 + 0.1 * threads / tasks) } else { 1.0 };
+            let cost = (1.0 + packing) * uneven;
+            if cost < best.0 {
+                best = (cost, high, columns);
+            }
+        }
+        if across >= most {
+            break;
+        }
+    }
+    (best.1, best.2)
 }
 
 #[derive(Clone, Copy)]
@@ -121,7 +143,10 @@ struct Line {
     _numbers: [f32; 16],
 }
 
-/// A thread's buffers: a panel of A, a block of B, and a tile of results that cannot be written in place.
+/// Panels of A that are packed together, so that what is read of their columns is worth the way.
+const GROUP: usize = 4;
+
+/// A thread's buffers: some panels of A, a block of B, and a tile of results that cannot be written in place.
 #[derive(Default)]
 struct Scratch([Vec<Line>; 3]);
 
@@ -154,7 +179,7 @@ impl<A: Left, B: Right> Product<'_, A, B> {
         let held = if out.direct() { 0 } else { rows.len() * panels.len() * width };
         let block = self.block.min(self.depth);
         SCRATCH.with_borrow_mut(|scratch| {
-            let room = scratch.room([block * S::LANES, block * panels.len() * width, held]);
+            let room = scratch.room([GROUP * block * S::LANES, block * panels.len() * width, held]);
             // SAFETY: the CPU has `S`; the buffers have the room that a block and the tile need.
             unsafe {
                 S::vectorize(
@@ -210,24 +235,27 @@ impl<A: Left, B: Right> Product<'_, A, B> {
             Bias::Row(bias) => Finish::RowBias(bias.as_ptr()),
             Bias::Column(bias) => Finish::ColumnBias(bias.as_ptr()),
         };
-        for row in rows.clone().step_by(S::ROWS) {
-            let count = (rows.end - row).min(S::ROWS);
+        for first in rows.clone().step_by(GROUP * S::ROWS) {
+            let group = first..(first + GROUP * S::ROWS).min(rows.end);
             // SAFETY: panels and results lie where `tile` made room and where `Out` has checked.
             unsafe {
                 if !depth.is_empty() {
-                    self.a.pack::<S>(row, count, depth.clone(), a);
+                    self.a.pack::<S>(group.clone(), depth.clone(), a);
                 }
-                for (i, panel) in panels.clone().enumerate() {
-                    let place = self.grid.place::<S>(panel);
-                    let b = b.add(i * depth.len() * width);
-                    let (c, stride) = if out.direct() {
-                        let at = place.image * out.image_stride + row * out.row_stride + place.pixel;
-                        (out.to.cast::<f32>().add(at), out.row_stride)
-                    } else {
-                        (sums.add((row - rows.start) * panels.len() * width + i * width), panels.len() * width)
-                    };
-                    let finish = finish.at(row, place.pixel);
-                    tile::<S>(depth.len(), a, count, b, place.columns, c, stride, finish);
+                for (g, row) in group.clone().step_by(S::ROWS).enumerate() {
+                    let a = a.add(g * depth.len() * S::LANES);
+                    let count = (group.end - row).min(S::ROWS);
+                    for (i, panel) in panels.clone().enumerate() {
+                        let place = self.grid.place::<S>(panel);
+                        let b = b.add(i * depth.len() * width);
+                        let (c, stride) = if out.direct() {
+                            let at = place.image * out.image_stride + row * out.row_stride + place.pixel;
+                            (out.to.cast::<f32>().add(at), out.row_stride)
+                        } else {
+                            (sums.add((row - rows.start) * panels.len() * width + i * width), panels.len() * width)
+                        };
+                        tile::<S>(depth.len(), a, count, b, place.columns, c, stride, finish.at(row, place.pixel));
+                    }
                 }
             }
         }
