@@ -304,17 +304,6 @@ mod tests {
         }
     }
 
-    fn filter(name: &str) -> Interpolation {
-        match name {
-            "bilinear" => Interpolation::Bilinear,
-            "bicubic" => Interpolation::Bicubic,
-            "lanczos" => Interpolation::Lanczos,
-            "box" => Interpolation::Box,
-            "hamming" => Interpolation::Hamming,
-            _ => Interpolation::Nearest,
-        }
-    }
-
     fn fingerprint(pixels: &[f32]) -> String {
         let bytes = pixels.iter().flat_map(|v| v.to_le_bytes());
         let hash = bytes.fold(0xcbf29ce484222325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100000001b3));
@@ -332,7 +321,7 @@ mod tests {
                     let filter_name = case[1].as_str().unwrap();
                     for keep_bytes in [0, KEEP_BYTES] {
                         let wanted = DatasetOptions {
-                            interpolation: filter(filter_name),
+                            interpolation: Interpolation::named(filter_name).unwrap(),
                             keep_bytes,
                             verify: false,
                             ..options(data().join(folder), number(0))

@@ -18,6 +18,19 @@ pub enum Interpolation {
 }
 
 impl Interpolation {
+    /// By the names of the peers' option; Pillow has one nearest filter for both of theirs.
+    pub fn named(name: &str) -> Option<Self> {
+        Some(match name {
+            "bilinear" => Interpolation::Bilinear,
+            "bicubic" => Interpolation::Bicubic,
+            "lanczos" => Interpolation::Lanczos,
+            "box" => Interpolation::Box,
+            "hamming" => Interpolation::Hamming,
+            "nearest" | "nearest_exact" => Interpolation::Nearest,
+            _ => return None,
+        })
+    }
+
     /// Half the filter's width, in pixels of an enlargement.
     fn support(self) -> f64 {
         match self {
