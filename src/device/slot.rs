@@ -156,7 +156,7 @@ impl WeightRef {
     pub fn alone<T: Element>(name: &str, shape: &[usize], values: &[T], trainable: bool) -> Result<Self> {
         let layout = BucketLayout::new(vec![(name.to_string(), shape.to_vec())]);
         let mut buffer = Buffer::unbudgeted(T::DTYPE, layout.len).map_err(Error::msg)?;
-        buffer.as_mut_slice::<T>().copy_from_slice(values);
+        buffer.as_mut_slice::<T>()[..values.len()].copy_from_slice(values);
         let grads = trainable.then(|| GradSlot::new(name));
         if let Some(grads) = &grads {
             grads.fill(Buffer::unbudgeted(DType::F32, layout.len).map_err(Error::msg)?);

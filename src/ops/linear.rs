@@ -1,8 +1,209 @@
 //! Fully connected layer.
-use crate::device::WeightRef;
-use candle_core::{Result, Tensor, bail};
 
-/// x (..., I), weight (O, I) (or (O, I, 1, 1)), bias (O) -> (..., O).
-pub fn linear(_x: &Tensor, _weight: &WeightRef, _bias: Option<&WeightRef>) -> Result<Tensor> {
-    bail!("being written")
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, WithDType, bail};
+
+use super::gemm::{Bias, Grid, Matrix, Out, Product, Scalar, add_column_sums, block_of};
+use super::values::{per_dtype, plain, plain_cpu, tensor};
+use crate::device::WeightRef;
+
+/// x (..., I), weight (O, I) (or (O, I, 1, 1)), bias (O) -> (..., O): x W^T + b.
+///
+/// Backward: the gradient of x is dy W; dy^T x is added to the weight's gradient and dy's column sums to the bias's.
+pub fn linear(x: &Tensor, weight: &WeightRef, bias: Option<&WeightRef>) -> Result<Tensor> {
+    let (outputs, inputs) = match *weight.shape() {
+        [o, i] | [o, i, 1, 1] => (o, i),
+        ref other => bail!("{}: a linear layer's weight has two dimensions, not {other:?}", weight.name()),
+    };
+    if x.dims().last() != Some(&inputs) {
+        bail!("{}: takes (..., {inputs}), was given {:?}", weight.name(), x.dims());
+    }
+    if let Some(bias) = bias
+        && bias.shape() != [outputs]
+    {
+        bail!("{}: its bias has shape {:?}, not [{outputs}]", weight.name(), bias.shape());
+    }
+    x.contiguous()?.apply_op1(Linear { weight: weight.clone(), bias: bias.cloned(), outputs, inputs })
+}
+
+struct Linear {
+    weight: WeightRef,
+    bias: Option<WeightRef>,
+    outputs: usize,
+    inputs: usize,
+}
+
+impl CustomOp1 for Linear {
+    fn name(&self) -> &'static str {
+        "linear"
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let mut shape = layout.dims().to_vec();
+        *shape.last_mut().expect("checked in `linear`") = self.outputs;
+        let y = per_dtype!(storage.dtype(), T => <T as WithDType>::to_cpu_storage_owned(self.forward(plain_cpu::<T>(storage, layout)?)?));
+        Ok((y, shape.into()))
+    }
+
+    fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+        let dy = dy.contiguous()?;
+        let (dy_storage, dy_layout) = dy.storage_and_layout();
+        let (x_storage, x_layout) = x.storage_and_layout();
+        let dx = per_dtype!(x.dtype(), T => {
+            let dy = plain::<T>(&dy_storage, dy_layout)?;
+            self.add_weight_gradients(plain(&x_storage, x_layout)?, dy)?;
+            tensor(self.input_gradient(dy)?, x.dims())?
+        });
+        Ok(Some(dx))
+    }
+}
+
+impl Linear {
+    fn forward<T: Scalar>(&self, x: &[T]) -> Result<Vec<T>> {
+        let (rows, inputs, outputs) = (x.len() / self.inputs, self.inputs, self.outputs);
+        let weight = self.weight.view::<T>()?;
+        let bias: Option<Vec<f32>> = match &self.bias {
+            Some(bias) => Some(bias.view::<T>()?.iter().map(|b| b.to_f32()).collect()),
+            None => None,
+        };
+        let product = Product {
+            a: &Matrix::new(x, rows, inputs, inputs, 1),
+            b: &Matrix::new(&weight, inputs, outputs, 1, inputs),
+            rows,
+            grid: Grid::plain(outputs),
+            depth: inputs,
+            block: block_of(inputs, 16),
+        };
+        Ok(product.to_vec(bias.as_deref().map_or(Bias::None, Bias::Column)))
+    }
+
+    fn input_gradient<T: Scalar>(&self, dy: &[T]) -> Result<Vec<T>> {
+        let (rows, inputs, outputs) = (dy.len() / self.outputs, self.inputs, self.outputs);
+        let weight = self.weight.view::<T>()?;
+        let product = Product {
+            a: &Matrix::new(dy, rows, outputs, outputs, 1),
+            b: &Matrix::new(&weight, outputs, inputs, inputs, 1),
+            rows,
+            grid: Grid::plain(inputs),
+            depth: outputs,
+            block: block_of(outputs, 16),
+        };
+        Ok(product.to_vec(Bias::None))
+    }
+
+    fn add_weight_gradients<T: Scalar>(&self, x: &[T], dy: &[T]) -> Result<()> {
+        let (rows, inputs, outputs) = (x.len() / self.inputs, self.inputs, self.outputs);
+        let product = Product {
+            a: &Matrix::new(dy, outputs, rows, 1, outputs),
+            b: &Matrix::new(x, rows, inputs, inputs, 1),
+            rows: outputs,
+            grid: Grid::plain(inputs),
+            depth: rows,
+            block: block_of(rows, 16),
+        };
+        self.weight.add_grad(|gradient| product.run(Out::adding(gradient, inputs, 0)))?;
+        match &self.bias {
+            Some(bias) => bias.add_grad(|gradient| add_column_sums(dy, gradient)),
+            None => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::Element;
+    use crate::ops::gemm::numbers;
+    use candle_core::{DType, Device, Var};
+    use half::{bf16, f16};
+
+    fn flat(t: &Tensor) -> Vec<f32> {
+        t.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+    }
+
+    fn close(got: &[f32], want: impl Fn(usize) -> f64, tolerance: f64, what: &str) {
+        for (i, &g) in got.iter().enumerate() {
+            let w = want(i);
+            assert!((g as f64 - w).abs() <= tolerance * (1.0 + w.abs()), "{what} {i}: {g} for {w}");
+        }
+    }
+
+    fn check<T: Element>(rows: usize, inputs: usize, outputs: usize, tolerance: f64) {
+        let typed = |count, seed| numbers(count, seed).iter().map(|&x| T::from_f32(x)).collect::<Vec<T>>();
+        let wide = |v: &[T]| v.iter().map(|x| x.to_f32() as f64).collect::<Vec<f64>>();
+        let (x, w, b, dy) =
+            (typed(rows * inputs, 1), typed(outputs * inputs, 2), typed(outputs, 3), typed(rows * outputs, 4));
+        let weight = WeightRef::alone("w", &[outputs, inputs], &w, true).unwrap();
+        let bias = WeightRef::alone("b", &[outputs], &b, true).unwrap();
+        let xt = Var::from_tensor(&Tensor::from_slice(&x, (1, rows, inputs), &Device::Cpu).unwrap()).unwrap();
+        let y = linear(&xt, &weight, Some(&bias)).unwrap();
+        assert_eq!(y.dims(), [1, rows, outputs]);
+        let seed = Tensor::from_slice(&dy, (1, rows, outputs), &Device::Cpu).unwrap();
+        let pull = || (&y * &seed).unwrap().backward().unwrap();
+        let dx = flat(pull().get(&xt).unwrap());
+        let (x, w, b, dy) = (wide(&x), wide(&w), wide(&b), wide(&dy));
+        let what = format!("{:?} {rows} {inputs} {outputs}", T::DTYPE);
+        let sum = |count: usize, term: &dyn Fn(usize) -> f64| (0..count).map(term).sum::<f64>();
+        close(
+            &flat(&y),
+            |at| b[at % outputs] + sum(inputs, &|k| x[at / outputs * inputs + k] * w[at % outputs * inputs + k]),
+            tolerance,
+            &format!("{what} y"),
+        );
+        close(
+            &dx,
+            |at| sum(outputs, &|o| dy[at / inputs * outputs + o] * w[o * inputs + at % inputs]),
+            tolerance,
+            &format!("{what} dx"),
+        );
+        let dw = |at: usize| sum(rows, &|r| dy[r * outputs + at / inputs] * x[r * inputs + at % inputs]);
+        let db = |at: usize| sum(rows, &|r| dy[r * outputs + at]);
+        close(&weight.grad(), dw, 1e-5, &format!("{what} dw"));
+        close(&bias.grad(), db, 1e-5, &format!("{what} db"));
+        pull();
+        close(&weight.grad(), |at| 2.0 * dw(at), 1e-5, &format!("{what} dw twice"));
+        close(&bias.grad(), |at| 2.0 * db(at), 1e-5, &format!("{what} db twice"));
+    }
+
+    #[test]
+    fn forward_and_gradients_equal_the_definition() {
+        for (rows, inputs, outputs) in
+            [(1, 1, 1), (2, 3, 7), (13, 17, 33), (65, 100, 13), (100, 7, 65), (33, 400, 2), (3, 33, 1000)]
+        {
+            check::<f32>(rows, inputs, outputs, 1e-5);
+            check::<bf16>(rows, inputs, outputs, 1.0 / 250.0);
+            check::<f16>(rows, inputs, outputs, 1.0 / 2000.0);
+        }
+    }
+
+    #[test]
+    fn the_number_of_threads_changes_no_bit() {
+        let (rows, inputs, outputs) = (300, 170, 610);
+        let run = || {
+            let weight = WeightRef::alone("w", &[outputs, inputs], &numbers(outputs * inputs, 5), true).unwrap();
+            let bias = WeightRef::alone("b", &[outputs], &numbers(outputs, 7), true).unwrap();
+            let x = Tensor::from_vec(numbers(rows * inputs, 6), (rows, inputs), &Device::Cpu).unwrap();
+            let x = Var::from_tensor(&x).unwrap();
+            let y = linear(&x, &weight, Some(&bias)).unwrap();
+            let dx = flat(y.sqr().unwrap().backward().unwrap().get(&x).unwrap());
+            let all = [flat(&y), dx, weight.grad(), bias.grad()].concat();
+            all.into_iter().map(f32::to_bits).collect::<Vec<u32>>()
+        };
+        let pool = |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        let alone = pool(1).install(run);
+        assert_eq!(alone, pool(2).install(run));
+        assert_eq!(alone, pool(3).install(run));
+    }
+
+    #[test]
+    fn frozen_weights_collect_nothing_and_shapes_are_checked() {
+        let weight = WeightRef::alone("w", &[2, 3, 1, 1], &[1f32; 6], false).unwrap();
+        let x = Var::from_tensor(&Tensor::ones((4, 3), DType::F32, &Device::Cpu).unwrap()).unwrap();
+        let y = linear(&x, &weight, None).unwrap();
+        let dx = y.backward().unwrap().get(&x).unwrap().clone();
+        assert_eq!(flat(&dx), [2f32; 12]);
+        assert!(weight.grad().is_empty());
+        let wrong = linear(&Tensor::ones((4, 2), DType::F32, &Device::Cpu).unwrap(), &weight, None);
+        assert!(wrong.unwrap_err().to_string().contains("w: takes (..., 3)"));
+    }
 }

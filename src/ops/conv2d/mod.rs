@@ -1,0 +1,258 @@
+//! 2-D convolution as matrix products over patches that are packed from the image on the way.
+
+mod patches;
+
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, WithDType, bail};
+
+use super::gemm::{Bias, Grid, Lattice, Matrix, Out, Product, Scalar, add_channel_sums, block_of};
+use super::values::{per_dtype, plain, plain_cpu, tensor};
+use crate::device::WeightRef;
+use patches::{Flipped, MOST_TAPS, Patches, PatchesTurned, Planes, Window};
+
+/// Stride and zero padding of a convolution (the VAE's downsampling pads right and bottom only).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Conv2d {
+    pub stride: usize,
+    pub top: usize,
+    pub bottom: usize,
+    pub left: usize,
+    pub right: usize,
+}
+
+impl Conv2d {
+    pub fn new(stride: usize, padding: usize) -> Self {
+        Conv2d { stride, top: padding, bottom: padding, left: padding, right: padding }
+    }
+}
+
+/// x (B, C, H, W), weight (O, C, kh, kw), bias (O) -> (B, O, H', W').
+///
+/// An image's result and its gradient have the same bits in every batch; weight gradients are summed over the batch.
+pub fn conv2d(x: &Tensor, weight: &WeightRef, bias: Option<&WeightRef>, conv: Conv2d) -> Result<Tensor> {
+    let (_, inputs, height, width) = x.dims4()?;
+    let &[outputs, channels, kh, kw] = weight.shape() else {
+        bail!("{}: a convolution's weight has four dimensions, not {:?}", weight.name(), weight.shape())
+    };
+    if channels != inputs {
+        bail!("{}: takes {channels} channels, was given {inputs}", weight.name());
+    }
+    if let Some(bias) = bias
+        && bias.shape() != [outputs]
+    {
+        bail!("{}: its bias has shape {:?}, not [{outputs}]", weight.name(), bias.shape());
+    }
+    let (tall, wide) = (height + conv.top + conv.bottom, width + conv.left + conv.right);
+    if conv.stride == 0 || kh == 0 || kw == 0 || tall < kh || wide < kw {
+        bail!("{}: an image of {height} x {width} is too small for a kernel of {kh} x {kw}", weight.name());
+    }
+    if kh.max(kw) > MOST_TAPS {
+        bail!("{}: no convolution for kernels of more than {MOST_TAPS} rows or columns", weight.name());
+    }
+    let op = Convolution {
+        weight: weight.clone(),
+        bias: bias.cloned(),
+        conv,
+        outputs,
+        inputs,
+        kernel: (kh, kw),
+        input: (height, width),
+        output: ((tall - kh) / conv.stride + 1, (wide - kw) / conv.stride + 1),
+    };
+    x.contiguous()?.apply_op1(op)
+}
+
+struct Convolution {
+    weight: WeightRef,
+    bias: Option<WeightRef>,
+    conv: Conv2d,
+    outputs: usize,
+    inputs: usize,
+    kernel: (usize, usize),
+    /// Rows and columns.
+    input: (usize, usize),
+    output: (usize, usize),
+}
+
+impl CustomOp1 for Convolution {
+    fn name(&self) -> &'static str {
+        "conv2d"
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let images = layout.dims()[0];
+        let y = per_dtype!(storage.dtype(), T => {
+            <T as WithDType>::to_cpu_storage_owned(self.forward(plain_cpu::<T>(storage, layout)?, images)?)
+        });
+        Ok((y, (images, self.outputs, self.output.0, self.output.1).into()))
+    }
+
+    fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+        let images = x.dim(0)?;
+        let dy = dy.contiguous()?;
+        let (dy_storage, dy_layout) = dy.storage_and_layout();
+        let (x_storage, x_layout) = x.storage_and_layout();
+        let dx = per_dtype!(x.dtype(), T => {
+            let dy = plain::<T>(&dy_storage, dy_layout)?;
+            self.add_weight_gradients(plain(&x_storage, x_layout)?, dy, images)?;
+            tensor(self.input_gradient(dy, images)?, x.dims())?
+        });
+        Ok(Some(dx))
+    }
+}
+
+impl Convolution {
+    fn taps(&self) -> usize {
+        self.kernel.0 * self.kernel.1
+    }
+
+    fn input_pixels(&self) -> usize {
+        self.input.0 * self.input.1
+    }
+
+    fn pixels(&self) -> usize {
+        self.output.0 * self.output.1
+    }
+
+    /// Every pixel by itself: a matrix product over the images as they are.
+    fn pointwise(&self) -> bool {
+        self.taps() == 1 && self.conv == Conv2d::new(1, 0)
+    }
+
+    fn window(&self) -> Window {
+        Window {
+            input: self.input,
+            output: self.output,
+            taps: self.kernel,
+            stride: self.conv.stride,
+            top: -(self.conv.top as isize),
+            left: -(self.conv.left as isize),
+        }
+    }
+
+    /// Blocks of k are whole channels.
+    fn block(&self, channels: usize, taps: usize) -> usize {
+        block_of(channels * taps, if taps == 1 { 16 } else { taps })
+    }
+
+    fn forward<T: Scalar>(&self, x: &[T], images: usize) -> Result<Vec<T>> {
+        let weight = self.weight.view::<T>()?;
+        let bias: Option<Vec<f32>> = match &self.bias {
+            Some(bias) => Some(bias.view::<T>()?.iter().map(|b| b.to_f32()).collect()),
+            None => None,
+        };
+        let bias = bias.as_deref().map_or(Bias::None, Bias::Row);
+        let depth = self.inputs * self.taps();
+        let a = &Matrix::new(&weight, self.outputs, depth, depth, 1);
+        let (rows, grid) = (self.outputs, Grid { images, pixels: self.pixels() });
+        let block = self.block(self.inputs, self.taps());
+        Ok(if self.pointwise() {
+            let b = &self.as_matrices(x, images, self.inputs);
+            Product { a, b, rows, grid, depth, block }.to_vec(bias)
+        } else {
+            let b = &Patches::new(x, images, self.inputs, self.window());
+            Product { a, b, rows, grid, depth, block }.to_vec(bias)
+        })
+    }
+
+    fn as_matrices<'a, T: Scalar>(&self, x: &'a [T], images: usize, channels: usize) -> Matrix<'a, T> {
+        let pixels = self.pixels();
+        Matrix::per_image(x, images, channels * pixels, channels, pixels, pixels, 1)
+    }
+
+    /// dx[c][iy][ix] is the sum of w[o][c][ky][kx] dy[o][oy][ox] over the outputs and taps with oy * stride + ky = iy + top,
+    /// likewise for x. With a stride, input pixels fall into stride x stride phases by which taps reach them; each
+    /// phase is a convolution of dy without stride.
+    fn input_gradient<T: Scalar>(&self, dy: &[T], images: usize) -> Result<Vec<T>> {
+        let weight = self.weight.view::<T>()?;
+        let (rows, stride) = (self.inputs, self.conv.stride);
+        if self.pointwise() {
+            let depth = self.outputs;
+            let a = &Matrix::new(&weight, rows, depth, 1, rows);
+            let b = &self.as_matrices(dy, images, self.outputs);
+            let grid = Grid { images, pixels: self.pixels() };
+            return Ok(Product { a, b, rows, grid, depth, block: self.block(depth, 1) }.to_vec(Bias::None));
+        }
+        if stride == 1 {
+            let (flipped, window) = self.phase(&weight, (0, 0));
+            return Ok(self.phase_product(dy, images, &flipped, window, |p| p.to_vec(Bias::None)));
+        }
+        let mut dx = vec![T::from_f32(0.0); images * rows * self.input_pixels()];
+        for py in 0..stride.min(self.input.0) {
+            for px in 0..stride.min(self.input.1) {
+                let (flipped, window) = self.phase(&weight, (py, px));
+                let lattice = Lattice {
+                    width: window.output.1,
+                    first: py * self.input.1 + px,
+                    line_step: stride * self.input.1,
+                    pixel_step: stride,
+                };
+                let out = Out::storing(&mut dx, self.input_pixels(), rows * self.input_pixels()).lattice(lattice);
+                self.phase_product(dy, images, &flipped, window, |p| p.run(out));
+            }
+        }
+        Ok(dx)
+    }
+
+    /// The taps that reach the input pixels (py, px), (py + stride, px), ..., and where those lie in dy.
+    fn phase<'a, T>(&self, weight: &'a [T], (py, px): (usize, usize)) -> (Flipped<'a, T>, Window) {
+        let step = self.conv.stride;
+        let (first_y, first_x) = ((py + self.conv.top) % step, (px + self.conv.left) % step);
+        let count = |kernel: usize, first: usize| kernel.saturating_sub(first).div_ceil(step);
+        let taps = (count(self.kernel.0, first_y), count(self.kernel.1, first_x));
+        let flipped =
+            Flipped { weight, inputs: self.inputs, kernel: self.kernel, taps, first: (first_y, first_x), step };
+        let from = |phase: usize, padding: usize, taps: usize| ((phase + padding) / step) as isize + 1 - taps as isize;
+        let window = Window {
+            input: self.output,
+            output: ((self.input.0 - py).div_ceil(step), (self.input.1 - px).div_ceil(step)),
+            taps,
+            stride: 1,
+            top: from(py, self.conv.top, taps.0),
+            left: from(px, self.conv.left, taps.1),
+        };
+        (flipped, window)
+    }
+
+    fn phase_product<T: Scalar, R>(
+        &self,
+        dy: &[T],
+        images: usize,
+        a: &Flipped<T>,
+        window: Window,
+        run: impl FnOnce(Product<Flipped<T>, Patches<T>>) -> R,
+    ) -> R {
+        let taps = window.taps();
+        run(Product {
+            a,
+            b: &Patches::new(dy, images, self.outputs, window),
+            rows: self.inputs,
+            grid: Grid { images, pixels: window.pixels() },
+            depth: self.outputs * taps,
+            block: self.block(self.outputs, taps.max(1)),
+        })
+    }
+
+    fn add_weight_gradients<T: Scalar>(&self, x: &[T], dy: &[T], images: usize) -> Result<()> {
+        let (columns, depth) = (self.inputs * self.taps(), images * self.pixels());
+        let a = &Planes::new(dy, images, self.outputs, self.pixels());
+        let (rows, grid, block) = (self.outputs, Grid::plain(columns), block_of(depth, 16));
+        self.weight.add_grad(|gradient| {
+            let out = Out::adding(gradient, columns, 0);
+            if self.pointwise() {
+                let b = &Planes::new(x, images, self.inputs, self.pixels());
+                Product { a, b, rows, grid, depth, block }.run(out);
+            } else {
+                let b = &PatchesTurned(Patches::new(x, images, self.inputs, self.window()));
+                Product { a, b, rows, grid, depth, block }.run(out);
+            }
+        })?;
+        match &self.bias {
+            Some(bias) => bias.add_grad(|gradient| add_channel_sums(dy, self.pixels(), gradient)),
+            None => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

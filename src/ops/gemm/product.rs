@@ -1,0 +1,265 @@
+//! The blocked product: blocks of k outside, panels of A inside, B's block in the second-level cache. Parallel over
+//! tiles of the result only, and a result's element is always the same chain of operations (blocks of k in order, in
+//! each the k in order), so its bits depend neither on the tiles nor on the number of threads.
+
+use std::cell::RefCell;
+use std::ops::Range;
+
+use super::micro::{Finish, tile};
+use super::out::{Bias, Out};
+use super::pack::{Grid, Left, Right};
+use super::simd::{Isa, Kernel, Scalar, Simd};
+use crate::device::threads;
+
+/// A (rows x depth) times B (depth x grid).
+pub struct Product<'a, A, B> {
+    pub a: &'a A,
+    pub b: &'a B,
+    pub rows: usize,
+    pub grid: Grid,
+    pub depth: usize,
+    /// Every block of k but the last is this long; see [`block_of`].
+    pub block: usize,
+}
+
+/// The length of the blocks of k: even ones of at most 384, in multiples of `unit`.
+pub fn block_of(depth: usize, unit: usize) -> usize {
+    const LONGEST: usize = 384;
+    let longest = (LONGEST / unit).max(1);
+    let units = depth.div_ceil(unit).max(1);
+    units.div_ceil(units.div_ceil(longest)) * unit
+}
+
+impl<A: Left, B: Right> Product<'_, A, B> {
+    /// Into new memory: (images, rows, pixels).
+    pub fn to_vec<T: Scalar>(&self, bias: Bias) -> Vec<T> {
+        let len = self.rows * self.grid.columns();
+        let mut values = Vec::with_capacity(len);
+        let memory = &mut values.spare_capacity_mut()[..len];
+        self.run(Out::fresh(memory, self.grid.pixels, self.rows * self.grid.pixels).bias(bias));
+        // SAFETY: the capacity is there, and the product has stored every element of every row of every image.
+        unsafe { values.set_len(len) };
+        values
+    }
+
+    /// On all threads where that pays.
+    pub fn run<T: Scalar>(&self, out: Out<T>) {
+        self.run_on(Isa::best(), out);
+    }
+
+    pub(super) fn run_on<T: Scalar>(&self, isa: Isa, out: Out<T>) {
+        out.check(self.rows, self.grid);
+        isa.run(Parallel { product: self, out });
+    }
+
+    /// On this thread alone.
+    pub(super) fn run_serial<T: Scalar>(&self, isa: Isa, out: Out<T>) {
+        out.check(self.rows, self.grid);
+        isa.run(Serial { product: self, out });
+    }
+}
+
+struct Parallel<'p, 'a, A, B, T> {
+    product: &'p Product<'a, A, B>,
+    out: Out<'p, T>,
+}
+
+impl<A: Left, B: Right, T: Scalar> Kernel for Parallel<'_, '_, A, B, T> {
+    type Output = ();
+    unsafe fn run<S: Simd>(self) {
+        let Parallel { product, out } = &self;
+        let panels = product.grid.panels::<S>();
+        if product.rows == 0 || panels == 0 {
+            return;
+        }
+        let (rows, columns) = tiles::<S>(product.rows, panels, product.depth);
+        let (down, across) = (product.rows.div_ceil(rows), panels.div_ceil(columns));
+        let operations = product.rows * product.grid.columns() * product.depth / 16;
+        threads::parallel_for(down * across, operations, |task| {
+            let (y, x) = (task % down * rows, task / down * columns);
+            let (rows, columns) = (y..(y + rows).min(product.rows), x..(x + columns).min(panels));
+            // SAFETY: the CPU has `S`, the promise to `run`; the tiles are disjoint.
+            unsafe { product.tile::<S, T>(rows, columns, out) }
+        });
+    }
+}
+
+struct Serial<'p, 'a, A, B, T> {
+    product: &'p Product<'a, A, B>,
+    out: Out<'p, T>,
+}
+
+impl<A: Left, B: Right, T: Scalar> Kernel for Serial<'_, '_, A, B, T> {
+    type Output = ();
+    unsafe fn run<S: Simd>(self) {
+        let Serial { product, out } = &self;
+        let panels = product.grid.panels::<S>();
+        for from in (0..panels).step_by(WIDEST) {
+            let columns = from..(from + WIDEST).min(panels);
+            // SAFETY: the CPU has `S`, the promise to `run`.
+            unsafe { product.tile::<S, T>(0..product.rows, columns, out) }
+        }
+    }
+}
+
+/// Panels of B in a tile: its block then fills a good part of a second-level cache.
+const WIDEST: usize = 16;
+
+/// Rows and panels of a tile, from the shape alone: wide enough that packing costs little, and enough tiles to share.
+fn tiles<S: Simd>(rows: usize, panels: usize, depth: usize) -> (usize, usize) {
+    const WORK: usize = 1 << 22;
+    let wanted = (rows * panels * 2 * S::LANES * depth / WORK).clamp(1, 16);
+    let across = panels.div_ceil(WIDEST).max(wanted.min(panels.div_ceil(WIDEST / 2)));
+    let columns = panels.div_ceil(across);
+    let down = wanted.div_ceil(across).min(rows.div_ceil(6 * S::ROWS));
+    (rows.div_ceil(down).next_multiple_of(S::ROWS), columns)
+}
+
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+struct Line {
+    _numbers: [f32; 16],
+}
+
+/// A thread's buffers: a panel of A, a block of B, and a tile of results that cannot be written in place.
+#[derive(Default)]
+struct Scratch([Vec<Line>; 3]);
+
+impl Scratch {
+    /// Room for `lens` numbers each, left as the last user left them.
+    fn room(&mut self, lens: [usize; 3]) -> [*mut f32; 3] {
+        let mut at = [std::ptr::null_mut(); 3];
+        for ((buffer, len), at) in self.0.iter_mut().zip(lens).zip(&mut at) {
+            let lines = len.div_ceil(16);
+            if buffer.len() < lines {
+                buffer.resize(lines, Line { _numbers: [0.0; 16] });
+            }
+            *at = buffer.as_mut_ptr().cast();
+        }
+        at
+    }
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+impl<A: Left, B: Right> Product<'_, A, B> {
+    /// One tile of the result, with this thread's buffers.
+    ///
+    /// # Safety
+    /// The CPU has `S`, and no other task writes these elements.
+    unsafe fn tile<S: Simd, T: Scalar>(&self, rows: Range<usize>, panels: Range<usize>, out: &Out<T>) {
+        let width = 2 * S::LANES;
+        let held = if out.direct() { 0 } else { rows.len() * panels.len() * width };
+        let block = self.block.min(self.depth);
+        SCRATCH.with_borrow_mut(|scratch| {
+            let room = scratch.room([block * S::LANES, block * panels.len() * width, held]);
+            // SAFETY: the CPU has `S`; the buffers have the room that a block and the tile need.
+            unsafe {
+                S::vectorize(
+                    #[inline(always)]
+                    || self.tile_in::<S, T>(rows, panels, room, out),
+                )
+            }
+        });
+    }
+
+    #[inline(always)]
+    unsafe fn tile_in<S: Simd, T: Scalar>(
+        &self,
+        rows: Range<usize>,
+        panels: Range<usize>,
+        [a, b, sums]: [*mut f32; 3],
+        out: &Out<T>,
+    ) {
+        let mut k = 0;
+        loop {
+            let depth = k..(k + self.block).min(self.depth);
+            // SAFETY: the promise to `tile`; ranges lie inside the operands.
+            unsafe {
+                if !depth.is_empty() {
+                    self.b.pack::<S>(depth.clone(), panels.clone(), self.grid, b);
+                }
+                self.block::<S, T>(rows.clone(), panels.clone(), depth.clone(), [a, b, sums], out);
+            }
+            k = depth.end;
+            if k >= self.depth {
+                break;
+            }
+        }
+        if !out.direct() {
+            // SAFETY: `sums` holds the tile.
+            unsafe { self.scatter::<S, T>(rows, panels, sums, out) }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn block<S: Simd, T: Scalar>(
+        &self,
+        rows: Range<usize>,
+        panels: Range<usize>,
+        depth: Range<usize>,
+        [a, b, sums]: [*mut f32; 3],
+        out: &Out<T>,
+    ) {
+        let width = 2 * S::LANES;
+        let finish = match out.bias {
+            _ if depth.start > 0 || out.add => Finish::Add,
+            Bias::None => Finish::Store,
+            Bias::Row(bias) => Finish::RowBias(bias.as_ptr()),
+            Bias::Column(bias) => Finish::ColumnBias(bias.as_ptr()),
+        };
+        for row in rows.clone().step_by(S::ROWS) {
+            let count = (rows.end - row).min(S::ROWS);
+            // SAFETY: panels and results lie where `tile` made room and where `Out` has checked.
+            unsafe {
+                if !depth.is_empty() {
+                    self.a.pack::<S>(row, count, depth.clone(), a);
+                }
+                for (i, panel) in panels.clone().enumerate() {
+                    let place = self.grid.place::<S>(panel);
+                    let b = b.add(i * depth.len() * width);
+                    let (c, stride) = if out.direct() {
+                        let at = place.image * out.image_stride + row * out.row_stride + place.pixel;
+                        (out.to.cast::<f32>().add(at), out.row_stride)
+                    } else {
+                        (sums.add((row - rows.start) * panels.len() * width + i * width), panels.len() * width)
+                    };
+                    let finish = finish.at(row, place.pixel);
+                    tile::<S>(depth.len(), a, count, b, place.columns, c, stride, finish);
+                }
+            }
+        }
+    }
+
+    /// Rounds a finished tile into the result.
+    #[inline(always)]
+    unsafe fn scatter<S: Simd, T: Scalar>(
+        &self,
+        rows: Range<usize>,
+        panels: Range<usize>,
+        sums: *const f32,
+        out: &Out<T>,
+    ) {
+        let width = 2 * S::LANES;
+        for row in rows.clone() {
+            for (i, panel) in panels.clone().enumerate() {
+                let place = self.grid.place::<S>(panel);
+                // SAFETY: the tile was written by `block`, the result is as `Out` has checked.
+                unsafe {
+                    let from = sums.add(((row - rows.start) * panels.len() + i) * width);
+                    let to = out.to.add(place.image * out.image_stride + row * out.row_stride);
+                    for p in 0..place.columns {
+                        let pixel = place.pixel + p;
+                        let at = match out.lattice {
+                            None => pixel,
+                            Some(lattice) => lattice.at(pixel),
+                        };
+                        *to.add(at) = T::from_f32(*from.add(p));
+                    }
+                }
+            }
+        }
+    }
+}
