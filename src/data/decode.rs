@@ -28,9 +28,7 @@ pub(super) fn decode(path: &Path) -> Result<Picture> {
             if !jpeg_is_whole(&bytes) {
                 bail!("it is a JPEG file that is truncated");
             }
-            let decoder =
-                image::codecs::jpeg::JpegDecoder::new(Cursor::new(&bytes)).context("it is a damaged JPEG file")?;
-            through_image(decoder).context("it is a damaged JPEG file")?
+            jpeg(&bytes).context("it is a damaged JPEG file")?
         }
         Ok(ImageFormat::WebP) => {
             if !riff_is_whole(&bytes) {
@@ -67,6 +65,17 @@ fn through_image(mut decoder: impl ImageDecoder) -> Result<(Picture, Orientation
         other => bail!("pixels of type {other:?}"),
     };
     Ok((Picture::new(width as usize, height as usize, channels, &bytes), orientation))
+}
+
+fn jpeg(bytes: &[u8]) -> Result<(Picture, Orientation)> {
+    let mut decoder = image::codecs::jpeg::JpegDecoder::new(Cursor::new(bytes))?;
+    match super::jpeg::decode(bytes, LARGEST) {
+        Some(picture) => {
+            let (exif, xmp) = (decoder.exif_metadata()?, decoder.xmp_metadata()?);
+            Ok((picture, orientation::find(exif.as_deref(), xmp.as_deref())))
+        }
+        None => through_image(decoder),
+    }
 }
 
 fn png(bytes: &[u8]) -> Result<(Picture, Orientation)> {
@@ -129,7 +138,7 @@ fn jpeg_is_whole(bytes: &[u8]) -> bool {
     loop {
         // Up to the next marker: a byte 0xFF and one that is neither stuffing, a restart, nor fill.
         let Some(found) = bytes.get(at..).and_then(|rest| {
-            rest.array_windows::<2>().position(|&[a, b]| a == 0xFF && !matches!(b, 0x00 | 0xD0..=0xD7 | 0xFF))
+            rest.windows(2).position(|pair| pair[0] == 0xFF && !matches!(pair[1], 0x00 | 0xD0..=0xD7 | 0xFF))
         }) else {
             return false;
         };

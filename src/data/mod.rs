@@ -4,6 +4,7 @@
 mod crop;
 mod dataset;
 mod decode;
+mod jpeg;
 mod orientation;
 mod resize;
 mod tokenizer;

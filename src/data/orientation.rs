@@ -85,3 +85,47 @@ fn of_xmp(xml: &[u8]) -> Option<Orientation> {
         digit.is_ascii_digit().then(|| Orientation(digit - b'0'))
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Red counts the pixels of a 3 × 2 picture.
+    fn turned(orientation: u8) -> (usize, Vec<u8>) {
+        let picture = Picture { width: 3, height: 2, rgb: (0..6).flat_map(|v| [v, 0, 0]).collect() };
+        let upright = Orientation(orientation).upright(picture);
+        (upright.width, upright.rgb.chunks_exact(3).map(|p| p[0]).collect())
+    }
+
+    #[test]
+    fn every_orientation_is_turned_upright() {
+        let expected = [
+            (1, 3, [0, 1, 2, 3, 4, 5]),
+            (2, 3, [2, 1, 0, 5, 4, 3]),
+            (3, 3, [5, 4, 3, 2, 1, 0]),
+            (4, 3, [3, 4, 5, 0, 1, 2]),
+            (5, 2, [0, 3, 1, 4, 2, 5]),
+            (6, 2, [3, 0, 4, 1, 5, 2]),
+            (7, 2, [5, 2, 4, 1, 3, 0]),
+            (8, 2, [2, 5, 1, 4, 0, 3]),
+            (9, 3, [0, 1, 2, 3, 4, 5]),
+        ];
+        for (orientation, width, pixels) in expected {
+            assert_eq!(turned(orientation), (width, pixels.to_vec()), "orientation {orientation}");
+        }
+    }
+
+    #[test]
+    fn exif_wins_over_xmp_and_damage_means_upright() {
+        let tiff =
+            |value: u8| [b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0".as_slice(), &[value], &[0; 7]].concat();
+        let xmp = b"<rdf:Description tiff:Orientation=\"8\"/>".as_slice();
+        let prefixed = [b"Exif\0\0".as_slice(), &tiff(6)].concat();
+        assert_eq!(find(Some(&tiff(3)), Some(xmp)), Orientation(3));
+        assert_eq!(find(Some(&prefixed), None), Orientation(6));
+        assert_eq!(find(Some(b"damaged"), Some(xmp)), Orientation(8));
+        assert_eq!(find(None, Some(b"<tiff:Orientation>6</tiff:Orientation>")), Orientation(6));
+        assert_eq!(find(Some(b""), Some(b"tiff:Orientation=")), Orientation::UPRIGHT);
+        assert_eq!(raw_profile("\nexif\n  4\n4949\n2a00\n"), Some(b"II*\0".to_vec()));
+    }
+}

@@ -18,6 +18,19 @@ pub enum Interpolation {
 }
 
 impl Interpolation {
+    /// By the names of the peers' option; Pillow has one nearest filter for both of theirs.
+    pub fn named(name: &str) -> Option<Self> {
+        Some(match name {
+            "bilinear" => Interpolation::Bilinear,
+            "bicubic" => Interpolation::Bicubic,
+            "lanczos" => Interpolation::Lanczos,
+            "box" => Interpolation::Box,
+            "hamming" => Interpolation::Hamming,
+            "nearest" | "nearest_exact" => Interpolation::Nearest,
+            _ => return None,
+        })
+    }
+
     /// Half the filter's width, in pixels of an enlargement.
     fn support(self) -> f64 {
         match self {
@@ -227,4 +240,59 @@ fn nearest(source: &Picture, (width, height): (usize, usize), columns: Range<usi
         }
     }
     Picture { width: columns.len(), height: rows.len(), rgb }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ALL: [Interpolation; 6] = [
+        Interpolation::Bilinear,
+        Interpolation::Bicubic,
+        Interpolation::Lanczos,
+        Interpolation::Box,
+        Interpolation::Hamming,
+        Interpolation::Nearest,
+    ];
+
+    fn picture(width: usize, height: usize) -> Picture {
+        let rgb = (0..width * height * 3).map(|i| (i * i / 7 % 251) as u8).collect();
+        Picture { width, height, rgb }
+    }
+
+    #[test]
+    fn one_colour_stays_one_colour() {
+        let source = Picture { width: 13, height: 7, rgb: [200, 0, 255].repeat(91) };
+        for filter in ALL {
+            for (w, h) in [(5, 3), (40, 21), (13, 2), (1, 7)] {
+                assert_eq!(resize(&source, (w, h), 0..w, 0..h, filter).rgb, [200, 0, 255].repeat(w * h), "{filter:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_window_is_that_part_of_the_whole() {
+        for source in [picture(31, 23), picture(17, 90)] {
+            for (filter, (w, h)) in ALL.into_iter().flat_map(|f| [(11, 9), (64, 47), (31, 9), (9, 23)].map(|s| (f, s)))
+            {
+                let whole = resize(&source, (w, h), 0..w, 0..h, filter);
+                let part = resize(&source, (w, h), 2..7, 3..8, filter);
+                assert_eq!(part, window(&whole, 2..7, 3..8), "{filter:?} {w} {h}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_same_size_is_the_same_picture() {
+        let source = picture(9, 14);
+        assert!(ALL.into_iter().all(|filter| resize(&source, (9, 14), 0..9, 0..14, filter) == source));
+    }
+
+    #[test]
+    fn the_pass_that_takes_much_more_away_comes_first() {
+        assert!(!columns_first(&picture(48, 64), (24, 32)));
+        assert!(columns_first(&picture(48, 144), (24, 72 - 1 + 24)));
+        assert!(columns_first(&picture(10, 20), (30, 19)));
+        assert!(!columns_first(&picture(10, 20), (30, 21)));
+    }
 }
