@@ -8,6 +8,7 @@ pub mod config;
 pub mod data;
 pub mod device;
 pub mod diffusion;
+pub mod hub;
 pub mod launch;
 pub mod model;
 pub mod ops;

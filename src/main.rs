@@ -1,1 +1,85 @@
-fn main() {}
+//! The program: parse, check, start ranks or be one, leave with the right exit status.
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::Parser;
+use dblaunch::cli::{self, Cli, Command, RequestArgs, TrainArgs};
+use dblaunch::config::{self, Resume};
+use dblaunch::launch::{self, LaunchRequest, Output, Rank, World, status};
+use dblaunch::{hub, train};
+
+/// Activations come and go by the megabyte; this allocator hands the same pages out again instead of asking the system.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    if let Some(message) = cli::not_there_yet(arguments.iter().map(String::as_str)) {
+        eprintln!("dblaunch: {message}");
+        return ExitCode::from(status::REFUSED);
+    }
+    let cli = Cli::parse();
+    let result = match &cli.command {
+        Some(Command::Check(check)) => self::check(&check.request).map(|()| status::DONE),
+        Some(Command::Completions { shell }) => {
+            cli::write_completions(*shell, &mut std::io::stdout());
+            Ok(status::DONE)
+        }
+        None => match World::from_environment() {
+            Ok(Some(world)) => be_a_rank(&cli.train, &world),
+            Ok(None) => start_ranks(&cli.train),
+            Err(error) => Err(error),
+        },
+    };
+    ExitCode::from(result.unwrap_or_else(|error| launch::report_failure(&error)))
+}
+
+/// Without --nproc: one rank (one per GPU once there are GPUs).
+fn ranks(request: &RequestArgs) -> usize {
+    request.nproc.map_or(1, |n| n.get())
+}
+
+fn config_path(request: &RequestArgs) -> &std::path::Path {
+    // clap has made sure that there is one.
+    request.config.as_deref().unwrap_or_else(|| std::path::Path::new("train.toml"))
+}
+
+/// `dblaunch check`: what is wrong, or what would run.
+fn check(request: &RequestArgs) -> Result<()> {
+    let report = config::check(config_path(request), &request.overrides, ranks(request))?;
+    println!("{report}");
+    Ok(())
+}
+
+/// The launcher: checks the request, then starts the ranks and stays with them.
+fn start_ranks(args: &TrainArgs) -> Result<u8> {
+    let nproc = ranks(&args.request);
+    let report = config::check(config_path(&args.request), &args.request.overrides, nproc)?;
+    eprintln!("{report}");
+    let arguments = std::env::args_os().skip(1).collect();
+    let mut request = LaunchRequest::this_program(nproc, arguments)?;
+    request.max_restarts = args.max_restarts as usize;
+    launch::run(&request, Output::standard())
+}
+
+/// One rank of a run, whoever started it.
+fn be_a_rank(args: &TrainArgs, world: &World) -> Result<u8> {
+    let request = &args.request;
+    let mut plan = config::load(config_path(request), &request.overrides, world.world_size)?;
+    if world.starter != launch::Starter::Dblaunch {
+        // No launcher of ours has checked the request.
+        config::check(config_path(request), &request.overrides, world.world_size)?;
+    }
+    let model_dir = hub::resolve(&plan.model.source, plan.model.variant.as_deref())?;
+    let rank = Rank::start(std::time::Duration::from_secs_f64(plan.zero.timeout_seconds))?;
+    if rank.restart > 0 {
+        plan.checkpoint.resume = Resume::Latest;
+    }
+    Ok(match train::run(&plan, &model_dir, &rank) {
+        Ok(train::Ending::Done) => status::DONE,
+        Ok(train::Ending::Interrupted) => status::INTERRUPTED,
+        // Told while the rank is still there, so that the others learn the cause and not that it left.
+        Err(error) => launch::report_failure(&error),
+    })
+}

@@ -3,12 +3,14 @@
 
 mod arena;
 mod buffer;
+mod files;
 mod layout;
 mod slot;
 pub mod threads;
 
 pub use arena::{Arena, Usage};
 pub use buffer::{Buffer, Element};
+pub use files::{free_disk_bytes, map_file, peak_rss_bytes};
 pub use layout::{BLOCK, BucketLayout, Entry, LARGE};
 pub use slot::{GradSlot, ParamSlot, WeightRef, WeightView};
 

@@ -26,3 +26,9 @@ pub fn parallel_for(tasks: usize, cost: usize, work: impl Fn(usize) + Sync + Sen
         (0..tasks).into_par_iter().with_max_len(1).for_each(work);
     }
 }
+
+/// Zeroes a large slice on all threads.
+pub fn fill_zero(values: &mut [f32]) {
+    const PIECE: usize = 1 << 18;
+    values.par_chunks_mut(PIECE).for_each(|piece| piece.fill(0.0));
+}

@@ -5,19 +5,26 @@
 mod activation;
 mod attention;
 mod conv2d;
+mod cpu;
 mod embedding;
 pub mod gemm;
+mod glue;
 mod group_norm;
 mod layer_norm;
 mod linear;
+mod pointwise;
+#[cfg(test)]
+mod testing;
 mod tokens;
 mod upsample;
 mod values;
+mod vector;
 
 pub use activation::{Activation, activation, add_channels, geglu};
 pub use attention::{Mask, attention};
 pub use conv2d::{Conv2d, conv2d};
 pub use embedding::embedding;
+pub use glue::{add, cat_channels};
 pub use group_norm::group_norm;
 pub use layer_norm::layer_norm;
 pub use linear::linear;

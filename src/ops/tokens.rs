@@ -1,12 +1,125 @@
-//! Images as sequences of pixels and back.
-use candle_core::{Result, Tensor, bail};
+//! Images as sequences of pixels and back: two transposes, each the other's backward.
+
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
+
+use super::cpu::{Held, by_dtype, elements, for_parts, result, tensor};
+use super::vector::{Real, unwritten};
 
 /// (B, C, H, W) -> (B, H*W, C).
-pub fn tokens_from_image(_x: &Tensor) -> Result<Tensor> {
-    bail!("being written")
+pub fn tokens_from_image(x: &Tensor) -> Result<Tensor> {
+    let (_, channels, height, width) = x.dims4()?;
+    x.contiguous()?.apply_op1(Transpose { rows: channels, columns: height * width, to: vec![height * width, channels] })
 }
 
 /// (B, H*W, C) -> (B, C, H, W).
-pub fn image_from_tokens(_x: &Tensor, _height: usize, _width: usize) -> Result<Tensor> {
-    bail!("being written")
+pub fn image_from_tokens(x: &Tensor, height: usize, width: usize) -> Result<Tensor> {
+    let (_, tokens, channels) = x.dims3()?;
+    if tokens != height * width {
+        bail!("image_from_tokens: {tokens} tokens are not {height}x{width} pixels");
+    }
+    x.contiguous()?.apply_op1(Transpose { rows: tokens, columns: channels, to: vec![channels, height, width] })
+}
+
+/// Transposes the `rows` x `columns` matrix of each batch row; the result's dims after the batch are `to`.
+struct Transpose {
+    rows: usize,
+    columns: usize,
+    to: Vec<usize>,
+}
+
+impl CustomOp1 for Transpose {
+    fn name(&self) -> &'static str {
+        "tokens"
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let mut dims = vec![layout.dims()[0]];
+        dims.extend(&self.to);
+        by_dtype!(storage.dtype(), self.name(), T => {
+            Ok(result(transpose::<T>(elements(storage, layout)?, self.rows, self.columns), dims))
+        })
+    }
+
+    fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+        let dy = dy.contiguous()?;
+        let held = Held::new(&dy);
+        by_dtype!(dy.dtype(), self.name(), T => {
+            Ok(Some(tensor(transpose::<T>(held.elements()?, self.columns, self.rows), x.shape())?))
+        })
+    }
+}
+
+/// Square tile of the transpose: its rows and columns stay in the first-level cache.
+const TILE: usize = 16;
+
+/// (batch, rows, columns) -> (batch, columns, rows).
+fn transpose<T: Real>(x: &[T], rows: usize, columns: usize) -> Vec<T> {
+    let mut y = unwritten::<T>(x.len());
+    if x.is_empty() {
+        return y;
+    }
+    // A part is some columns of one matrix, which are whole rows of the result.
+    let strip = (super::cpu::rows_per_part(rows).next_multiple_of(TILE)).min(columns);
+    let mut parts = Vec::new();
+    for (y, x) in y.chunks_mut(rows * columns).zip(x.chunks(rows * columns)) {
+        parts.extend(y.chunks_mut(strip * rows).enumerate().map(|(i, y)| (y, x, i * strip)));
+    }
+    for_parts(parts, x.len(), |_, (y, x, first)| {
+        let wide = y.len() / rows;
+        for row in (0..rows).step_by(TILE) {
+            let high = TILE.min(rows - row);
+            for column in (0..wide).step_by(TILE) {
+                for c in column..(column + TILE).min(wide) {
+                    let from = &x[row * columns + first + c..];
+                    let to = &mut y[c * rows + row..][..high];
+                    to.iter_mut().zip(from.iter().step_by(columns)).for_each(|(to, &from)| *to = from);
+                }
+            }
+        }
+    });
+    y
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::{Case, check, check_threads};
+
+    /// (rows, columns) to (columns, rows) in each batch row.
+    fn swapped(v: &[f64], rows: usize, columns: usize) -> Vec<f64> {
+        let one = |x: &[f64]| -> Vec<f64> { (0..x.len()).map(|i| x[i % rows * columns + i / rows]).collect() };
+        v.chunks(rows * columns).flat_map(one).collect()
+    }
+
+    fn there_and_back(batch: usize, channels: usize, height: usize, width: usize, test: fn(&Case)) {
+        let pixels = height * width;
+        test(&Case {
+            inputs: &[&[batch, channels, height, width]],
+            weights: &[],
+            op: &|x, _| tokens_from_image(&x[0]),
+            reference: &|v| swapped(&v[0], channels, pixels),
+        });
+        test(&Case {
+            inputs: &[&[batch, pixels, channels]],
+            weights: &[],
+            op: &|x, _| image_from_tokens(&x[0], height, width),
+            reference: &|v| swapped(&v[0], pixels, channels),
+        });
+    }
+
+    #[test]
+    fn images_become_tokens_and_tokens_images() {
+        there_and_back(2, 3, 3, 5, check);
+        there_and_back(1, 21, 1, 19, check);
+        there_and_back(2, 70, 23, 17, check_threads);
+    }
+
+    #[test]
+    fn an_image_survives_the_round_trip() {
+        let x = crate::ops::testing::var(1, (2, 35, 19, 33), candle_core::DType::BF16);
+        let back = image_from_tokens(&tokens_from_image(&x).unwrap(), 19, 33).unwrap();
+        assert_eq!(crate::ops::testing::f64s(&back), crate::ops::testing::f64s(&x));
+        assert!(image_from_tokens(&tokens_from_image(&x).unwrap(), 33, 18).is_err());
+    }
 }

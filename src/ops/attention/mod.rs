@@ -1,0 +1,203 @@
+//! Attention without the score matrix, forward or backward: blocks of queries against blocks of keys with a running
+//! softmax (Dao et al. 2022, "FlashAttention"), everything in f32 between reading and writing the activations' dtype.
+//!
+//! Note: queries are the lanes. Scores are held transposed, keys by queries, so that maximum, exponential and sum run
+//! down the keys in vectors of queries, and keys and values are read as they lie, one number broadcast at a time.
+
+mod backward;
+mod forward;
+mod softmax;
+#[cfg(test)]
+mod tests;
+mod tile;
+
+use std::sync::OnceLock;
+
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
+
+use super::cpu::{Held, by_dtype, elements, result, tensor};
+use super::vector::{PIECE, Real};
+
+/// Which keys a query may see.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Mask {
+    /// Query i sees keys 0..=i.
+    pub causal: bool,
+    /// Of batch row b only the first `key_lengths[b]` keys exist.
+    pub key_lengths: Option<Vec<usize>>,
+}
+
+/// q (B, S, heads*D), k and v (B, T, heads*D) -> (B, S, heads*D); softmax(q k^T / sqrt(D)) v per head.
+///
+/// A query that may see no key at all gets zeros.
+pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, mask: &Mask) -> Result<Tensor> {
+    let ((batch, queries, width), (_, keys, _)) = (q.dims3()?, k.dims3()?);
+    if k.dims() != [batch, keys, width] || v.dims() != k.dims() || k.dtype() != q.dtype() || v.dtype() != q.dtype() {
+        bail!("attention: {:?} of queries, {:?} of keys, {:?} of values", q.shape(), k.shape(), v.shape());
+    }
+    if heads == 0 || width % heads != 0 || width == 0 {
+        bail!("attention: {heads} heads of a width of {width}");
+    }
+    let lengths = match &mask.key_lengths {
+        None => vec![keys; batch],
+        Some(lengths) if lengths.len() == batch && lengths.iter().all(|&l| l <= keys) => lengths.clone(),
+        Some(lengths) => bail!("attention: key lengths {lengths:?} for {batch} rows of {keys} keys"),
+    };
+    let plan = Plan { batch, queries, keys, heads, head_width: width / heads, lengths, causal: mask.causal };
+    let op = Attention { plan, log_sums: OnceLock::new() };
+    q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op)
+}
+
+/// Sizes and mask of one attention.
+struct Plan {
+    batch: usize,
+    queries: usize,
+    keys: usize,
+    heads: usize,
+    head_width: usize,
+    /// Keys that exist, of each batch row.
+    lengths: Vec<usize>,
+    causal: bool,
+}
+
+/// Queries whose scores are worked on together: four vectors of 16.
+const QUERY_BLOCK: usize = 64;
+/// Keys between two corrections of the running maximum. Scores of a block then take 24 KiB.
+const KEY_BLOCK: usize = 96;
+
+impl Plan {
+    /// Elements between one token and the next.
+    fn stride(&self) -> usize {
+        self.heads * self.head_width
+    }
+
+    /// Where head `head` of batch row `row` begins among `tokens` tokens a row.
+    fn start(&self, row: usize, head: usize, tokens: usize) -> usize {
+        row * tokens * self.stride() + head * self.head_width
+    }
+
+    /// Keys that some query in `first..first + count` may see.
+    fn visible(&self, row: usize, first: usize, count: usize) -> usize {
+        if self.causal { self.lengths[row].min(first + count) } else { self.lengths[row] }
+    }
+
+    /// Factor of the scores, for powers of two: log2(e) / sqrt(D).
+    fn scale(&self) -> f32 {
+        (std::f64::consts::LOG2_E / (self.head_width as f64).sqrt()) as f32
+    }
+
+    /// Rough count of elementary operations.
+    fn cost(&self) -> usize {
+        self.batch * self.queries * self.keys * self.stride()
+    }
+}
+
+struct Attention {
+    plan: Plan,
+    /// log2 of the softmax's denominator, (B, heads, S), from the forward.
+    log_sums: OnceLock<Vec<f32>>,
+}
+
+impl CustomOp3 for Attention {
+    fn name(&self) -> &'static str {
+        "attention"
+    }
+
+    fn cpu_fwd(
+        &self,
+        q: &CpuStorage,
+        lq: &Layout,
+        k: &CpuStorage,
+        lk: &Layout,
+        v: &CpuStorage,
+        lv: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        by_dtype!(q.dtype(), self.name(), T => {
+            let (y, log_sums) = forward::forward::<T>(&self.plan, elements(q, lq)?, elements(k, lk)?, elements(v, lv)?);
+            // A second forward of the same op would give the same sums.
+            let _ = self.log_sums.set(log_sums);
+            Ok(result(y, lq.shape()))
+        })
+    }
+
+    fn bwd(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        y: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let Some(log_sums) = self.log_sums.get() else { bail!("attention: backward before forward") };
+        let dy = dy.contiguous()?;
+        let held = [q, k, v, y, &dy].map(Held::new);
+        by_dtype!(q.dtype(), self.name(), T => {
+            let [q_values, k_values, v_values, y_values, dy_values] = &held;
+            let given = backward::Given::<T> {
+                plan: &self.plan,
+                q: q_values.elements()?,
+                k: k_values.elements()?,
+                v: v_values.elements()?,
+                y: y_values.elements()?,
+                dy: dy_values.elements()?,
+                log_sums,
+            };
+            let [dq, dk, dv] = given.backward();
+            Ok((Some(tensor(dq, q.shape())?), Some(tensor(dk, k.shape())?), Some(tensor(dv, v.shape())?)))
+        })
+    }
+}
+
+/// Copies one head of `count` tokens as f32 times `factor` into rows of `to_stride`; what is beyond stays.
+#[inline(always)]
+fn gather<T: Real>(
+    from: &[T],
+    stride: usize,
+    count: usize,
+    width: usize,
+    factor: f32,
+    to: &mut [f32],
+    to_stride: usize,
+) {
+    let mut scratch = [0f32; PIECE];
+    for token in 0..count {
+        let row = T::read(&from[token * stride..][..width], &mut scratch);
+        to[token * to_stride..][..width].iter_mut().zip(row).for_each(|(to, x)| *to = x * factor);
+    }
+}
+
+/// Copies `count` rows of `width` into columns: to[column][row], rows of `to` being `to_stride` apart.
+#[inline(always)]
+fn transpose(from: &[f32], from_stride: usize, count: usize, width: usize, to: &mut [f32], to_stride: usize) {
+    for column in 0..width {
+        let to = &mut to[column * to_stride..][..count];
+        to.iter_mut().enumerate().for_each(|(row, to)| *to = from[row * from_stride + column]);
+    }
+}
+
+/// The rows of a result (B, tokens, heads*D) by (batch row, head), so that each can be written by itself.
+fn by_head<'a, T>(plan: &Plan, y: &'a mut [T], tokens: usize) -> Vec<Vec<&'a mut [T]>> {
+    let mut parts: Vec<Vec<&mut [T]>> = (0..plan.batch * plan.heads).map(|_| Vec::with_capacity(tokens)).collect();
+    for (i, piece) in y.chunks_mut(plan.head_width).enumerate() {
+        let row = i / (tokens * plan.heads);
+        parts[row * plan.heads + i % plan.heads].push(piece);
+    }
+    parts
+}
+
+/// Cuts each head's rows into blocks of `size`.
+fn into_blocks<T>(heads: Vec<Vec<&mut [T]>>, size: usize) -> Vec<Vec<&mut [T]>> {
+    let mut blocks = Vec::new();
+    for head in heads {
+        let mut rows = head.into_iter();
+        loop {
+            let block: Vec<_> = rows.by_ref().take(size).collect();
+            if block.is_empty() {
+                break;
+            }
+            blocks.push(block);
+        }
+    }
+    blocks
+}
