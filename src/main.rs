@@ -1,5 +1,6 @@
 //! The program: parse, check, start ranks or be one, leave with the right exit status.
 
+use std::ffi::OsString;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -62,9 +63,16 @@ fn start_ranks(args: &TrainArgs) -> Result<u8> {
     let report = config::check(config_path(&args.request), &args.request.overrides, nproc)?;
     eprintln!("{report}");
     let arguments = std::env::args_os().skip(1).collect();
-    let mut request = LaunchRequest::this_program(nproc, arguments)?;
+    let mut request = this_program(nproc, arguments)?;
     request.max_restarts = args.max_restarts as usize;
     launch::run(&request, Output::standard())
+}
+
+/// Ranks of this program whose allocator keeps what is freed: the next step takes just as much again.
+fn this_program(nproc: usize, arguments: Vec<OsString>) -> Result<LaunchRequest> {
+    let mut request = LaunchRequest::this_program(nproc, arguments)?;
+    request.environment.push(("MIMALLOC_PURGE_DELAY".into(), "-1".into()));
+    Ok(request)
 }
 
 /// One rank of a run, whoever started it.
@@ -101,7 +109,7 @@ fn bench(command: BenchCommand) -> Result<u8> {
         BenchCommand::Memory { nproc, stage, latent, steps } => match World::from_environment()? {
             None => {
                 let arguments = std::env::args_os().skip(1).collect();
-                return launch::run(&LaunchRequest::this_program(nproc.get(), arguments)?, Output::standard());
+                return launch::run(&this_program(nproc.get(), arguments)?, Output::standard());
             }
             Some(_) => {
                 let rank = Rank::start(Duration::from_secs(600))?;
