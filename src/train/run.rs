@@ -46,7 +46,9 @@ fn prepare_output(trainer: &Trainer) -> Result<()> {
         let entry = entry?;
         let name = entry.file_name().to_string_lossy().into_owned();
         let half_done = name.starts_with(".writing-") || name.starts_with(".deleting-");
-        let of_another_run = trainer.position.step == 0 && name.starts_with("checkpoint-");
+        // Nothing but checkpoints: a folder `checkpoint-notes` is the user's own.
+        let is_checkpoint = name.strip_prefix("checkpoint-").is_some_and(|n| n.parse::<u64>().is_ok());
+        let of_another_run = trainer.position.step == 0 && is_checkpoint;
         if half_done || of_another_run {
             fs::remove_dir_all(entry.path()).with_context(|| format!("removing {}", entry.path().display()))?;
         }
