@@ -1,5 +1,6 @@
 //! 2-D convolution as matrix products over patches that are packed from the image on the way.
 
+mod fold;
 mod patches;
 mod planes;
 
@@ -9,6 +10,7 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 use super::cpu::{Held, by_dtype, elements, result, tensor};
 use super::gemm::{Bias, Lattice, Matrix, Out, Product, Scalar, add_channel_sums};
 use crate::device::WeightRef;
+use fold::fold;
 use patches::{MOST_TAPS, Patches, PatchesTurned, Window};
 use planes::{Flipped, Planes};
 
@@ -104,6 +106,9 @@ impl CustomOp1 for Convolution {
 /// Sums over pixels and channels are cut into blocks of multiples of this.
 const UNIT: usize = 16;
 
+/// Up to this many input channels the data gradient is folded.
+const FEW_CHANNELS: usize = 8;
+
 /// Sums over channels and taps are cut into blocks of whole channels.
 fn unit(taps: usize) -> usize {
     if taps <= 1 { UNIT } else { taps }
@@ -170,6 +175,13 @@ impl Convolution {
             let turned = Matrix::new(&weight, rows, self.outputs, 1, rows);
             let product = Product::new(&turned, &self.as_matrices(dy, images, self.outputs), UNIT).to_vec(Bias::None);
             return Ok(product);
+        }
+        if rows <= FEW_CHANNELS {
+            let elements = rows * self.taps();
+            let turned = Matrix::new(&weight, elements, self.outputs, 1, elements);
+            let pixels = self.as_matrices(dy, images, self.outputs);
+            let products = Product::new(&turned, &pixels, UNIT).to_vec::<f32>(Bias::None);
+            return Ok(fold(&products, self.window()));
         }
         if stride == 1 {
             let (flipped, window) = self.phase(&weight, (0, 0));

@@ -23,6 +23,13 @@ fn cases() -> Vec<Case> {
         case(3, 17, 4, (8, 8), (3, 3), Conv2d::new(2, 1)),
         case(2, 3, 5, (9, 7), (3, 3), uneven),
         case(2, 2, 3, (10, 11), (3, 2), odd),
+        // Enough channels that the data gradient is not folded.
+        case(2, 19, 5, (9, 7), (3, 3), uneven),
+        case(2, 30, 3, (10, 11), (3, 2), odd),
+        case(1, 9, 17, (16, 16), (3, 3), Conv2d::new(1, 1)),
+        case(1, 15, 4, (5, 6), (1, 1), Conv2d::new(2, 0)),
+        case(2, 20, 2, (3, 3), (3, 3), Conv2d::new(1, 0)),
+        case(1, 11, 2, (9, 20), (5, 3), Conv2d::new(1, 2)),
         case(2, 33, 20, (7, 5), (1, 1), Conv2d::new(1, 0)),
         case(1, 3, 4, (5, 6), (1, 1), Conv2d::new(2, 0)),
         case(1, 2, 2, (3, 3), (3, 3), Conv2d::new(1, 0)),
