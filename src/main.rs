@@ -1,6 +1,5 @@
 //! The program: parse, check, start ranks or be one, leave with the right exit status.
 
-use std::ffi::OsString;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -8,14 +7,15 @@ use anyhow::Result;
 use candle_core::DType;
 use clap::Parser;
 use dblaunch::cli::{self, BenchCommand, BenchDtype, Cli, Command, RequestArgs, TrainArgs};
+use dblaunch::device::Keeping;
 use dblaunch::config::{self, Resume};
 use dblaunch::launch::{self, LaunchRequest, Output, Rank, World, status};
 use dblaunch::zero::Stage;
 use dblaunch::{bench, hub, train};
 
-/// Activations come and go by the megabyte; this allocator hands the same pages out again instead of asking the system.
+/// Activations come and go by the megabyte; the same pages are handed out again instead of asking the system.
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: Keeping<mimalloc::MiMalloc> = Keeping::over(mimalloc::MiMalloc);
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -63,16 +63,9 @@ fn start_ranks(args: &TrainArgs) -> Result<u8> {
     let report = config::check(config_path(&args.request), &args.request.overrides, nproc)?;
     eprintln!("{report}");
     let arguments = std::env::args_os().skip(1).collect();
-    let mut request = this_program(nproc, arguments)?;
+    let mut request = LaunchRequest::this_program(nproc, arguments)?;
     request.max_restarts = args.max_restarts as usize;
     launch::run(&request, Output::standard())
-}
-
-/// Ranks of this program whose allocator keeps what is freed: the next step takes just as much again.
-fn this_program(nproc: usize, arguments: Vec<OsString>) -> Result<LaunchRequest> {
-    let mut request = LaunchRequest::this_program(nproc, arguments)?;
-    request.environment.push(("MIMALLOC_PURGE_DELAY".into(), "-1".into()));
-    Ok(request)
 }
 
 /// One rank of a run, whoever started it.
@@ -109,7 +102,7 @@ fn bench(command: BenchCommand) -> Result<u8> {
         BenchCommand::Memory { nproc, stage, latent, steps } => match World::from_environment()? {
             None => {
                 let arguments = std::env::args_os().skip(1).collect();
-                return launch::run(&this_program(nproc.get(), arguments)?, Output::standard());
+                return launch::run(&LaunchRequest::this_program(nproc.get(), arguments)?, Output::standard());
             }
             Some(_) => {
                 let rank = Rank::start(Duration::from_secs(600))?;
