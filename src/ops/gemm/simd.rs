@@ -33,6 +33,10 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     unsafe fn store(to: *mut f32, v: Self::V);
     /// Writes only the lanes whose bit is set.
     unsafe fn store_where(to: *mut f32, lanes: u16, v: Self::V);
+    /// Rounded to nearest, ties to even; only the lanes whose bit is set.
+    unsafe fn store_bf16_where(to: *mut bf16, lanes: u16, v: Self::V);
+    /// Rounded to nearest, ties to even; only the lanes whose bit is set.
+    unsafe fn store_f16_where(to: *mut f16, lanes: u16, v: Self::V);
     /// a * b + c with one rounding.
     unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
@@ -63,6 +67,9 @@ pub trait Scalar: Element {
     /// As [`Simd::load_where`].
     unsafe fn load_where<S: Simd>(from: *const Self, lanes: u16) -> S::V;
     /// # Safety
+    /// As [`Simd::store_where`].
+    unsafe fn store_where<S: Simd>(to: *mut Self, lanes: u16, v: S::V);
+    /// # Safety
     /// As [`Simd::gather_where`].
     #[inline(always)]
     unsafe fn gather_where<S: Simd>(from: *const Self, index: &[i32; MOST_LANES], lanes: u16) -> S::V {
@@ -79,6 +86,11 @@ pub trait Scalar: Element {
 }
 
 impl Scalar for f32 {
+    #[inline(always)]
+    unsafe fn store_where<S: Simd>(to: *mut Self, lanes: u16, v: S::V) {
+        // SAFETY: the caller's promise.
+        unsafe { S::store_where(to, lanes, v) }
+    }
     #[inline(always)]
     unsafe fn load<S: Simd>(from: *const Self) -> S::V {
         // SAFETY: the caller's promise.
@@ -98,6 +110,11 @@ impl Scalar for f32 {
 
 impl Scalar for bf16 {
     #[inline(always)]
+    unsafe fn store_where<S: Simd>(to: *mut Self, lanes: u16, v: S::V) {
+        // SAFETY: the caller's promise.
+        unsafe { S::store_bf16_where(to, lanes, v) }
+    }
+    #[inline(always)]
     unsafe fn load<S: Simd>(from: *const Self) -> S::V {
         // SAFETY: the caller's promise.
         unsafe { S::load_bf16(from) }
@@ -110,6 +127,11 @@ impl Scalar for bf16 {
 }
 
 impl Scalar for f16 {
+    #[inline(always)]
+    unsafe fn store_where<S: Simd>(to: *mut Self, lanes: u16, v: S::V) {
+        // SAFETY: the caller's promise.
+        unsafe { S::store_f16_where(to, lanes, v) }
+    }
     #[inline(always)]
     unsafe fn load<S: Simd>(from: *const Self) -> S::V {
         // SAFETY: the caller's promise.
@@ -244,10 +266,18 @@ unsafe impl Simd for Portable {
     }
     #[inline(always)]
     unsafe fn store_where(to: *mut f32, lanes: u16, v: Self::V) {
-        for (i, &x) in v.iter().enumerate().filter(|(i, _)| lanes >> i & 1 == 1) {
-            // SAFETY: writes only the lanes whose bit is set.
-            unsafe { *to.add(i) = x };
-        }
+        // SAFETY: the caller's promise.
+        unsafe { put_some(to, lanes, &v) }
+    }
+    #[inline(always)]
+    unsafe fn store_bf16_where(to: *mut bf16, lanes: u16, v: Self::V) {
+        // SAFETY: the caller's promise.
+        unsafe { put_some(to, lanes, &v) }
+    }
+    #[inline(always)]
+    unsafe fn store_f16_where(to: *mut f16, lanes: u16, v: Self::V) {
+        // SAFETY: the caller's promise.
+        unsafe { put_some(to, lanes, &v) }
     }
     #[inline(always)]
     unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V {
@@ -283,6 +313,36 @@ unsafe impl Simd for Portable {
 
 #[inline(always)]
 fn some<T: Element>(from: *const T, lanes: u16) -> [f32; LANES] {
-    // SAFETY: called with the promise of `load_where`: lanes whose bit is set are readable.
-    std::array::from_fn(|i| if lanes >> i & 1 == 1 { unsafe { *from.wrapping_add(i) }.to_f32() } else { 0.0 })
+    let mut some = [0.0; LANES];
+    // SAFETY: called with the promise of `load_where`.
+    unsafe { get_some(from, lanes, &mut some) };
+    some
+}
+
+/// The lanes whose bit is set, one by one; leaves the others.
+///
+/// # Safety
+/// Those lanes are readable.
+#[inline(always)]
+pub unsafe fn get_some<T: Element>(from: *const T, lanes: u16, to: &mut [f32]) {
+    for (i, to) in to.iter_mut().enumerate() {
+        if lanes >> i & 1 == 1 {
+            // SAFETY: the caller's promise.
+            *to = unsafe { *from.wrapping_add(i) }.to_f32();
+        }
+    }
+}
+
+/// Writes the lanes whose bit is set, one by one.
+///
+/// # Safety
+/// Those lanes are writable.
+#[inline(always)]
+pub unsafe fn put_some<T: Element>(to: *mut T, lanes: u16, from: &[f32]) {
+    for (i, &x) in from.iter().enumerate() {
+        if lanes >> i & 1 == 1 {
+            // SAFETY: the caller's promise.
+            unsafe { *to.wrapping_add(i) = T::from_f32(x) };
+        }
+    }
 }
