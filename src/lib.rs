@@ -46,6 +46,7 @@
 //! 10. *Recompute* is about activations, *checkpoint* about files, *stage* about ZeRO.
 #![deny(unsafe_op_in_unsafe_fn)]
 
+pub mod bench;
 pub mod checkpoint;
 pub mod cli;
 pub mod comm;

@@ -1,13 +1,17 @@
 //! The program: parse, check, start ranks or be one, leave with the right exit status.
 
+use std::ffi::OsString;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::Result;
+use candle_core::DType;
 use clap::Parser;
-use dblaunch::cli::{self, Cli, Command, RequestArgs, TrainArgs};
+use dblaunch::cli::{self, BenchCommand, BenchDtype, Cli, Command, RequestArgs, TrainArgs};
 use dblaunch::config::{self, Resume};
 use dblaunch::launch::{self, LaunchRequest, Output, Rank, World, status};
-use dblaunch::{hub, train};
+use dblaunch::zero::Stage;
+use dblaunch::{bench, hub, train};
 
 /// Activations come and go by the megabyte; this allocator hands the same pages out again instead of asking the system.
 #[global_allocator]
@@ -22,6 +26,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = match &cli.command {
         Some(Command::Check(check)) => self::check(&check.request).map(|()| status::DONE),
+        Some(Command::Bench(command)) => self::bench(*command),
         Some(Command::Completions { shell }) => {
             cli::write_completions(*shell, &mut std::io::stdout());
             Ok(status::DONE)
@@ -58,9 +63,16 @@ fn start_ranks(args: &TrainArgs) -> Result<u8> {
     let report = config::check(config_path(&args.request), &args.request.overrides, nproc)?;
     eprintln!("{report}");
     let arguments = std::env::args_os().skip(1).collect();
-    let mut request = LaunchRequest::this_program(nproc, arguments)?;
+    let mut request = this_program(nproc, arguments)?;
     request.max_restarts = args.max_restarts as usize;
     launch::run(&request, Output::standard())
+}
+
+/// Ranks of this program whose allocator keeps what is freed: the next step takes just as much again.
+fn this_program(nproc: usize, arguments: Vec<OsString>) -> Result<LaunchRequest> {
+    let mut request = LaunchRequest::this_program(nproc, arguments)?;
+    request.environment.push(("MIMALLOC_PURGE_DELAY".into(), "-1".into()));
+    Ok(request)
 }
 
 /// One rank of a run, whoever started it.
@@ -72,7 +84,7 @@ fn be_a_rank(args: &TrainArgs, world: &World) -> Result<u8> {
         config::check(config_path(request), &request.overrides, world.world_size)?;
     }
     let model_dir = hub::resolve(&plan.model.source, plan.model.variant.as_deref())?;
-    let rank = Rank::start(std::time::Duration::from_secs_f64(plan.zero.timeout_seconds))?;
+    let rank = Rank::start(Duration::from_secs_f64(plan.zero.timeout_seconds))?;
     if rank.restart > 0 {
         plan.checkpoint.resume = Resume::Latest;
     }
@@ -82,4 +94,31 @@ fn be_a_rank(args: &TrainArgs, world: &World) -> Result<u8> {
         // Told while the rank is still there, so that the others learn the cause and not that it left.
         Err(error) => launch::report_failure(&error),
     })
+}
+
+/// `dblaunch bench`: memory is measured in ranks of its own.
+fn bench(command: BenchCommand) -> Result<u8> {
+    match command {
+        BenchCommand::Layers { batch, latent, repeats, dtype } => {
+            let dtype = match dtype {
+                BenchDtype::F32 => DType::F32,
+                BenchDtype::Bf16 => DType::BF16,
+            };
+            bench::layers(batch.get(), latent, repeats.get(), dtype)?;
+        }
+        BenchCommand::Memory { nproc, stage, latent, steps } => match World::from_environment()? {
+            None => {
+                let arguments = std::env::args_os().skip(1).collect();
+                return launch::run(&this_program(nproc.get(), arguments)?, Output::standard());
+            }
+            Some(_) => {
+                let rank = Rank::start(Duration::from_secs(600))?;
+                let stage = Stage::from_number(stage).unwrap_or(Stage::Replicated);
+                if let Err(error) = bench::memory(&rank, stage, latent, steps) {
+                    return Ok(launch::report_failure(&error));
+                }
+            }
+        },
+    }
+    Ok(status::DONE)
 }

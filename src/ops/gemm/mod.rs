@@ -18,7 +18,7 @@ pub(super) use out::{Bias, Lattice, Out};
 pub(super) use pack::{Grid, Left, Matrix, Right, panels, turned};
 pub(super) use product::{Product, block_of};
 pub use simd::Isa;
-pub(super) use simd::{MOST_LANES, Scalar, Simd, first};
+pub(super) use simd::{MOST_LANES, Scalar, Simd};
 pub(super) use sums::{add_channel_sums, add_column_sums};
 
 /// A matrix somewhere in a slice: element (i, j) is `data[i * row_stride + j * col_stride]`.

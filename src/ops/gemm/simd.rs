@@ -31,7 +31,8 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     /// Lane i is `from[index[i]]`, for the lanes whose bit is set; zero in the others, which are not read.
     unsafe fn gather_where(from: *const f32, index: &[i32; MOST_LANES], lanes: u16) -> Self::V;
     unsafe fn store(to: *mut f32, v: Self::V);
-    unsafe fn store_first(to: *mut f32, lanes: usize, v: Self::V);
+    /// Writes only the lanes whose bit is set.
+    unsafe fn store_where(to: *mut f32, lanes: u16, v: Self::V);
     /// a * b + c with one rounding.
     unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
@@ -242,9 +243,9 @@ unsafe impl Simd for Portable {
         unsafe { to.cast::<Self::V>().write_unaligned(v) }
     }
     #[inline(always)]
-    unsafe fn store_first(to: *mut f32, lanes: usize, v: Self::V) {
-        for (i, &x) in v.iter().enumerate().take(lanes) {
-            // SAFETY: writes only the first `lanes`.
+    unsafe fn store_where(to: *mut f32, lanes: u16, v: Self::V) {
+        for (i, &x) in v.iter().enumerate().filter(|(i, _)| lanes >> i & 1 == 1) {
+            // SAFETY: writes only the lanes whose bit is set.
             unsafe { *to.add(i) = x };
         }
     }

@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::simd::{MOST_LANES, Simd, first};
+use super::simd::{MOST_LANES, Simd};
 use crate::device::Element;
 
 #[derive(Clone, Copy)]
@@ -74,9 +74,9 @@ unsafe impl Simd for Avx512 {
         unsafe { _mm512_storeu_ps(to, v) }
     }
     #[inline(always)]
-    unsafe fn store_first(to: *mut f32, lanes: usize, v: __m512) {
+    unsafe fn store_where(to: *mut f32, lanes: u16, v: __m512) {
         // SAFETY: masked lanes are not written.
-        unsafe { _mm512_mask_storeu_ps(to, first(lanes), v) }
+        unsafe { _mm512_mask_storeu_ps(to, lanes, v) }
     }
     #[inline(always)]
     unsafe fn fma(a: __m512, b: __m512, c: __m512) -> __m512 {
@@ -220,9 +220,9 @@ unsafe impl Simd for Avx2 {
         unsafe { _mm256_storeu_ps(to, v) }
     }
     #[inline(always)]
-    unsafe fn store_first(to: *mut f32, lanes: usize, v: __m256) {
+    unsafe fn store_where(to: *mut f32, lanes: u16, v: __m256) {
         // SAFETY: masked lanes are not written.
-        unsafe { _mm256_maskstore_ps(to, eight(first(lanes)), v) }
+        unsafe { _mm256_maskstore_ps(to, eight(lanes), v) }
     }
     #[inline(always)]
     unsafe fn fma(a: __m256, b: __m256, c: __m256) -> __m256 {
