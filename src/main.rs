@@ -1,20 +1,22 @@
 //! The program: parse, check, start ranks or be one, leave with the right exit status.
 
+use std::num::NonZeroUsize;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::Result;
 use clap::Parser;
 use dblaunch::cli::{self, Cli, Command, RequestArgs, TrainArgs};
 use dblaunch::config::{self, Resume};
 use dblaunch::launch::{self, LaunchRequest, Output, Rank, World, status};
-use dblaunch::{hub, train};
+use dblaunch::{checkpoint, hub, train};
 
 /// Activations come and go by the megabyte; this allocator hands the same pages out again instead of asking the system.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let arguments: Vec<String> = std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned()).collect();
     if let Some(message) = cli::not_there_yet(arguments.iter().map(String::as_str)) {
         eprintln!("dblaunch: {message}");
         return ExitCode::from(status::REFUSED);
@@ -60,6 +62,7 @@ fn start_ranks(args: &TrainArgs) -> Result<u8> {
     let arguments = std::env::args_os().skip(1).collect();
     let mut request = LaunchRequest::this_program(nproc, arguments)?;
     request.max_restarts = args.max_restarts as usize;
+    request.threads_total = args.threads.map(NonZeroUsize::get);
     launch::run(&request, Output::standard())
 }
 
@@ -72,8 +75,10 @@ fn be_a_rank(args: &TrainArgs, world: &World) -> Result<u8> {
         config::check(config_path(request), &request.overrides, world.world_size)?;
     }
     let model_dir = hub::resolve(&plan.model.source, plan.model.variant.as_deref())?;
-    let rank = Rank::start(std::time::Duration::from_secs_f64(plan.zero.timeout_seconds))?;
-    if rank.restart > 0 {
+    let timeout = Duration::from_secs_f64(plan.zero.timeout_seconds);
+    let rank = Rank::start(timeout, args.threads.map(NonZeroUsize::get))?;
+    // Without a checkpoint of its own, what is started again begins where it began before.
+    if rank.goes_on && checkpoint::latest(&plan.output.dir)?.is_some() {
         plan.checkpoint.resume = Resume::Latest;
     }
     Ok(match train::run(&plan, &model_dir, &rank) {
