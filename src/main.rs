@@ -1,5 +1,6 @@
 //! The program: parse, check, start ranks or be one, leave with the right exit status.
 
+use std::num::NonZeroUsize;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -11,14 +12,14 @@ use dblaunch::config::{self, Resume};
 use dblaunch::device::Keeping;
 use dblaunch::launch::{self, LaunchRequest, Output, Rank, World, status};
 use dblaunch::zero::Stage;
-use dblaunch::{bench, hub, train};
+use dblaunch::{bench, checkpoint, hub, train};
 
 /// Activations come and go by the megabyte; the same pages are handed out again instead of asking the system.
 #[global_allocator]
 static ALLOCATOR: Keeping<mimalloc::MiMalloc> = Keeping::over(mimalloc::MiMalloc);
 
 fn main() -> ExitCode {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let arguments: Vec<String> = std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned()).collect();
     if let Some(message) = cli::not_there_yet(arguments.iter().map(String::as_str)) {
         eprintln!("dblaunch: {message}");
         return ExitCode::from(status::REFUSED);
@@ -65,6 +66,7 @@ fn start_ranks(args: &TrainArgs) -> Result<u8> {
     let arguments = std::env::args_os().skip(1).collect();
     let mut request = LaunchRequest::this_program(nproc, arguments)?;
     request.max_restarts = args.max_restarts as usize;
+    request.threads_total = args.threads.map(NonZeroUsize::get);
     launch::run(&request, Output::standard())
 }
 
@@ -77,8 +79,10 @@ fn be_a_rank(args: &TrainArgs, world: &World) -> Result<u8> {
         config::check(config_path(request), &request.overrides, world.world_size)?;
     }
     let model_dir = hub::resolve(&plan.model.source, plan.model.variant.as_deref())?;
-    let rank = Rank::start(Duration::from_secs_f64(plan.zero.timeout_seconds))?;
-    if rank.restart > 0 {
+    let timeout = Duration::from_secs_f64(plan.zero.timeout_seconds);
+    let rank = Rank::start(timeout, args.threads.map(NonZeroUsize::get))?;
+    // Without a checkpoint of its own, what is started again begins where it began before.
+    if rank.goes_on && checkpoint::latest(&plan.output.dir)?.is_some() {
         plan.checkpoint.resume = Resume::Latest;
     }
     Ok(match train::run(&plan, &model_dir, &rank) {
@@ -105,7 +109,7 @@ fn bench(command: BenchCommand) -> Result<u8> {
                 return launch::run(&LaunchRequest::this_program(nproc.get(), arguments)?, Output::standard());
             }
             Some(_) => {
-                let rank = Rank::start(Duration::from_secs(600))?;
+                let rank = Rank::start(Duration::from_secs(600), None)?;
                 let stage = Stage::from_number(stage).unwrap_or(Stage::Replicated);
                 if let Err(error) = bench::memory(&rank, stage, latent, steps) {
                     return Ok(launch::report_failure(&error));

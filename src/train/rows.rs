@@ -8,6 +8,7 @@ use candle_core::{Device, Tensor};
 
 use super::frozen::Frozen;
 use super::items::Item;
+use super::step::listed;
 use crate::config::ReplayPixels;
 use crate::data::{Crop, Dataset};
 use crate::diffusion::{
@@ -100,8 +101,7 @@ impl Rows {
 
     /// What to tell when some of the rows came out wrong.
     pub fn describe(&self, bad: impl Iterator<Item = usize>) -> String {
-        let rows = bad.map(|r| format!("{} at time step {}", self.images[r], self.timesteps[r]));
-        rows.collect::<Vec<_>>().join(", ")
+        listed(bad.map(|r| format!("{} at time step {}", self.images[r], self.timesteps[r])).collect())
     }
 }
 

@@ -18,11 +18,11 @@ use super::weights::PipelineWeights;
 use crate::Refusal;
 use crate::checkpoint::{self, Checkpoint, Position, SegmentRecord};
 use crate::comm::{Communicator, SliceMut};
-use crate::config::{LrKind as PlannedKind, MixedPrecision, ReduceDtype, Resume, RunPlan, Toggle};
+use crate::config::{LrKind as PlannedKind, MixedPrecision, ReduceDtype, Resume, RunPlan, Steps, Toggle};
 use crate::data::{ClipTokenizer, Dataset, Tokens};
 use crate::device::Arena;
 use crate::diffusion::{Draws, NoiseSchedule, Record};
-use crate::launch::Rank;
+use crate::launch::{Event, Rank};
 use crate::model::{self, Component, Denoiser, TextConfig, UnetConfig, VaeConfig};
 use crate::optim::{LrKind, LrSchedule};
 use crate::segment::Keep;
@@ -65,15 +65,24 @@ pub fn build<'a>(plan: &'a RunPlan, model_dir: &Path, rank: &'a Rank) -> Result<
 
     let (network, slots) = network(plan, &configs, &weights, resumed.as_ref(), &comm, dtype)?;
     let prompts = prompts(plan, model_dir, &configs, &weights, &arena, dtype)?;
-    let batch_items = (plan.train.batch_size * comm.world_size()) as u64;
+    let batch_items = plan.train.batch_size.saturating_mul(comm.world_size()) as u64;
     let epoch_items = dataset.len() as u64;
-    let total_steps = total_steps(plan, epoch_items, batch_items);
-    let position = resumed.as_ref().map_or(Position::default(), |c| c.manifest.position);
-    let draws = Draws::new(seed);
     let replay = match &plan.replay {
         Some(replay) => Some((Record::open(&replay.draws)?, replay.pixels)),
         None => None,
     };
+    let steps = match &replay {
+        Some((record, _)) => Steps::replayed(record, dataset.len(), &plan.train)?,
+        None => Steps::of(dataset.len(), &plan.train, comm.world_size()),
+    };
+    let total_steps = steps.total as u64;
+    let mut position = resumed.as_ref().map_or(Position::default(), |c| c.manifest.position);
+    if position.items_in_epoch >= epoch_items {
+        // There are fewer images than there were.
+        (position.epoch, position.items_in_epoch) = (position.epoch + 1, 0);
+    }
+    let draws = Draws::new(seed);
+    say_where_it_begins(plan, resumed.as_ref(), seed, total_steps, rank);
     let rows = RowMaker {
         vae: vae(&configs.vae, &weights, &arena)?,
         dataset,
@@ -244,11 +253,27 @@ fn prompts(
     Prompts::encode(&frozen, &encoder.slots, &tokens, dtype)
 }
 
-/// Optimizer steps of the whole run.
-pub fn total_steps(plan: &RunPlan, epoch_items: u64, batch_items: u64) -> u64 {
-    match plan.train.max_steps {
-        Some(steps) => steps as u64,
-        None => plan.train.epochs as u64 * epoch_items.div_ceil(batch_items).div_ceil(plan.train.accumulation as u64),
+/// Tells the user what a resumed run goes on from and what has changed meanwhile.
+fn say_where_it_begins(plan: &RunPlan, resumed: Option<&Checkpoint>, seed: u64, total_steps: u64, rank: &Rank) {
+    let say = |what: String| rank.events.send(&Event::Message(what));
+    let Some(Checkpoint { path, manifest, .. }) = resumed else {
+        if plan.checkpoint.resume != Resume::No {
+            say(format!("no checkpoint in {} yet: the run begins at the first step", plan.output.dir.display()));
+        }
+        return;
+    };
+    let done = manifest.position.step;
+    say(format!("going on from {}, after step {done}", path.display()));
+    let (was, now) = (manifest.learning_rate, plan.optimizer.learning_rate);
+    // Not to the bit: the number has been through a text.
+    if (was - now).abs() > 1e-12 * was.abs() {
+        say(format!("optimizer.learning_rate is {now:e} from here on; it was {was:e}"));
+    }
+    if seed != manifest.seed {
+        say(format!("train.seed is {seed} from here on; it was {}", manifest.seed));
+    }
+    if done >= total_steps {
+        say(format!("all {total_steps} steps are done: only the pipeline is written"));
     }
 }
 

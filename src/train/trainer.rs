@@ -14,7 +14,7 @@ use super::step::{Group, Inputs, clip_factor};
 use super::text::Prompts;
 use super::weights::PipelineWeights;
 use crate::checkpoint::{self, Position};
-use crate::comm::{Communicator, Slice, SliceMut};
+use crate::comm::{Communicator, CommunicatorExt, Slice, SliceMut};
 use crate::config::RunPlan;
 use crate::device::peak_rss_bytes;
 use crate::diffusion::loss_and_gradient;
@@ -210,25 +210,23 @@ impl Trainer<'_> {
         if report.loss.is_finite() {
             return Ok(report);
         }
-        let mut message = [0u8; 1024];
-        let cut = trouble.len().min(message.len());
-        message[..cut].copy_from_slice(&trouble.as_bytes()[..cut]);
-        let mut messages = vec![0u8; message.len() * self.comm.world_size()];
-        self.comm.all_gather(Slice::U8(&message), SliceMut::U8(&mut messages))?;
-        let text =
-            String::from_utf8_lossy(&messages).split('\0').filter(|s| !s.is_empty()).collect::<Vec<_>>().join(", ");
+        let everyone = self.comm.gather_strings(&trouble)?;
+        let rows = everyone.into_iter().filter(|rows| !rows.is_empty()).collect::<Vec<_>>().join(", ");
         bail!(
-            "the loss of micro-batch {} is {}: {text}. The weights before this step are in the last checkpoint. Lower optimizer.learning_rate, add warm-up, or look at these images.",
+            "the loss of micro-batch {} is {}: {rows}. Lower optimizer.learning_rate, add warm-up \
+             (lr_schedule.warmup_steps), or look at these images; {}",
             self.position.micro_step - 1,
-            report.loss
+            report.loss,
+            match checkpoint::latest(&self.plan.output.dir)? {
+                Some(path) => format!("{} is from before this step", path.display()),
+                None => "there is no checkpoint from before this step".to_string(),
+            }
         );
     }
 
     /// Whether any rank was told to stop; a collective.
     fn anyone_interrupted(&self) -> Result<bool> {
-        let mut flag = [f64::from(u8::from(self.rank.interrupt.interrupted()))];
-        self.comm.all_reduce(SliceMut::F64(&mut flag))?;
-        Ok(flag[0] > 0.0)
+        self.comm.any(self.rank.interrupt.interrupted())
     }
 
     /// `replay.save_gradients`: the reduced gradients of the first step, before clipping. A collective.
@@ -253,7 +251,7 @@ impl Trainer<'_> {
                 position: self.position,
                 seed: self.seed,
                 stage: self.plan.zero.stage,
-                learning_rate: self.rate(),
+                learning_rate: self.plan.optimizer.learning_rate,
                 keep: self.plan.checkpoint.keep,
             },
         )
