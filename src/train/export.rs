@@ -26,8 +26,23 @@ pub struct Export<'a> {
 /// that looks like a pipeline and is none.
 pub fn export(network: &Network, weights: &PipelineWeights, comm: &dyn Communicator, export: &Export) -> Result<()> {
     let aside = export.output.dir.join(".writing-pipeline");
+    let written = write(network, weights, comm, export, &aside);
+    if written.is_err() && comm.rank() == 0 {
+        // Best effort: the error that led here is the one to report.
+        let _ = fs::remove_dir_all(&aside);
+    }
+    written
+}
+
+fn write(
+    network: &Network,
+    weights: &PipelineWeights,
+    comm: &dyn Communicator,
+    export: &Export,
+    aside: &Path,
+) -> Result<()> {
     let writers = match comm.rank() {
-        0 => start(weights, export, &aside).map(Some),
+        0 => start(weights, export, aside).map(Some),
         _ => Ok(None),
     };
     let mut result = comm.agree(writers)?;
@@ -43,7 +58,7 @@ pub fn export(network: &Network, weights: &PipelineWeights, comm: &dyn Communica
         comm.agree(written)?;
     }
     let finished = match result {
-        Some(writers) => finish(writers, export, &aside),
+        Some(writers) => finish(writers, export, aside),
         None => Ok(()),
     };
     comm.agree(finished)

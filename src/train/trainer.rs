@@ -15,7 +15,7 @@ use super::text::Prompts;
 use super::weights::PipelineWeights;
 use crate::checkpoint::{self, Position};
 use crate::comm::{Communicator, CommunicatorExt, Slice, SliceMut};
-use crate::config::RunPlan;
+use crate::config::{Resume, RunPlan};
 use crate::device::peak_rss_bytes;
 use crate::diffusion::loss_and_gradient;
 use crate::launch::{Event, Rank};
@@ -60,8 +60,16 @@ struct MicroReport {
 impl Trainer<'_> {
     /// Opens `metrics.jsonl` on rank 0, once the output folder is there.
     pub fn begin(&mut self) -> Result<()> {
-        self.metrics = Metrics::open(&self.plan.output.dir, self.position.step, self.comm.rank() == 0)?;
+        let kept = if self.goes_on_here() { self.position.step } else { 0 };
+        self.metrics = Metrics::open(&self.plan.output.dir, kept, self.comm.rank() == 0)?;
         Ok(())
+    }
+
+    /// Whether the rows that are there are this run's: where it goes on from a checkpoint beside them.
+    fn goes_on_here(&self) -> bool {
+        let Resume::Folder(folder) = &self.plan.checkpoint.resume else { return true };
+        let beside = folder.join("..").canonicalize();
+        beside.is_ok_and(|beside| self.plan.output.dir.canonicalize().is_ok_and(|own| own == beside))
     }
 
     /// Trains to the last step, or until the user interrupts.
@@ -255,7 +263,7 @@ impl Trainer<'_> {
                 keep: self.plan.checkpoint.keep,
             },
         )
-        .context("writing a checkpoint")?;
+        .with_context(|| format!("writing the checkpoint of step {}", self.position.step))?;
         self.rank.events.send(&Event::CheckpointWritten { step: self.position.step, path });
         Ok(())
     }
