@@ -8,7 +8,7 @@ use std::ops::Range;
 use super::micro::{Finish, tile};
 use super::out::{Bias, Out};
 use super::pack::{Grid, Left, Right};
-use super::simd::{Isa, Kernel, Scalar, Simd, first};
+use super::simd::{Kernel, Scalar, Simd, dispatch, first};
 use crate::device::threads;
 
 /// A (rows x depth) times B (depth x grid).
@@ -44,18 +44,8 @@ impl<A: Left, B: Right> Product<'_, A, B> {
 
     /// On all threads where that pays.
     pub fn run<T: Scalar>(&self, out: Out<T>) {
-        self.run_on(Isa::best(), out);
-    }
-
-    pub(super) fn run_on<T: Scalar>(&self, isa: Isa, out: Out<T>) {
         out.check(self.rows, self.grid);
-        isa.run(Parallel { product: self, out });
-    }
-
-    /// On this thread alone.
-    pub(super) fn run_serial<T: Scalar>(&self, isa: Isa, out: Out<T>) {
-        out.check(self.rows, self.grid);
-        isa.run(Serial { product: self, out });
+        dispatch(Parallel { product: self, out });
     }
 }
 
@@ -81,24 +71,6 @@ impl<A: Left, B: Right, T: Scalar> Kernel for Parallel<'_, '_, A, B, T> {
             // SAFETY: the CPU has `S`, the promise to `run`; the tiles are disjoint.
             unsafe { product.tile::<S, T>(rows, columns, out) }
         });
-    }
-}
-
-struct Serial<'p, 'a, A, B, T> {
-    product: &'p Product<'a, A, B>,
-    out: Out<'p, T>,
-}
-
-impl<A: Left, B: Right, T: Scalar> Kernel for Serial<'_, '_, A, B, T> {
-    type Output = ();
-    unsafe fn run<S: Simd>(self) {
-        let Serial { product, out } = &self;
-        let panels = product.grid.panels::<S>();
-        for from in (0..panels).step_by(WIDEST) {
-            let columns = from..(from + WIDEST).min(panels);
-            // SAFETY: the CPU has `S`, the promise to `run`.
-            unsafe { product.tile::<S, T>(0..product.rows, columns, out) }
-        }
     }
 }
 

@@ -164,7 +164,11 @@ pub trait Kernel {
 
 impl Isa {
     /// The best one this CPU has.
-    pub fn best() -> Isa {
+    fn best() -> Isa {
+        #[cfg(test)]
+        if let Some(isa) = CHOSEN.get() {
+            return isa;
+        }
         static BEST: OnceLock<Isa> = OnceLock::new();
         *BEST.get_or_init(|| Isa::available()[0])
     }
@@ -192,7 +196,7 @@ impl Isa {
     }
 
     /// Runs `kernel` on this instruction set, which must be one of [`Isa::available`].
-    pub(super) fn run<K: Kernel>(self, kernel: K) -> K::Output {
+    fn run<K: Kernel>(self, kernel: K) -> K::Output {
         match self {
             // SAFETY: `self` is available, so the CPU has the instructions.
             #[cfg(target_arch = "x86_64")]
@@ -209,6 +213,20 @@ impl Isa {
 /// Runs `kernel` on the best instruction set.
 pub fn dispatch<K: Kernel>(kernel: K) -> K::Output {
     Isa::best().run(kernel)
+}
+
+#[cfg(test)]
+thread_local! {
+    static CHOSEN: std::cell::Cell<Option<Isa>> = const { std::cell::Cell::new(None) };
+}
+
+/// Runs `work` with what this thread computes on another instruction set than the best.
+#[cfg(test)]
+pub fn with_isa<R>(isa: Isa, work: impl FnOnce() -> R) -> R {
+    CHOSEN.set(Some(isa));
+    let result = work();
+    CHOSEN.set(None);
+    result
 }
 
 /// Plain Rust; the compiler uses what its target has.
