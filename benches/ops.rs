@@ -230,12 +230,12 @@ fn best(run: impl Fn() -> candle_core::Result<()>) -> Result<Duration> {
         }
         Ok(now()? - start)
     };
-    let mut count = 1;
-    while time(count)? < batch {
+    let (mut count, begin) = (1, Instant::now());
+    while time(count)? < batch && begin.elapsed() < 4 * ENOUGH {
         count *= 2;
     }
     let (mut total, mut best, mut runs) = (Duration::ZERO, Duration::MAX, 0);
-    while runs < 3 || total < ENOUGH {
+    while runs < 3 || (total < ENOUGH && begin.elapsed() < 10 * ENOUGH) {
         let spent = time(count)?;
         (total, best, runs) = (total + spent, best.min(spent), runs + 1);
     }

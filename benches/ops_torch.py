@@ -14,6 +14,8 @@ import time
 THREADS = os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("MKL_NUM_THREADS", THREADS)
 os.environ.setdefault("MKL_DYNAMIC", "FALSE")
+# candle's own threads only wait in a circle here; what it does itself is subtracted anyway.
+os.environ.setdefault("CANDLE_NUM_THREADS", "1")
 
 import torch  # noqa: E402  (reads the environment when imported)
 import torch.nn.functional as F  # noqa: E402

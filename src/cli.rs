@@ -38,8 +38,47 @@ pub struct TrainArgs {
 pub enum Command {
     /// Find everything that is wrong with a configuration, and say what would run; nothing is started
     Check(CheckArgs),
+    /// Measure memory or speed on networks of published shapes with made-up weights; nothing is written
+    #[command(subcommand)]
+    Bench(BenchCommand),
     /// Print a completion script for a shell
     Completions { shell: Shell },
+}
+
+#[derive(Clone, Copy, Debug, Subcommand)]
+pub enum BenchCommand {
+    /// What each rank holds while SD 1.5's UNet trains
+    Memory {
+        /// Ranks on this machine
+        #[arg(long, default_value = "1")]
+        nproc: NonZeroUsize,
+        /// ZeRO stage
+        #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=3))]
+        stage: u8,
+        /// Side of the latents; 64 for pictures of 512 pixels
+        #[arg(long, default_value_t = 16, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(8..))]
+        latent: usize,
+        #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..))]
+        steps: u64,
+    },
+    /// How long forward, backward and update of one level of SD 1.5's UNet take
+    Layers {
+        #[arg(long, default_value = "1")]
+        batch: NonZeroUsize,
+        /// Side of the latents; 64 for pictures of 512 pixels
+        #[arg(long, default_value_t = 64, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(8..))]
+        latent: usize,
+        #[arg(long, default_value = "3")]
+        repeats: NonZeroUsize,
+        #[arg(long, value_enum, default_value_t = BenchDtype::F32)]
+        dtype: BenchDtype,
+    },
+}
+
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+pub enum BenchDtype {
+    F32,
+    Bf16,
 }
 
 #[derive(Args, Clone, Debug)]

@@ -5,15 +5,18 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Result;
+use candle_core::DType;
 use clap::Parser;
-use dblaunch::cli::{self, Cli, Command, RequestArgs, TrainArgs};
+use dblaunch::cli::{self, BenchCommand, BenchDtype, Cli, Command, RequestArgs, TrainArgs};
 use dblaunch::config::{self, Resume};
+use dblaunch::device::Keeping;
 use dblaunch::launch::{self, LaunchRequest, Output, Rank, World, status};
-use dblaunch::{checkpoint, hub, train};
+use dblaunch::zero::Stage;
+use dblaunch::{bench, checkpoint, hub, train};
 
-/// Activations come and go by the megabyte; this allocator hands the same pages out again instead of asking the system.
+/// Activations come and go by the megabyte; the same pages are handed out again instead of asking the system.
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: Keeping<mimalloc::MiMalloc> = Keeping::over(mimalloc::MiMalloc);
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned()).collect();
@@ -24,6 +27,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = match &cli.command {
         Some(Command::Check(check)) => self::check(&check.request).map(|()| status::DONE),
+        Some(Command::Bench(command)) => self::bench(*command),
         Some(Command::Completions { shell }) => {
             cli::write_completions(*shell, &mut std::io::stdout());
             Ok(status::DONE)
@@ -87,4 +91,31 @@ fn be_a_rank(args: &TrainArgs, world: &World) -> Result<u8> {
         // Told while the rank is still there, so that the others learn the cause and not that it left.
         Err(error) => launch::report_failure(&error),
     })
+}
+
+/// `dblaunch bench`: memory is measured in ranks of its own.
+fn bench(command: BenchCommand) -> Result<u8> {
+    match command {
+        BenchCommand::Layers { batch, latent, repeats, dtype } => {
+            let dtype = match dtype {
+                BenchDtype::F32 => DType::F32,
+                BenchDtype::Bf16 => DType::BF16,
+            };
+            bench::layers(batch.get(), latent, repeats.get(), dtype)?;
+        }
+        BenchCommand::Memory { nproc, stage, latent, steps } => match World::from_environment()? {
+            None => {
+                let arguments = std::env::args_os().skip(1).collect();
+                return launch::run(&LaunchRequest::this_program(nproc.get(), arguments)?, Output::standard());
+            }
+            Some(_) => {
+                let rank = Rank::start(Duration::from_secs(600), None)?;
+                let stage = Stage::from_number(stage).unwrap_or(Stage::Replicated);
+                if let Err(error) = bench::memory(&rank, stage, latent, steps) {
+                    return Ok(launch::report_failure(&error));
+                }
+            }
+        },
+    }
+    Ok(status::DONE)
 }

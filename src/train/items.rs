@@ -96,7 +96,7 @@ mod tests {
         assert_eq!(walk(2, Position::default(), 9).0, whole);
         assert_eq!(walk(7, Position::default(), 3).0, whole);
         let (first, position) = walk(2, Position::default(), 4);
-        let (rest, _) = walk(3, position, 4);
+        let (rest, _) = walk(3, position, 3);
         assert_eq!([first, rest].concat(), whole);
         for epoch in whole.chunks(5) {
             let mut indices: Vec<_> = epoch.iter().map(|i| i.index).collect();

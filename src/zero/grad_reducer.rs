@@ -183,7 +183,7 @@ fn all_reduce(ranks: &Ranks, bucket: &mut Buffer, name: &str) -> Result<()> {
 fn reduce_scatter(ranks: &Ranks, arena: &Arena, bucket: &Buffer, into: Option<&mut Buffer>, name: &str) -> Result<()> {
     let into = into.with_context(|| format!("{name}: no place for reduced gradients"))?.as_mut_slice::<f32>();
     let values = bucket.as_slice::<f32>();
-    let mut mine = arena.alloc(DType::F32, into.len(), name)?;
+    let mut mine = arena.alloc_dirty(DType::F32, into.len(), name)?;
     let mine = mine.as_mut_slice::<f32>();
     match ranks.reduce_dtype {
         DType::BF16 => {
@@ -201,7 +201,7 @@ fn reduce_scatter(ranks: &Ranks, arena: &Arena, bucket: &Buffer, into: Option<&m
         _ => ranks.comm.reduce_scatter(Slice::F32(values), SliceMut::F32(mine)),
     }
     .with_context(|| format!("reducing the gradients of {name}"))?;
-    into.iter_mut().zip(mine).for_each(|(sum, part)| *sum += *part);
+    crate::device::threads::add(into, mine);
     Ok(())
 }
 

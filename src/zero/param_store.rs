@@ -183,7 +183,7 @@ impl ParamStore {
     pub fn fetch(&self, i: usize) -> Result<Fetched<'_>> {
         let stored = &self.stored[i];
         let Some(shard) = &stored.shard else { return Ok(Fetched { slot: None }) };
-        let mut full = self.arena.alloc(self.dtype, stored.padded_len, stored.slot.name())?;
+        let mut full = self.arena.alloc_dirty(self.dtype, stored.padded_len, stored.slot.name())?;
         self.gather(&locked(shard), &mut full).with_context(|| format!("gathering {}", stored.slot.name()))?;
         stored.slot.fill(Arc::new(full));
         Ok(Fetched { slot: Some(&stored.slot) })
@@ -221,7 +221,7 @@ impl ParamStore {
         }
         let stored = &self.stored[i];
         let range = self.shard(i);
-        let mut shard = self.arena.alloc(self.dtype, range.len(), stored.slot.name())?;
+        let mut shard = self.arena.alloc_dirty(self.dtype, range.len(), stored.slot.name())?;
         let size = self.dtype.size_in_bytes();
         let bytes = range.start * size..range.end * size;
         let gathered = stored.slot.update(|full| {

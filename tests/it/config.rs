@@ -400,6 +400,6 @@ fn the_recipes_in_configs_load() {
     for recipe in fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("configs")).unwrap() {
         let path = recipe.unwrap().path();
         let plan = config::load(&path, &[], 2).unwrap_or_else(|error| panic!("{}: {error:#}", path.display()));
-        assert_eq!(plan.zero.stage, 2);
+        assert!(plan.zero.stage >= 2);
     }
 }

@@ -66,9 +66,8 @@ impl Window {
         }
         for ty in 0..self.taps.0 {
             let row = inside(&top, ty, self.input.0);
-            for tx in 0..self.taps.1 {
-                spot.lanes[ty * self.taps.1 + tx] = row & columns[tx];
-            }
+            let lanes = &mut spot.lanes[ty * self.taps.1..][..self.taps.1];
+            lanes.iter_mut().zip(columns).for_each(|(lanes, column)| *lanes = row & column);
         }
         spot
     }

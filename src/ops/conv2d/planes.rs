@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::patches::MOST_TAPS;
-use crate::ops::gemm::{Grid, Left, MOST_LANES, Right, Scalar, Simd, panels, turned};
+use crate::ops::gemm::{Grid, Left, MOST_LANES, Right, Scalar, Simd, first, panels, turned};
 
 /// Images (images, channels, pixels) with a row for each channel: k counts images and pixels.
 #[derive(Clone, Copy)]
@@ -91,6 +91,9 @@ impl<T: Scalar> Left for Flipped<'_, T> {
     #[inline(always)]
     unsafe fn pack<S: Simd>(&self, rows: Range<usize>, depth: Range<usize>, to: *mut f32) {
         let (kernel, taps) = (self.kernel.0 * self.kernel.1, self.taps.0 * self.taps.1);
+        /// Up to this part of a kernel, gathering its elements is faster than transposing all of it.
+        const FEW: usize = 3;
+        let index = std::array::from_fn(|row| (row * kernel) as i32);
         // A vector of rows for each element of the kernel.
         let mut vectors = [0f32; MOST_TAPS * MOST_LANES];
         let mut elements = [0; MOST_TAPS];
@@ -105,8 +108,17 @@ impl<T: Scalar> Left for Flipped<'_, T> {
                 let from = self.weight[(output * self.inputs + row) * kernel..][..rows * kernel].as_ptr();
                 // SAFETY: `vectors` has a vector for each element, `to` for each k.
                 unsafe {
-                    turned::<S, T>(from, kernel, rows, kernel, vectors.as_mut_ptr(), S::LANES);
                     let to = to.add(place + (k - depth.start) * S::LANES);
+                    if count * FEW < kernel {
+                        for (i, &element) in elements[tap..tap + count].iter().enumerate() {
+                            S::store(
+                                to.add(i * S::LANES),
+                                T::gather_where::<S>(from.add(element), &index, first(rows)),
+                            );
+                        }
+                        continue;
+                    }
+                    turned::<S, T>(from, kernel, rows, kernel, vectors.as_mut_ptr(), S::LANES);
                     for (i, &element) in elements[tap..tap + count].iter().enumerate() {
                         S::store(to.add(i * S::LANES), S::load(vectors.as_ptr().add(element * S::LANES)));
                     }

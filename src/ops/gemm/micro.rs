@@ -91,6 +91,7 @@ unsafe fn sized<S: Simd, const R: usize, const V: usize>(
         for _ in 0..depth {
             let mut right = [S::zero(); V];
             for (v, right) in right.iter_mut().enumerate() {
+                S::prefetch(b.wrapping_add(AHEAD * 2 * S::LANES + v * S::LANES));
                 *right = S::load(b.add(v * S::LANES));
             }
             for (r, sums) in sums.iter_mut().enumerate() {
@@ -102,28 +103,70 @@ unsafe fn sized<S: Simd, const R: usize, const V: usize>(
             a = a.add(S::LANES);
             b = b.add(2 * S::LANES);
         }
-        for (r, sums) in sums.iter().enumerate() {
-            for (v, &sum) in sums.iter().enumerate() {
-                let lanes = (columns - v * S::LANES).min(S::LANES);
-                put::<S>(sum, c.add(r * stride + v * S::LANES), lanes, finish, r, v * S::LANES);
-            }
+        let last = first(columns - (V - 1) * S::LANES);
+        match finish {
+            Finish::Store => put::<S, R, V>(
+                &sums,
+                c,
+                stride,
+                last,
+                #[inline(always)]
+                |_, _, sum| sum,
+            ),
+            Finish::Add => put::<S, R, V>(
+                &sums,
+                c,
+                stride,
+                last,
+                #[inline(always)]
+                |r, v, sum| {
+                    let to = c.add(r * stride + v * S::LANES);
+                    S::add(if v + 1 < V { S::load(to) } else { S::load_where(to, last) }, sum)
+                },
+            ),
+            Finish::RowBias(bias) => put::<S, R, V>(
+                &sums,
+                c,
+                stride,
+                last,
+                #[inline(always)]
+                |r, _, sum| S::add(sum, S::splat(*bias.add(r))),
+            ),
+            Finish::ColumnBias(bias) => put::<S, R, V>(
+                &sums,
+                c,
+                stride,
+                last,
+                #[inline(always)]
+                |_, v, sum| {
+                    let bias = bias.add(v * S::LANES);
+                    S::add(if v + 1 < V { S::load(bias) } else { S::load_where(bias, last) }, sum)
+                },
+            ),
         }
     }
 }
 
+/// How many steps of k before its use a row of B is fetched from the second-level cache.
+const AHEAD: usize = 8;
+
+/// Stores what `finish` makes of each vector; of a row's last one only the `last` lanes.
 #[inline(always)]
-unsafe fn put<S: Simd>(sum: S::V, to: *mut f32, lanes: usize, finish: Finish, row: usize, column: usize) {
-    // SAFETY: the promise to `tile`; partial vectors touch only their `lanes`.
-    unsafe {
-        let whole = lanes == S::LANES;
-        let value = match finish {
-            Finish::Store => sum,
-            Finish::Add if whole => S::add(S::load(to), sum),
-            Finish::Add => S::add(S::load_where(to, first(lanes)), sum),
-            Finish::RowBias(bias) => S::add(sum, S::splat(*bias.add(row))),
-            Finish::ColumnBias(bias) if whole => S::add(sum, S::load(bias.add(column))),
-            Finish::ColumnBias(bias) => S::add(sum, S::load_where(bias.add(column), first(lanes))),
-        };
-        if whole { S::store(to, value) } else { S::store_first(to, lanes, value) }
+unsafe fn put<S: Simd, const R: usize, const V: usize>(
+    sums: &[[S::V; V]; R],
+    c: *mut f32,
+    stride: usize,
+    last: u16,
+    finish: impl Fn(usize, usize, S::V) -> S::V,
+) {
+    for (r, row) in sums.iter().enumerate() {
+        for (v, &sum) in row.iter().enumerate() {
+            // SAFETY: the promise to `tile`.
+            unsafe {
+                let to = c.add(r * stride + v * S::LANES);
+                let value = finish(r, v, sum);
+                if v + 1 < V { S::store(to, value) } else { S::store_where(to, last, value) }
+            }
+        }
     }
 }

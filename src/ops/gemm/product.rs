@@ -8,7 +8,7 @@ use std::ops::Range;
 use super::micro::{Finish, tile};
 use super::out::{Bias, Out};
 use super::pack::{Grid, Left, Right};
-use super::simd::{Isa, Kernel, Scalar, Simd};
+use super::simd::{Kernel, Scalar, Simd, dispatch, first};
 use crate::device::threads;
 
 /// A (rows x depth) times B (depth x grid).
@@ -44,18 +44,8 @@ impl<A: Left, B: Right> Product<'_, A, B> {
 
     /// On all threads where that pays.
     pub fn run<T: Scalar>(&self, out: Out<T>) {
-        self.run_on(Isa::best(), out);
-    }
-
-    pub(super) fn run_on<T: Scalar>(&self, isa: Isa, out: Out<T>) {
         out.check(self.rows, self.grid);
-        isa.run(Parallel { product: self, out });
-    }
-
-    /// On this thread alone.
-    pub(super) fn run_serial<T: Scalar>(&self, isa: Isa, out: Out<T>) {
-        out.check(self.rows, self.grid);
-        isa.run(Serial { product: self, out });
+        dispatch(Parallel { product: self, out });
     }
 }
 
@@ -81,24 +71,6 @@ impl<A: Left, B: Right, T: Scalar> Kernel for Parallel<'_, '_, A, B, T> {
             // SAFETY: the CPU has `S`, the promise to `run`; the tiles are disjoint.
             unsafe { product.tile::<S, T>(rows, columns, out) }
         });
-    }
-}
-
-struct Serial<'p, 'a, A, B, T> {
-    product: &'p Product<'a, A, B>,
-    out: Out<'p, T>,
-}
-
-impl<A: Left, B: Right, T: Scalar> Kernel for Serial<'_, '_, A, B, T> {
-    type Output = ();
-    unsafe fn run<S: Simd>(self) {
-        let Serial { product, out } = &self;
-        let panels = product.grid.panels::<S>();
-        for from in (0..panels).step_by(WIDEST) {
-            let columns = from..(from + WIDEST).min(panels);
-            // SAFETY: the CPU has `S`, the promise to `run`.
-            unsafe { product.tile::<S, T>(0..product.rows, columns, out) }
-        }
     }
 }
 
@@ -271,21 +243,23 @@ impl<A: Left, B: Right> Product<'_, A, B> {
         out: &Out<T>,
     ) {
         let width = 2 * S::LANES;
-        for row in rows.clone() {
-            for (i, panel) in panels.clone().enumerate() {
-                let place = self.grid.place::<S>(panel);
-                // SAFETY: the tile was written by `block`, the result is as `Out` has checked.
-                unsafe {
-                    let from = sums.add(((row - rows.start) * panels.len() + i) * width);
-                    let to = out.to.add(place.image * out.image_stride + row * out.row_stride);
-                    for p in 0..place.columns {
-                        let pixel = place.pixel + p;
-                        let at = match out.lattice {
-                            None => pixel,
-                            Some(lattice) => lattice.at(pixel),
-                        };
-                        *to.add(at) = T::from_f32(*from.add(p));
-                    }
+        for (i, panel) in panels.clone().enumerate() {
+            let place = self.grid.place::<S>(panel);
+            let (first_row, step) = (rows.start, panels.len() * width);
+            // SAFETY: the tile was written by `block`, the result is as `Out` has checked.
+            unsafe {
+                let from = sums.add(i * width);
+                let to = out.to.add(place.image * out.image_stride);
+                if let Some(lattice) = out.lattice {
+                    lattice.scatter(from, step, place, rows.clone(), to, out.row_stride);
+                    continue;
+                }
+                let low = place.columns.min(S::LANES);
+                let (to, lanes) = (to.add(place.pixel), [first(low), first(place.columns - low)]);
+                for row in rows.clone() {
+                    let (from, to) = (from.add((row - first_row) * step), to.add(row * out.row_stride));
+                    T::store_where::<S>(to, lanes[0], S::load(from));
+                    T::store_where::<S>(to.wrapping_add(S::LANES), lanes[1], S::load(from.add(S::LANES)));
                 }
             }
         }

@@ -31,7 +31,12 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     /// Lane i is `from[index[i]]`, for the lanes whose bit is set; zero in the others, which are not read.
     unsafe fn gather_where(from: *const f32, index: &[i32; MOST_LANES], lanes: u16) -> Self::V;
     unsafe fn store(to: *mut f32, v: Self::V);
-    unsafe fn store_first(to: *mut f32, lanes: usize, v: Self::V);
+    /// Writes only the lanes whose bit is set.
+    unsafe fn store_where(to: *mut f32, lanes: u16, v: Self::V);
+    /// Rounded to nearest, ties to even; only the lanes whose bit is set.
+    unsafe fn store_bf16_where(to: *mut bf16, lanes: u16, v: Self::V);
+    /// Rounded to nearest, ties to even; only the lanes whose bit is set.
+    unsafe fn store_f16_where(to: *mut f16, lanes: u16, v: Self::V);
     /// a * b + c with one rounding.
     unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
@@ -62,6 +67,9 @@ pub trait Scalar: Element {
     /// As [`Simd::load_where`].
     unsafe fn load_where<S: Simd>(from: *const Self, lanes: u16) -> S::V;
     /// # Safety
+    /// As [`Simd::store_where`].
+    unsafe fn store_where<S: Simd>(to: *mut Self, lanes: u16, v: S::V);
+    /// # Safety
     /// As [`Simd::gather_where`].
     #[inline(always)]
     unsafe fn gather_where<S: Simd>(from: *const Self, index: &[i32; MOST_LANES], lanes: u16) -> S::V {
@@ -78,6 +86,11 @@ pub trait Scalar: Element {
 }
 
 impl Scalar for f32 {
+    #[inline(always)]
+    unsafe fn store_where<S: Simd>(to: *mut Self, lanes: u16, v: S::V) {
+        // SAFETY: the caller's promise.
+        unsafe { S::store_where(to, lanes, v) }
+    }
     #[inline(always)]
     unsafe fn load<S: Simd>(from: *const Self) -> S::V {
         // SAFETY: the caller's promise.
@@ -97,6 +110,11 @@ impl Scalar for f32 {
 
 impl Scalar for bf16 {
     #[inline(always)]
+    unsafe fn store_where<S: Simd>(to: *mut Self, lanes: u16, v: S::V) {
+        // SAFETY: the caller's promise.
+        unsafe { S::store_bf16_where(to, lanes, v) }
+    }
+    #[inline(always)]
     unsafe fn load<S: Simd>(from: *const Self) -> S::V {
         // SAFETY: the caller's promise.
         unsafe { S::load_bf16(from) }
@@ -109,6 +127,11 @@ impl Scalar for bf16 {
 }
 
 impl Scalar for f16 {
+    #[inline(always)]
+    unsafe fn store_where<S: Simd>(to: *mut Self, lanes: u16, v: S::V) {
+        // SAFETY: the caller's promise.
+        unsafe { S::store_f16_where(to, lanes, v) }
+    }
     #[inline(always)]
     unsafe fn load<S: Simd>(from: *const Self) -> S::V {
         // SAFETY: the caller's promise.
@@ -141,7 +164,11 @@ pub trait Kernel {
 
 impl Isa {
     /// The best one this CPU has.
-    pub fn best() -> Isa {
+    fn best() -> Isa {
+        #[cfg(test)]
+        if let Some(isa) = CHOSEN.get() {
+            return isa;
+        }
         static BEST: OnceLock<Isa> = OnceLock::new();
         *BEST.get_or_init(|| Isa::available()[0])
     }
@@ -169,7 +196,7 @@ impl Isa {
     }
 
     /// Runs `kernel` on this instruction set, which must be one of [`Isa::available`].
-    pub(super) fn run<K: Kernel>(self, kernel: K) -> K::Output {
+    fn run<K: Kernel>(self, kernel: K) -> K::Output {
         match self {
             // SAFETY: `self` is available, so the CPU has the instructions.
             #[cfg(target_arch = "x86_64")]
@@ -186,6 +213,20 @@ impl Isa {
 /// Runs `kernel` on the best instruction set.
 pub fn dispatch<K: Kernel>(kernel: K) -> K::Output {
     Isa::best().run(kernel)
+}
+
+#[cfg(test)]
+thread_local! {
+    static CHOSEN: std::cell::Cell<Option<Isa>> = const { std::cell::Cell::new(None) };
+}
+
+/// Runs `work` with what this thread computes on another instruction set than the best.
+#[cfg(test)]
+pub fn with_isa<R>(isa: Isa, work: impl FnOnce() -> R) -> R {
+    CHOSEN.set(Some(isa));
+    let result = work();
+    CHOSEN.set(None);
+    result
 }
 
 /// Plain Rust; the compiler uses what its target has.
@@ -242,11 +283,19 @@ unsafe impl Simd for Portable {
         unsafe { to.cast::<Self::V>().write_unaligned(v) }
     }
     #[inline(always)]
-    unsafe fn store_first(to: *mut f32, lanes: usize, v: Self::V) {
-        for (i, &x) in v.iter().enumerate().take(lanes) {
-            // SAFETY: writes only the first `lanes`.
-            unsafe { *to.add(i) = x };
-        }
+    unsafe fn store_where(to: *mut f32, lanes: u16, v: Self::V) {
+        // SAFETY: the caller's promise.
+        unsafe { put_some(to, lanes, &v) }
+    }
+    #[inline(always)]
+    unsafe fn store_bf16_where(to: *mut bf16, lanes: u16, v: Self::V) {
+        // SAFETY: the caller's promise.
+        unsafe { put_some(to, lanes, &v) }
+    }
+    #[inline(always)]
+    unsafe fn store_f16_where(to: *mut f16, lanes: u16, v: Self::V) {
+        // SAFETY: the caller's promise.
+        unsafe { put_some(to, lanes, &v) }
     }
     #[inline(always)]
     unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V {
@@ -282,6 +331,36 @@ unsafe impl Simd for Portable {
 
 #[inline(always)]
 fn some<T: Element>(from: *const T, lanes: u16) -> [f32; LANES] {
-    // SAFETY: called with the promise of `load_where`: lanes whose bit is set are readable.
-    std::array::from_fn(|i| if lanes >> i & 1 == 1 { unsafe { *from.wrapping_add(i) }.to_f32() } else { 0.0 })
+    let mut some = [0.0; LANES];
+    // SAFETY: called with the promise of `load_where`.
+    unsafe { get_some(from, lanes, &mut some) };
+    some
+}
+
+/// The lanes whose bit is set, one by one; leaves the others.
+///
+/// # Safety
+/// Those lanes are readable.
+#[inline(always)]
+pub unsafe fn get_some<T: Element>(from: *const T, lanes: u16, to: &mut [f32]) {
+    for (i, to) in to.iter_mut().enumerate() {
+        if lanes >> i & 1 == 1 {
+            // SAFETY: the caller's promise.
+            *to = unsafe { *from.wrapping_add(i) }.to_f32();
+        }
+    }
+}
+
+/// Writes the lanes whose bit is set, one by one.
+///
+/// # Safety
+/// Those lanes are writable.
+#[inline(always)]
+pub unsafe fn put_some<T: Element>(to: *mut T, lanes: u16, from: &[f32]) {
+    for (i, &x) in from.iter().enumerate() {
+        if lanes >> i & 1 == 1 {
+            // SAFETY: the caller's promise.
+            unsafe { *to.wrapping_add(i) = T::from_f32(x) };
+        }
+    }
 }

@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::simd::{MOST_LANES, Simd, first};
+use super::simd::{MOST_LANES, Simd, get_some, put_some};
 use crate::device::Element;
 
 #[derive(Clone, Copy)]
@@ -74,9 +74,29 @@ unsafe impl Simd for Avx512 {
         unsafe { _mm512_storeu_ps(to, v) }
     }
     #[inline(always)]
-    unsafe fn store_first(to: *mut f32, lanes: usize, v: __m512) {
+    unsafe fn store_where(to: *mut f32, lanes: u16, v: __m512) {
         // SAFETY: masked lanes are not written.
-        unsafe { _mm512_mask_storeu_ps(to, first(lanes), v) }
+        unsafe { _mm512_mask_storeu_ps(to, lanes, v) }
+    }
+    #[inline(always)]
+    unsafe fn store_bf16_where(to: *mut bf16, lanes: u16, v: __m512) {
+        // SAFETY: masked lanes are not written. Half of the last place is added, less one bit where that place is even;
+        // what is not a number keeps its upper half and becomes quiet.
+        unsafe {
+            let bits = _mm512_castps_si512(v);
+            let high = _mm512_srli_epi32::<16>(bits);
+            let odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+            let up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+            let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(v, v);
+            let quiet = _mm512_or_si512(high, _mm512_set1_epi32(0x40));
+            let rounded = _mm512_mask_mov_epi32(_mm512_srli_epi32::<16>(up), nan, quiet);
+            _mm256_mask_storeu_epi16(to.cast(), lanes, _mm512_cvtepi32_epi16(rounded));
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_f16_where(to: *mut f16, lanes: u16, v: __m512) {
+        // SAFETY: masked lanes are not written.
+        unsafe { _mm256_mask_storeu_epi16(to.cast(), lanes, _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v)) }
     }
     #[inline(always)]
     unsafe fn fma(a: __m512, b: __m512, c: __m512) -> __m512 {
@@ -220,9 +240,30 @@ unsafe impl Simd for Avx2 {
         unsafe { _mm256_storeu_ps(to, v) }
     }
     #[inline(always)]
-    unsafe fn store_first(to: *mut f32, lanes: usize, v: __m256) {
+    unsafe fn store_where(to: *mut f32, lanes: u16, v: __m256) {
         // SAFETY: masked lanes are not written.
-        unsafe { _mm256_maskstore_ps(to, eight(first(lanes)), v) }
+        unsafe { _mm256_maskstore_ps(to, eight(lanes), v) }
+    }
+    #[inline(always)]
+    unsafe fn store_bf16_where(to: *mut bf16, lanes: u16, v: __m256) {
+        let mut all = [0f32; 8];
+        // SAFETY: writes the lanes whose bit is set.
+        unsafe {
+            Self::store(all.as_mut_ptr(), v);
+            put_some(to, lanes, &all);
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_f16_where(to: *mut f16, lanes: u16, v: __m256) {
+        // SAFETY: writes the lanes whose bit is set.
+        unsafe {
+            let mut all = [f16::ZERO; 8];
+            let rounded = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v);
+            _mm_storeu_si128(all.as_mut_ptr().cast(), rounded);
+            for (i, &x) in all.iter().enumerate().filter(|(i, _)| lanes >> i & 1 == 1) {
+                *to.add(i) = x;
+            }
+        }
     }
     #[inline(always)]
     unsafe fn fma(a: __m256, b: __m256, c: __m256) -> __m256 {
@@ -294,11 +335,7 @@ unsafe fn eight(lanes: u16) -> __m256i {
 #[inline(always)]
 unsafe fn some_of_eight<T: Element>(from: *const T, lanes: u16) -> [f32; 8] {
     let mut some = [0f32; 8];
-    for (i, x) in some.iter_mut().enumerate() {
-        if lanes >> i & 1 == 1 {
-            // SAFETY: the promise of `load_where`.
-            *x = unsafe { *from.wrapping_add(i) }.to_f32();
-        }
-    }
+    // SAFETY: the promise of `load_where`.
+    unsafe { get_some(from, lanes, &mut some) };
     some
 }
