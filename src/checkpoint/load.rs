@@ -70,17 +70,23 @@ impl Checkpoint {
 
     /// Refuses a checkpoint of another model: every segment that trains must be there, with the same tensors.
     pub fn check(&self, wanted: &[SegmentRecord]) -> Result<()> {
-        let theirs = self.manifest.segments.iter().flat_map(|s| &s.tensors);
-        let theirs: HashMap<_, _> = theirs.map(|(name, shape)| (name, shape)).collect();
-        let ours: HashMap<_, _> = wanted.iter().flat_map(|s| &s.tensors).map(|(name, shape)| (name, shape)).collect();
+        let tensors = |segments: &[SegmentRecord]| -> Vec<(String, Vec<usize>)> {
+            segments.iter().flat_map(|segment| segment.tensors.clone()).collect()
+        };
+        let (theirs, ours) = (tensors(&self.manifest.segments), tensors(wanted));
+        let shapes = |of: &[(String, Vec<usize>)]| of.iter().cloned().collect::<HashMap<_, _>>();
+        let (their_shapes, our_shapes) = (shapes(&theirs), shapes(&ours));
         let difference = ours
             .iter()
-            .find_map(|(name, shape)| match theirs.get(name) {
+            .find_map(|(name, shape)| match their_shapes.get(name) {
                 None => Some(format!("it has no tensor {name}")),
                 Some(other) if other != shape => Some(format!("its {name} has shape {other:?}, the model's {shape:?}")),
                 Some(_) => None,
             })
-            .or_else(|| theirs.keys().find(|name| !ours.contains_key(*name)).map(|name| format!("it also has {name}")));
+            .or_else(|| {
+                let more = theirs.iter().find(|(name, _)| !our_shapes.contains_key(name))?;
+                Some(format!("it also has {}", more.0))
+            });
         if difference.is_none() && self.manifest.segments == wanted {
             return Ok(());
         }

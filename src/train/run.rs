@@ -46,7 +46,10 @@ fn prepare_output(trainer: &Trainer) -> Result<()> {
     fs::create_dir_all(dir).with_context(|| format!("creating {}", dir.display()))?;
     let step = trainer.position.step;
     for path in checkpoint::clear_leftovers(dir, step)? {
-        let what = format!("removed {}: the run goes on from step {step}, and this was of a later one", path.display());
+        let what = match step {
+            0 => format!("removed {}, of the run that was here", path.display()),
+            _ => format!("removed {}: the run goes on from step {step}", path.display()),
+        };
         trainer.rank.events.send(&Event::Message(what));
     }
     let index = dir.join("model_index.json");
