@@ -22,6 +22,14 @@ fn kill(signal: &str, pid: u32) {
     assert!(Command::new("kill").args([signal, &pid.to_string()]).status().unwrap().success());
 }
 
+fn both_ranks_are_there(launcher: &Running) {
+    let since = Instant::now();
+    while ranks(launcher).len() < 2 {
+        assert!(since.elapsed() < Duration::from_secs(60), "no ranks");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
 /// The ranks' processes, by rank.
 fn ranks(launcher: &Running) -> Vec<u32> {
     let parent = launcher.child.id().to_string();
@@ -209,12 +217,8 @@ fn a_restart_knows_its_own_past() {
     // An earlier run's checkpoints are in the way, and the seed is another one.
     let job = || home.job(PLAIN).ranks(2).set(STEPS);
     let running = job().set("output.overwrite=true").words(&["--max-restarts", "1"]).start();
-    let since = Instant::now();
+    both_ranks_are_there(&running);
     // While the ranks are still setting up.
-    while ranks(&running).len() < 2 {
-        assert!(since.elapsed() < Duration::from_secs(60), "no ranks");
-        std::thread::sleep(Duration::from_millis(1));
-    }
     kill("-KILL", ranks(&running)[1]);
     running.end().done().says("restart 1 of 1");
     job().set("output.dir=HOME/whole").run().done();
@@ -222,8 +226,8 @@ fn a_restart_knows_its_own_past() {
 
     home.job(PLAIN).ranks(2).sets(&["train.max_steps=2", "checkpoint.every=2", "output.dir=HOME/first"]).run().done();
     let sets = ["checkpoint.resume=HOME/first/checkpoint-2", "output.overwrite=true"];
-    let mut running = job().sets(&sets).words(&["--max-restarts", "1"]).start();
-    running.wait_for_step(4);
+    let running = job().sets(&sets).words(&["--max-restarts", "1"]).start();
+    both_ranks_are_there(&running);
     kill("-KILL", ranks(&running)[0]);
     running.end().done();
     let whole = rows(&home.path("whole"));
