@@ -4,7 +4,7 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 
 use super::cpu::{Held, by_dtype, elements, result, tensor};
-use super::gemm::{Bias, Grid, Matrix, Out, Product, Scalar, add_column_sums, block_of};
+use super::gemm::{Bias, Matrix, Out, Product, Scalar, add_column_sums};
 use crate::device::WeightRef;
 
 /// x (..., I), weight (O, I) (or (O, I, 1, 1)), bias (O) -> (..., O): x W^T + b.
@@ -25,6 +25,9 @@ pub fn linear(x: &Tensor, weight: &WeightRef, bias: Option<&WeightRef>) -> Resul
     }
     x.contiguous()?.apply_op1(Linear { weight: weight.clone(), bias: bias.cloned(), outputs, inputs })
 }
+
+/// Sums are cut into blocks of multiples of this.
+const UNIT: usize = 16;
 
 struct Linear {
     weight: WeightRef,
@@ -63,41 +66,24 @@ impl Linear {
             Some(bias) => Some(bias.view::<T>()?.iter().map(|b| b.to_f32()).collect()),
             None => None,
         };
-        let product = Product {
-            a: &Matrix::new(x, rows, inputs, inputs, 1),
-            b: &Matrix::new(&weight, inputs, outputs, 1, inputs),
-            rows,
-            grid: Grid::plain(outputs),
-            depth: inputs,
-            block: block_of(inputs, 16),
-        };
+        let (x, weight) = (Matrix::new(x, rows, inputs, inputs, 1), Matrix::new(&weight, inputs, outputs, 1, inputs));
+        let product = Product::new(&x, &weight, UNIT);
         Ok(product.to_vec(bias.as_deref().map_or(Bias::None, Bias::Column)))
     }
 
     fn input_gradient<T: Scalar>(&self, dy: &[T]) -> Result<Vec<T>> {
         let (rows, inputs, outputs) = (dy.len() / self.outputs, self.inputs, self.outputs);
         let weight = self.weight.view::<T>()?;
-        let product = Product {
-            a: &Matrix::new(dy, rows, outputs, outputs, 1),
-            b: &Matrix::new(&weight, outputs, inputs, inputs, 1),
-            rows,
-            grid: Grid::plain(inputs),
-            depth: outputs,
-            block: block_of(outputs, 16),
-        };
+        let (dy, weight) =
+            (Matrix::new(dy, rows, outputs, outputs, 1), Matrix::new(&weight, outputs, inputs, inputs, 1));
+        let product = Product::new(&dy, &weight, UNIT);
         Ok(product.to_vec(Bias::None))
     }
 
     fn add_weight_gradients<T: Scalar>(&self, x: &[T], dy: &[T]) -> Result<()> {
         let (rows, inputs, outputs) = (x.len() / self.inputs, self.inputs, self.outputs);
-        let product = Product {
-            a: &Matrix::new(dy, outputs, rows, 1, outputs),
-            b: &Matrix::new(x, rows, inputs, inputs, 1),
-            rows: outputs,
-            grid: Grid::plain(inputs),
-            depth: rows,
-            block: block_of(rows, 16),
-        };
+        let (turned, x) = (Matrix::new(dy, outputs, rows, 1, outputs), Matrix::new(x, rows, inputs, inputs, 1));
+        let product = Product::new(&turned, &x, UNIT);
         self.weight.add_grad(|gradient| product.run(Out::adding(gradient, inputs, 0)))?;
         match &self.bias {
             Some(bias) => bias.add_grad(|gradient| add_column_sums(dy, gradient)),

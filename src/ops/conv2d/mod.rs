@@ -7,7 +7,7 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 
 use super::cpu::{Held, by_dtype, elements, result, tensor};
-use super::gemm::{Bias, Grid, Lattice, Matrix, Out, Product, Scalar, add_channel_sums, block_of};
+use super::gemm::{Bias, Lattice, Matrix, Out, Product, Scalar, add_channel_sums};
 use crate::device::WeightRef;
 use patches::{MOST_TAPS, Patches, PatchesTurned, Window};
 use planes::{Flipped, Planes};
@@ -101,6 +101,14 @@ impl CustomOp1 for Convolution {
     }
 }
 
+/// Sums over pixels and channels are cut into blocks of multiples of this.
+const UNIT: usize = 16;
+
+/// Sums over channels and taps are cut into blocks of whole channels.
+fn unit(taps: usize) -> usize {
+    if taps <= 1 { UNIT } else { taps }
+}
+
 impl Convolution {
     fn taps(&self) -> usize {
         self.kernel.0 * self.kernel.1
@@ -130,11 +138,6 @@ impl Convolution {
         }
     }
 
-    /// Blocks of k are whole channels.
-    fn block(&self, channels: usize, taps: usize) -> usize {
-        block_of(channels * taps, if taps == 1 { 16 } else { taps })
-    }
-
     fn forward<T: Scalar>(&self, x: &[T], images: usize) -> Result<Vec<T>> {
         let weight = self.weight.view::<T>()?;
         let bias: Option<Vec<f32>> = match &self.bias {
@@ -144,14 +147,11 @@ impl Convolution {
         let bias = bias.as_deref().map_or(Bias::None, Bias::Row);
         let depth = self.inputs * self.taps();
         let a = &Matrix::new(&weight, self.outputs, depth, depth, 1);
-        let (rows, grid) = (self.outputs, Grid { images, pixels: self.pixels() });
-        let block = self.block(self.inputs, self.taps());
         Ok(if self.pointwise() {
-            let b = &self.as_matrices(x, images, self.inputs);
-            Product { a, b, rows, grid, depth, block }.to_vec(bias)
+            Product::new(a, &self.as_matrices(x, images, self.inputs), UNIT).to_vec(bias)
         } else {
-            let b = &Patches::new(x, images, self.inputs, self.window());
-            Product { a, b, rows, grid, depth, block }.to_vec(bias)
+            let patches = Patches::new(x, images, self.inputs, self.window());
+            Product::new(a, &patches, unit(self.taps())).to_vec(bias)
         })
     }
 
@@ -167,11 +167,9 @@ impl Convolution {
         let weight = self.weight.view::<T>()?;
         let (rows, stride) = (self.inputs, self.conv.stride);
         if self.pointwise() {
-            let depth = self.outputs;
-            let a = &Matrix::new(&weight, rows, depth, 1, rows);
-            let b = &self.as_matrices(dy, images, self.outputs);
-            let grid = Grid { images, pixels: self.pixels() };
-            return Ok(Product { a, b, rows, grid, depth, block: self.block(depth, 1) }.to_vec(Bias::None));
+            let turned = Matrix::new(&weight, rows, self.outputs, 1, rows);
+            let product = Product::new(&turned, &self.as_matrices(dy, images, self.outputs), UNIT).to_vec(Bias::None);
+            return Ok(product);
         }
         if stride == 1 {
             let (flipped, window) = self.phase(&weight, (0, 0));
@@ -222,29 +220,20 @@ impl Convolution {
         window: Window,
         run: impl FnOnce(Product<Flipped<T>, Patches<T>>) -> R,
     ) -> R {
-        let taps = window.taps();
-        run(Product {
-            a,
-            b: &Patches::new(dy, images, self.outputs, window),
-            rows: self.inputs,
-            grid: Grid { images, pixels: window.pixels() },
-            depth: self.outputs * taps,
-            block: self.block(self.outputs, taps.max(1)),
-        })
+        run(Product::new(a, &Patches::new(dy, images, self.outputs, window), unit(window.taps())))
     }
 
     fn add_weight_gradients<T: Scalar>(&self, x: &[T], dy: &[T], images: usize) -> Result<()> {
-        let (columns, depth) = (self.inputs * self.taps(), images * self.pixels());
-        let a = &Planes::new(dy, images, self.outputs, self.pixels());
-        let (rows, grid, block) = (self.outputs, Grid::plain(columns), block_of(depth, 16));
+        let columns = self.inputs * self.taps();
+        let dy_planes = Planes::new(dy, images, self.outputs, self.pixels());
         self.weight.add_grad(|gradient| {
             let out = Out::adding(gradient, columns, 0);
             if self.pointwise() {
-                let b = &Planes::new(x, images, self.inputs, self.pixels());
-                Product { a, b, rows, grid, depth, block }.run(out);
+                let planes = Planes::new(x, images, self.inputs, self.pixels());
+                Product::new(&dy_planes, &planes, UNIT).run(out);
             } else {
-                let b = &PatchesTurned(Patches::new(x, images, self.inputs, self.window()));
-                Product { a, b, rows, grid, depth, block }.run(out);
+                let patches = PatchesTurned(Patches::new(x, images, self.inputs, self.window()));
+                Product::new(&dy_planes, &patches, UNIT).run(out);
             }
         })?;
         match &self.bias {

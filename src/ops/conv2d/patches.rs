@@ -120,6 +120,7 @@ impl Spot {
 #[derive(Clone, Copy)]
 pub struct Patches<'a, T> {
     images: &'a [T],
+    count: usize,
     channels: usize,
     window: Window,
 }
@@ -128,7 +129,7 @@ impl<'a, T: Scalar> Patches<'a, T> {
     pub fn new(images: &'a [T], count: usize, channels: usize, window: Window) -> Self {
         assert_eq!(images.len(), count * channels * window.input.0 * window.input.1, "images of another size");
         assert!(window.taps() <= MOST_TAPS, "more taps than a window takes");
-        Patches { images, channels, window }
+        Patches { images, count, channels, window }
     }
 
     #[inline(always)]
@@ -167,9 +168,17 @@ impl<'a, T: Scalar> Patches<'a, T> {
 }
 
 impl<T: Scalar> Right for Patches<'_, T> {
+    fn depth(&self) -> usize {
+        self.channels * self.window.taps()
+    }
+
+    fn grid(&self) -> Grid {
+        Grid { images: self.count, pixels: self.window.pixels() }
+    }
+
     #[inline(always)]
-    unsafe fn pack<S: Simd>(&self, depth: Range<usize>, panels: Range<usize>, grid: Grid, to: *mut f32) {
-        let window = &self.window;
+    unsafe fn pack<S: Simd>(&self, depth: Range<usize>, panels: Range<usize>, to: *mut f32) {
+        let (window, grid) = (&self.window, self.grid());
         for (i, panel) in panels.enumerate() {
             let place = grid.place::<S>(panel);
             let ahead = place.columns.min(S::LANES);
@@ -245,9 +254,17 @@ impl<T: Scalar> PatchesTurned<'_, T> {
 }
 
 impl<T: Scalar> Right for PatchesTurned<'_, T> {
+    fn depth(&self) -> usize {
+        self.0.count * self.0.window.pixels()
+    }
+
+    fn grid(&self) -> Grid {
+        Grid::plain(self.0.channels * self.0.window.taps())
+    }
+
     #[inline(always)]
-    unsafe fn pack<S: Simd>(&self, depth: Range<usize>, panels: Range<usize>, grid: Grid, to: *mut f32) {
-        let (window, width) = (&self.0.window, 2 * S::LANES);
+    unsafe fn pack<S: Simd>(&self, depth: Range<usize>, panels: Range<usize>, to: *mut f32) {
+        let (window, width, grid) = (&self.0.window, 2 * S::LANES, self.grid());
         let pixels = window.pixels();
         let mut spots = [Spot { lanes: [0; MOST_TAPS], index: [0; MOST_LANES], count: 0 }; SPOTS];
         let mut k = depth.start;

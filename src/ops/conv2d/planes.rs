@@ -9,6 +9,7 @@ use crate::ops::gemm::{Grid, Left, MOST_LANES, Right, Scalar, Simd, first, panel
 #[derive(Clone, Copy)]
 pub struct Planes<'a, T> {
     images: &'a [T],
+    count: usize,
     channels: usize,
     pixels: usize,
 }
@@ -16,11 +17,15 @@ pub struct Planes<'a, T> {
 impl<'a, T: Scalar> Planes<'a, T> {
     pub fn new(images: &'a [T], count: usize, channels: usize, pixels: usize) -> Self {
         assert_eq!(images.len(), count * channels * pixels, "images of another size");
-        Planes { images, channels, pixels }
+        Planes { images, count, channels, pixels }
     }
 }
 
 impl<T: Scalar> Left for Planes<'_, T> {
+    fn size(&self) -> (usize, usize) {
+        (self.channels, self.count * self.pixels)
+    }
+
     #[inline(always)]
     unsafe fn pack<S: Simd>(&self, rows: Range<usize>, depth: Range<usize>, to: *mut f32) {
         for (row, rows, place) in panels::<S>(rows, depth.len()) {
@@ -41,9 +46,17 @@ impl<T: Scalar> Left for Planes<'_, T> {
 }
 
 impl<T: Scalar> Right for Planes<'_, T> {
+    fn depth(&self) -> usize {
+        self.count * self.pixels
+    }
+
+    fn grid(&self) -> Grid {
+        Grid::plain(self.channels)
+    }
+
     #[inline(always)]
-    unsafe fn pack<S: Simd>(&self, depth: Range<usize>, panels: Range<usize>, grid: Grid, to: *mut f32) {
-        let width = 2 * S::LANES;
+    unsafe fn pack<S: Simd>(&self, depth: Range<usize>, panels: Range<usize>, to: *mut f32) {
+        let (width, grid) = (2 * S::LANES, self.grid());
         for (i, panel) in panels.enumerate() {
             let place = grid.place::<S>(panel);
             let mut k = depth.start;
@@ -88,6 +101,11 @@ impl<T: Scalar> Flipped<'_, T> {
 }
 
 impl<T: Scalar> Left for Flipped<'_, T> {
+    fn size(&self) -> (usize, usize) {
+        let outputs = self.weight.len() / (self.inputs * self.kernel.0 * self.kernel.1);
+        (self.inputs, outputs * self.taps.0 * self.taps.1)
+    }
+
     #[inline(always)]
     unsafe fn pack<S: Simd>(&self, rows: Range<usize>, depth: Range<usize>, to: *mut f32) {
         let (kernel, taps) = (self.kernel.0 * self.kernel.1, self.taps.0 * self.taps.1);

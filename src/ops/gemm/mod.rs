@@ -3,7 +3,7 @@
 //!
 //! The scheme is the one of Goto and van de Geijn ("Anatomy of high-performance matrix multiplication", 2008).
 //! Note: bits. An element is the sum over blocks of k, in order, of the chain of fused multiply-adds over the block; the
-//! blocks depend on the depth alone. So it has the same bits for every instruction set, number of threads, and cut.
+//! blocks depend on the operands' depth alone. So it has the same bits for every instruction set, number of threads, and cut.
 
 mod micro;
 mod out;
@@ -16,7 +16,7 @@ mod x86;
 
 pub(super) use out::{Bias, Lattice, Out};
 pub(super) use pack::{Grid, Left, Matrix, Right, panels, turned};
-pub(super) use product::{Product, block_of};
+pub(super) use product::Product;
 pub(super) use simd::{MOST_LANES, Scalar, Simd, first};
 pub(super) use sums::{add_channel_sums, add_column_sums};
 

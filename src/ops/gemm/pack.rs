@@ -45,6 +45,9 @@ impl Grid {
 
 /// The left operand, M x K.
 pub trait Left: Sync {
+    /// M and K.
+    fn size(&self) -> (usize, usize);
+
     /// Writes panels of ROWS rows (the last may have fewer), one after the other: for each k of `depth` LANES numbers, the
     /// panel's rows, then zeros.
     ///
@@ -63,18 +66,27 @@ pub fn panels<S: Simd>(rows: Range<usize>, depth: usize) -> impl Iterator<Item =
 
 /// The right operand, K x N.
 pub trait Right: Sync {
+    /// K.
+    fn depth(&self) -> usize;
+
+    /// N.
+    fn grid(&self) -> Grid;
+
     /// Writes each panel, one after the other: for each k of `depth` its 2 LANES columns, padded with zeros.
     ///
     /// # Safety
     /// `to` takes `panels.len()` x `depth.len()` x 2 LANES numbers, the ranges lie inside the operand, and the CPU
     /// has `S`.
-    unsafe fn pack<S: Simd>(&self, depth: Range<usize>, panels: Range<usize>, grid: Grid, to: *mut f32);
+    unsafe fn pack<S: Simd>(&self, depth: Range<usize>, panels: Range<usize>, to: *mut f32);
 }
 
 /// A matrix in memory, or one per image: element (r, c) of image i at `i * image_stride + r * row_stride + c * col_stride`.
 #[derive(Clone, Copy, Debug)]
 pub struct Matrix<'a, T> {
     data: &'a [T],
+    images: usize,
+    rows: usize,
+    cols: usize,
     row_stride: usize,
     col_stride: usize,
     image_stride: usize,
@@ -100,11 +112,15 @@ impl<'a, T: Scalar> Matrix<'a, T> {
             let last = (images - 1) * image_stride + (rows - 1) * row_stride + (cols - 1) * col_stride;
             assert!(last < data.len(), "a matrix reaches beyond its memory");
         }
-        Matrix { data, row_stride, col_stride, image_stride }
+        Matrix { data, images, rows, cols, row_stride, col_stride, image_stride }
     }
 }
 
 impl<T: Scalar> Left for Matrix<'_, T> {
+    fn size(&self) -> (usize, usize) {
+        (self.rows, self.cols)
+    }
+
     #[inline(always)]
     unsafe fn pack<S: Simd>(&self, rows: Range<usize>, depth: Range<usize>, to: *mut f32) {
         let (row_stride, col_stride) = (self.row_stride, self.col_stride);
@@ -132,9 +148,17 @@ impl<T: Scalar> Left for Matrix<'_, T> {
 }
 
 impl<T: Scalar> Right for Matrix<'_, T> {
+    fn depth(&self) -> usize {
+        self.rows
+    }
+
+    fn grid(&self) -> Grid {
+        Grid { images: self.images, pixels: self.cols }
+    }
+
     #[inline(always)]
-    unsafe fn pack<S: Simd>(&self, depth: Range<usize>, panels: Range<usize>, grid: Grid, to: *mut f32) {
-        let width = 2 * S::LANES;
+    unsafe fn pack<S: Simd>(&self, depth: Range<usize>, panels: Range<usize>, to: *mut f32) {
+        let (width, grid) = (2 * S::LANES, self.grid());
         for (i, panel) in panels.enumerate() {
             let place = grid.place::<S>(panel);
             // SAFETY: as for the left operand.

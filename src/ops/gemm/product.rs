@@ -11,26 +11,33 @@ use super::pack::{Grid, Left, Right};
 use super::simd::{Kernel, Scalar, Simd, dispatch, first};
 use crate::device::threads;
 
-/// A (rows x depth) times B (depth x grid).
+/// A times B.
 pub struct Product<'a, A, B> {
-    pub a: &'a A,
-    pub b: &'a B,
-    pub rows: usize,
-    pub grid: Grid,
-    pub depth: usize,
-    /// Every block of k but the last is this long; see [`block_of`].
-    pub block: usize,
+    a: &'a A,
+    b: &'a B,
+    rows: usize,
+    grid: Grid,
+    depth: usize,
+    /// Every block of k but the last is this long.
+    block: usize,
 }
 
 /// The length of the blocks of k: even ones of at most 384, in multiples of `unit`.
-pub fn block_of(depth: usize, unit: usize) -> usize {
+pub(super) fn block_of(depth: usize, unit: usize) -> usize {
     const LONGEST: usize = 384;
     let longest = (LONGEST / unit).max(1);
     let units = depth.div_ceil(unit).max(1);
     units.div_ceil(units.div_ceil(longest)) * unit
 }
 
-impl<A: Left, B: Right> Product<'_, A, B> {
+impl<'a, A: Left, B: Right> Product<'a, A, B> {
+    /// The sum over k is cut into blocks of whole `unit`s. Panics if the operands' depths differ.
+    pub fn new(a: &'a A, b: &'a B, unit: usize) -> Self {
+        let (rows, depth) = a.size();
+        assert_eq!(depth, b.depth(), "operands of different depth");
+        Product { a, b, rows, grid: b.grid(), depth, block: block_of(depth, unit) }
+    }
+
     /// Into new memory: (images, rows, pixels).
     pub fn to_vec<T: Scalar>(&self, bias: Bias) -> Vec<T> {
         let len = self.rows * self.grid.columns();
@@ -176,7 +183,7 @@ impl<A: Left, B: Right> Product<'_, A, B> {
             // SAFETY: the promise to `tile`; ranges lie inside the operands.
             unsafe {
                 if !depth.is_empty() {
-                    self.b.pack::<S>(depth.clone(), panels.clone(), self.grid, b);
+                    self.b.pack::<S>(depth.clone(), panels.clone(), b);
                 }
                 self.block::<S, T>(rows.clone(), panels.clone(), depth.clone(), [a, b, sums], out);
             }

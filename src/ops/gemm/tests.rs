@@ -1,3 +1,4 @@
+use super::product::block_of;
 use super::simd::{Isa, with_isa};
 use super::*;
 
@@ -26,14 +27,8 @@ fn multiply(m: usize, n: usize, k: usize, turned: (bool, bool), add: bool) -> Ve
     let (a, b, mut c, bias) = (numbers(m * k, 1), numbers(k * n, 2), numbers(m * (n + 3), 3), numbers(n, 4));
     let strides = |turned: bool, rows: usize, cols: usize| if turned { (1, rows) } else { (cols, 1) };
     let ((ar, ac), (br, bc)) = (strides(turned.0, m, k), strides(turned.1, k, n));
-    let product = Product {
-        a: &Matrix::new(&a, m, k, ar, ac),
-        b: &Matrix::new(&b, k, n, br, bc),
-        rows: m,
-        grid: Grid::plain(n),
-        depth: k,
-        block: block_of(k, 1),
-    };
+    let (a, b) = (Matrix::new(&a, m, k, ar, ac), Matrix::new(&b, k, n, br, bc));
+    let product = Product::new(&a, &b, 1);
     if add {
         product.run(Out::adding(&mut c, n + 3, 0));
     } else {
