@@ -1,1 +1,121 @@
-fn main() {}
+//! The program: parse, check, start ranks or be one, leave with the right exit status.
+
+use std::num::NonZeroUsize;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Result;
+use candle_core::DType;
+use clap::Parser;
+use dblaunch::cli::{self, BenchCommand, BenchDtype, Cli, Command, RequestArgs, TrainArgs};
+use dblaunch::config::{self, Resume};
+use dblaunch::device::Keeping;
+use dblaunch::launch::{self, LaunchRequest, Output, Rank, World, status};
+use dblaunch::zero::Stage;
+use dblaunch::{bench, checkpoint, hub, train};
+
+/// Activations come and go by the megabyte; the same pages are handed out again instead of asking the system.
+#[global_allocator]
+static ALLOCATOR: Keeping<mimalloc::MiMalloc> = Keeping::over(mimalloc::MiMalloc);
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned()).collect();
+    if let Some(message) = cli::not_there_yet(arguments.iter().map(String::as_str)) {
+        eprintln!("dblaunch: {message}");
+        return ExitCode::from(status::REFUSED);
+    }
+    let cli = Cli::parse();
+    let result = match &cli.command {
+        Some(Command::Check(check)) => self::check(&check.request).map(|()| status::DONE),
+        Some(Command::Bench(command)) => self::bench(*command),
+        Some(Command::Completions { shell }) => {
+            cli::write_completions(*shell, &mut std::io::stdout());
+            Ok(status::DONE)
+        }
+        None => match World::from_environment() {
+            Ok(Some(world)) => be_a_rank(&cli.train, &world),
+            Ok(None) => start_ranks(&cli.train),
+            Err(error) => Err(error),
+        },
+    };
+    ExitCode::from(result.unwrap_or_else(|error| launch::report_failure(&error)))
+}
+
+/// Without --nproc: one rank (one per GPU once there are GPUs).
+fn ranks(request: &RequestArgs) -> usize {
+    request.nproc.map_or(1, |n| n.get())
+}
+
+fn config_path(request: &RequestArgs) -> &std::path::Path {
+    // clap has made sure that there is one.
+    request.config.as_deref().unwrap_or_else(|| std::path::Path::new("train.toml"))
+}
+
+/// `dblaunch check`: what is wrong, or what would run.
+fn check(request: &RequestArgs) -> Result<()> {
+    let report = config::check(config_path(request), &request.overrides, ranks(request))?;
+    println!("{report}");
+    Ok(())
+}
+
+/// The launcher: checks the request, then starts the ranks and stays with them.
+fn start_ranks(args: &TrainArgs) -> Result<u8> {
+    let nproc = ranks(&args.request);
+    let report = config::check(config_path(&args.request), &args.request.overrides, nproc)?;
+    eprintln!("{report}");
+    let arguments = std::env::args_os().skip(1).collect();
+    let mut request = LaunchRequest::this_program(nproc, arguments)?;
+    request.max_restarts = args.max_restarts as usize;
+    request.threads_total = args.threads.map(NonZeroUsize::get);
+    launch::run(&request, Output::standard())
+}
+
+/// One rank of a run, whoever started it.
+fn be_a_rank(args: &TrainArgs, world: &World) -> Result<u8> {
+    let request = &args.request;
+    let mut plan = config::load(config_path(request), &request.overrides, world.world_size)?;
+    if world.starter != launch::Starter::Dblaunch {
+        // No launcher of ours has checked the request.
+        config::check(config_path(request), &request.overrides, world.world_size)?;
+    }
+    let model_dir = hub::resolve(&plan.model.source, plan.model.variant.as_deref())?;
+    let timeout = Duration::from_secs_f64(plan.zero.timeout_seconds);
+    let rank = Rank::start(timeout, args.threads.map(NonZeroUsize::get))?;
+    // Without a checkpoint of its own, what is started again begins where it began before.
+    if rank.goes_on && checkpoint::latest(&plan.output.dir)?.is_some() {
+        plan.checkpoint.resume = Resume::Latest;
+    }
+    Ok(match train::run(&plan, &model_dir, &rank) {
+        Ok(train::Ending::Done) => status::DONE,
+        Ok(train::Ending::Interrupted) => status::INTERRUPTED,
+        // Told while the rank is still there, so that the others learn the cause and not that it left.
+        Err(error) => launch::report_failure(&error),
+    })
+}
+
+/// `dblaunch bench`: memory is measured in ranks of its own.
+fn bench(command: BenchCommand) -> Result<u8> {
+    match command {
+        BenchCommand::Layers { batch, latent, repeats, dtype } => {
+            let dtype = match dtype {
+                BenchDtype::F32 => DType::F32,
+                BenchDtype::Bf16 => DType::BF16,
+            };
+            bench::layers(batch.get(), latent, repeats.get(), dtype)?;
+        }
+        BenchCommand::Memory { nproc, stage, latent, steps } => match World::from_environment()? {
+            None => {
+                let arguments = std::env::args_os().skip(1).collect();
+                return launch::run(&LaunchRequest::this_program(nproc.get(), arguments)?, Output::standard());
+            }
+            Some(_) => {
+                let rank = Rank::start(Duration::from_secs(600), None)?;
+                let stage = Stage::from_number(stage).unwrap_or(Stage::Replicated);
+                if let Err(error) = bench::memory(&rank, stage, latent, steps) {
+                    return Ok(launch::report_failure(&error));
+                }
+            }
+        },
+    }
+    Ok(status::DONE)
+}

@@ -1,8 +1,30 @@
 //! Row 1: collectives. Every rank calls the same ones in the same order; sums are taken in rank order, so results are
-//! the same on every run. Implementations: a world of one, and ranks over shared memory on one machine.
+//! the same on every run. Implementations: a world of one ([`Solo`]), and ranks over shared memory on one machine
+//! ([`Shared`]). Knows nothing of segments, tensors or training.
+
+mod call;
+mod meeting;
+pub mod probe;
+pub mod process;
+mod reduce;
+mod rendezvous;
+mod shared;
+mod slice;
+mod solo;
+mod values;
+mod window;
+
+use std::fmt;
 
 use anyhow::Result;
 use half::{bf16, f16};
+
+pub use call::{Call, Kind, Scalar};
+pub use rendezvous::Rendezvous;
+pub use shared::Shared;
+pub use solo::Solo;
+pub use values::CommunicatorExt;
+pub use window::{MAX_RANKS, Window};
 
 /// What a collective reads.
 #[derive(Clone, Copy, Debug)]
@@ -26,6 +48,7 @@ pub enum SliceMut<'a> {
 
 /// The collectives of one group of ranks. Reductions are sums, taken in rank order and accumulated in fp32 (fp64 for
 /// F64; U8 cannot be summed). A collective that not everyone joins within the time-out is an error that names who is missing.
+/// After an error a communicator stays broken: every later call fails with the same reason.
 pub trait Communicator: Send + Sync {
     fn rank(&self) -> usize;
     fn world_size(&self) -> usize;
@@ -38,4 +61,22 @@ pub trait Communicator: Send + Sync {
     /// Rank `root`'s data, to everyone.
     fn broadcast(&self, data: SliceMut, root: usize) -> Result<()>;
     fn barrier(&self) -> Result<()>;
+    /// Says that this rank has failed and will join no more collectives, so that nobody waits for it.
+    fn abort(&self, _message: &str) {}
 }
+
+/// The error of a rank that is itself sound and was ended by another rank's failure. Who reports failures looks for it
+/// in the chain of causes, so that the cause is told apart from its consequences.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PeerFailure {
+    pub rank: usize,
+    pub message: String,
+}
+
+impl fmt::Display for PeerFailure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "rank {} failed: {}", self.rank, self.message)
+    }
+}
+
+impl std::error::Error for PeerFailure {}

@@ -52,10 +52,44 @@ impl Element for f16 {
 /// Host memory, 4 KiB aligned from 1 MiB on, else 64 bytes.
 #[derive(Debug)]
 pub struct Buffer {
-    ptr: NonNull<u8>,
+    memory: Memory,
     len: usize,
     dtype: DType,
-    _charge: Option<Charge>,
+    reused: bool,
+    charge: Option<Charge>,
+}
+
+#[derive(Debug)]
+enum Memory {
+    /// From the allocator, of exactly the buffer's size.
+    Small(NonNull<u8>),
+    /// From the system; may be larger than the buffer.
+    Large(Option<Mapping>),
+}
+
+/// Pages of the system's, given back when dropped.
+#[derive(Debug)]
+pub(super) struct Mapping {
+    ptr: NonNull<u8>,
+    bytes: usize,
+}
+
+// SAFETY: a `Mapping` owns its pages alone.
+unsafe impl Send for Mapping {}
+// SAFETY: as above; shared access does nothing.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    pub(super) fn bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: `ptr` came from `mmap` with this length and nothing borrows it any more.
+        unsafe { libc::munmap(self.ptr.as_ptr().cast(), self.bytes) };
+    }
 }
 
 // SAFETY: a `Buffer` owns its memory alone; shared access is read-only and exclusive access needs `&mut`.
@@ -71,8 +105,29 @@ impl Buffer {
             bail!("a parameter buffer cannot hold {dtype:?}");
         }
         let bytes = len * dtype.size_in_bytes();
-        let ptr = if bytes >= LARGE_BYTES { map(bytes)? } else { allocate(bytes)? };
-        Ok(Buffer { ptr, len, dtype, _charge: charge })
+        if bytes < LARGE_BYTES {
+            return Ok(Buffer { memory: Memory::Small(allocate(bytes)?), len, dtype, reused: false, charge });
+        }
+        let spare = charge.as_ref().and_then(|charge| charge.reuse(bytes));
+        let reused = spare.is_some();
+        let mapping = match spare {
+            Some(mapping) => mapping,
+            None => Mapping { ptr: map(bytes)?, bytes },
+        };
+        Ok(Buffer { memory: Memory::Large(Some(mapping)), len, dtype, reused, charge })
+    }
+
+    /// Whether the memory was something else's before, so that it may not be zero.
+    pub(super) fn is_reused(&self) -> bool {
+        self.reused
+    }
+
+    fn ptr(&self) -> NonNull<u8> {
+        match &self.memory {
+            Memory::Small(ptr) => *ptr,
+            // Only `drop` takes the mapping out.
+            Memory::Large(mapping) => mapping.as_ref().map_or(NonNull::dangling(), |m| m.ptr),
+        }
     }
 
     /// A buffer outside every arena, for scratch and tests.
@@ -98,37 +153,42 @@ impl Buffer {
 
     pub fn bytes(&self) -> &[u8] {
         // SAFETY: `ptr` is valid for `byte_len` initialised (zeroed) bytes for as long as `self` lives.
-        unsafe { std::slice::from_raw_parts(self.ptr.as_ptr(), self.byte_len()) }
+        unsafe { std::slice::from_raw_parts(self.ptr().as_ptr(), self.byte_len()) }
     }
 
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         // SAFETY: as in `bytes`, and `&mut self` is exclusive.
-        unsafe { std::slice::from_raw_parts_mut(self.ptr.as_ptr(), self.byte_len()) }
+        unsafe { std::slice::from_raw_parts_mut(self.ptr().as_ptr(), self.byte_len()) }
     }
 
     /// The elements. Panics if `T` is not the buffer's dtype: that is our own mistake, never the user's.
     pub fn as_slice<T: Element>(&self) -> &[T] {
         assert_eq!(T::DTYPE, self.dtype, "buffer read as another dtype");
         // SAFETY: the memory is aligned to 64, holds `len` elements of `T`, and every bit pattern is valid.
-        unsafe { std::slice::from_raw_parts(self.ptr.as_ptr() as *const T, self.len) }
+        unsafe { std::slice::from_raw_parts(self.ptr().as_ptr() as *const T, self.len) }
     }
 
     pub fn as_mut_slice<T: Element>(&mut self) -> &mut [T] {
         assert_eq!(T::DTYPE, self.dtype, "buffer written as another dtype");
         // SAFETY: as in `as_slice`, and `&mut self` is exclusive.
-        unsafe { std::slice::from_raw_parts_mut(self.ptr.as_ptr() as *mut T, self.len) }
+        unsafe { std::slice::from_raw_parts_mut(self.ptr().as_ptr() as *mut T, self.len) }
     }
 }
 
 impl Drop for Buffer {
     fn drop(&mut self) {
         let bytes = self.byte_len();
-        if bytes >= LARGE_BYTES {
-            // SAFETY: `ptr` came from `mmap` with this length and nothing borrows it any more.
-            unsafe { libc::munmap(self.ptr.as_ptr().cast(), bytes) };
-        } else if bytes > 0 {
-            // SAFETY: `ptr` came from `alloc_zeroed` with this layout.
-            unsafe { std::alloc::dealloc(self.ptr.as_ptr(), small_layout(bytes)) };
+        match &mut self.memory {
+            Memory::Small(ptr) if bytes > 0 => {
+                // SAFETY: `ptr` came from `alloc_zeroed` with this layout.
+                unsafe { std::alloc::dealloc(ptr.as_ptr(), small_layout(bytes)) };
+            }
+            Memory::Small(_) => {}
+            Memory::Large(mapping) => {
+                if let (Some(charge), Some(mapping)) = (&self.charge, mapping.take()) {
+                    charge.keep(mapping);
+                }
+            }
         }
     }
 }

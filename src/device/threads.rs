@@ -26,3 +26,22 @@ pub fn parallel_for(tasks: usize, cost: usize, work: impl Fn(usize) + Sync + Sen
         (0..tasks).into_par_iter().with_max_len(1).for_each(work);
     }
 }
+
+/// Zeroes a large slice on all threads.
+pub fn fill_zero(values: &mut [f32]) {
+    const PIECE: usize = 1 << 18;
+    values.par_chunks_mut(PIECE).for_each(|piece| piece.fill(0.0));
+}
+
+/// As [`fill_zero`], of any type whose zero is zero bytes.
+pub fn fill_zero_bytes(values: &mut [u8]) {
+    const PIECE: usize = 1 << 20;
+    values.par_chunks_mut(PIECE).for_each(|piece| piece.fill(0));
+}
+
+/// `to += from` on all threads.
+pub fn add(to: &mut [f32], from: &[f32]) {
+    const PIECE: usize = 1 << 16;
+    let pieces = to.par_chunks_mut(PIECE).zip(from.par_chunks(PIECE));
+    pieces.for_each(|(to, from)| to.iter_mut().zip(from).for_each(|(to, from)| *to += *from));
+}

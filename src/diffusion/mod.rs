@@ -1,1 +1,15 @@
-//! (being written)
+//! The mathematics of diffusion: noise schedules, random draws, recorded draws, the noisy input of a row and the
+//! closed-form loss with its gradient. Plain slices of f32 in and out; knows no networks, ranks, devices or files but
+//! the scheduler's configuration and the record.
+
+mod draws;
+mod objective;
+mod record;
+mod rows;
+mod schedule;
+
+pub use draws::{Draws, Purpose, Row, Stream};
+pub use objective::{LossValue, RowShape, loss_and_gradient, row_weights};
+pub use record::{MicroRecord, Record, RecordUse, Rows};
+pub use rows::{add_offset_noise, noisy_and_target, sample_latent};
+pub use schedule::{NoiseSchedule, Prediction, VelocityWeight};

@@ -1,10 +1,10 @@
 //! Fully connected layer.
 
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, WithDType, bail};
+use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 
+use super::cpu::{Held, by_dtype, elements, result, tensor};
 use super::gemm::{Bias, Grid, Matrix, Out, Product, Scalar, add_column_sums, block_of};
-use super::values::{per_dtype, plain, plain_cpu, tensor};
 use crate::device::WeightRef;
 
 /// x (..., I), weight (O, I) (or (O, I, 1, 1)), bias (O) -> (..., O): x W^T + b.
@@ -41,20 +41,17 @@ impl CustomOp1 for Linear {
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let mut shape = layout.dims().to_vec();
         *shape.last_mut().expect("checked in `linear`") = self.outputs;
-        let y = per_dtype!(storage.dtype(), T => <T as WithDType>::to_cpu_storage_owned(self.forward(plain_cpu::<T>(storage, layout)?)?));
-        Ok((y, shape.into()))
+        by_dtype!(storage.dtype(), self.name(), T => Ok(result(self.forward(elements::<T>(storage, layout)?)?, shape)))
     }
 
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
         let dy = dy.contiguous()?;
-        let (dy_storage, dy_layout) = dy.storage_and_layout();
-        let (x_storage, x_layout) = x.storage_and_layout();
-        let dx = per_dtype!(x.dtype(), T => {
-            let dy = plain::<T>(&dy_storage, dy_layout)?;
-            self.add_weight_gradients(plain(&x_storage, x_layout)?, dy)?;
-            tensor(self.input_gradient(dy)?, x.dims())?
-        });
-        Ok(Some(dx))
+        let (held_x, held_dy) = (Held::new(x), Held::new(&dy));
+        by_dtype!(x.dtype(), self.name(), T => {
+            let dy = held_dy.elements::<T>()?;
+            self.add_weight_gradients(held_x.elements()?, dy)?;
+            Ok(Some(tensor(self.input_gradient(dy)?, x.shape())?))
+        })
     }
 }
 

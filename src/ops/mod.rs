@@ -7,7 +7,7 @@ mod attention;
 mod conv2d;
 mod cpu;
 mod embedding;
-pub mod gemm;
+mod gemm;
 mod glue;
 mod group_norm;
 mod layer_norm;
@@ -17,7 +17,6 @@ mod pointwise;
 mod testing;
 mod tokens;
 mod upsample;
-mod values;
 mod vector;
 
 pub use activation::{Activation, activation, add_channels, geglu};

@@ -5,3 +5,4 @@ mod pullback;
 mod tape;
 
 pub use graph::{GraphBuilder, Node, Params, Segment, SegmentGraph, SlotId};
+pub use tape::{Keep, Tape};

@@ -1,14 +1,16 @@
 //! 2-D convolution as matrix products over patches that are packed from the image on the way.
 
 mod patches;
+mod planes;
 
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, WithDType, bail};
+use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 
+use super::cpu::{Held, by_dtype, elements, result, tensor};
 use super::gemm::{Bias, Grid, Lattice, Matrix, Out, Product, Scalar, add_channel_sums, block_of};
-use super::values::{per_dtype, plain, plain_cpu, tensor};
 use crate::device::WeightRef;
-use patches::{Flipped, Patches, PatchesTurned, Planes, Window};
+use patches::{MOST_TAPS, Patches, PatchesTurned, Window};
+use planes::{Flipped, Planes};
 
 /// Stride and zero padding of a convolution (the VAE's downsampling pads right and bottom only).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,6 +48,9 @@ pub fn conv2d(x: &Tensor, weight: &WeightRef, bias: Option<&WeightRef>, conv: Co
     if conv.stride == 0 || kh == 0 || kw == 0 || tall < kh || wide < kw {
         bail!("{}: an image of {height} x {width} is too small for a kernel of {kh} x {kw}", weight.name());
     }
+    if kh * kw > MOST_TAPS {
+        bail!("{}: no convolution for kernels of more than {MOST_TAPS} taps", weight.name());
+    }
     let op = Convolution {
         weight: weight.clone(),
         bias: bias.cloned(),
@@ -78,23 +83,21 @@ impl CustomOp1 for Convolution {
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let images = layout.dims()[0];
-        let y = per_dtype!(storage.dtype(), T => {
-            <T as WithDType>::to_cpu_storage_owned(self.forward(plain_cpu::<T>(storage, layout)?, images)?)
-        });
-        Ok((y, (images, self.outputs, self.output.0, self.output.1).into()))
+        let shape = (images, self.outputs, self.output.0, self.output.1);
+        by_dtype!(storage.dtype(), self.name(), T => {
+            Ok(result(self.forward(elements::<T>(storage, layout)?, images)?, shape))
+        })
     }
 
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
         let images = x.dim(0)?;
         let dy = dy.contiguous()?;
-        let (dy_storage, dy_layout) = dy.storage_and_layout();
-        let (x_storage, x_layout) = x.storage_and_layout();
-        let dx = per_dtype!(x.dtype(), T => {
-            let dy = plain::<T>(&dy_storage, dy_layout)?;
-            self.add_weight_gradients(plain(&x_storage, x_layout)?, dy, images)?;
-            tensor(self.input_gradient(dy, images)?, x.dims())?
-        });
-        Ok(Some(dx))
+        let (held_x, held_dy) = (Held::new(x), Held::new(&dy));
+        by_dtype!(x.dtype(), self.name(), T => {
+            let dy = held_dy.elements::<T>()?;
+            self.add_weight_gradients(held_x.elements()?, dy, images)?;
+            Ok(Some(tensor(self.input_gradient(dy, images)?, x.shape())?))
+        })
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::ops::gemm::{Grid, Left, Right, Scalar, Simd, turned};
+use crate::ops::gemm::{Grid, MOST_LANES, Right, Scalar, Simd};
 
 /// Where the patches of one output grid lie in an image: tap (ty, tx) of output pixel (y, x) is the input pixel
 /// (y * stride + top + ty, x * stride + left + tx), and zero outside the image.
@@ -18,6 +18,9 @@ pub struct Window {
     pub left: isize,
 }
 
+/// The most taps of a kernel.
+pub const MOST_TAPS: usize = 64;
+
 impl Window {
     pub fn taps(&self) -> usize {
         self.taps.0 * self.taps.1
@@ -27,29 +30,88 @@ impl Window {
         self.output.0 * self.output.1
     }
 
-    /// Output pixels `from..from + count` of one tap of one channel's `plane`.
+    /// How far each tap lies behind the first in a plane.
+    #[inline(always)]
+    fn shifts(&self) -> [usize; MOST_TAPS] {
+        let mut shifts = [0; MOST_TAPS];
+        let (mut ty, mut tx) = (0, 0);
+        for shift in &mut shifts[..self.taps()] {
+            *shift = ty * self.input.1 + tx;
+            tx += 1;
+            if tx == self.taps.1 {
+                (ty, tx) = (ty + 1, 0);
+            }
+        }
+        shifts
+    }
+
+    /// `count` output pixels from `pixel` on, at most as many as a vector takes.
+    #[inline(always)]
+    fn spot(&self, pixel: usize, count: usize) -> Spot {
+        let mut spot = Spot { lanes: [0; MOST_TAPS], index: [0; MOST_LANES], count };
+        let (mut y, mut x) = (pixel / self.output.1, pixel % self.output.1);
+        let (mut top, mut left) = ([isize::MIN; MOST_LANES], [isize::MIN; MOST_LANES]);
+        for i in 0..count {
+            top[i] = (y * self.stride) as isize + self.top;
+            left[i] = (x * self.stride) as isize + self.left;
+            spot.index[i] = (top[i] * self.input.1 as isize + left[i]) as i32;
+            x += 1;
+            if x == self.output.1 {
+                (y, x) = (y + 1, 0);
+            }
+        }
+        let mut columns = [0; MOST_TAPS];
+        for (tap, lanes) in columns[..self.taps.1].iter_mut().enumerate() {
+            *lanes = inside(&left, tap, self.input.1);
+        }
+        for ty in 0..self.taps.0 {
+            let row = inside(&top, ty, self.input.0);
+            let lanes = &mut spot.lanes[ty * self.taps.1..][..self.taps.1];
+            lanes.iter_mut().zip(columns).for_each(|(lanes, column)| *lanes = row & column);
+        }
+        spot
+    }
+
+    /// Whether the inputs of consecutive outputs follow each other, from line to line too.
+    fn contiguous(&self) -> bool {
+        self.stride == 1 && self.input.1 == self.output.1
+    }
+}
+
+/// The lanes that, `tap` further on, lie in 0..size.
+#[inline(always)]
+fn inside(from: &[isize; MOST_LANES], tap: usize, size: usize) -> u16 {
+    let mut lanes = 0;
+    for (i, &at) in from.iter().enumerate() {
+        // A place before the image is a huge number when taken as unsigned.
+        lanes |= u16::from((at.wrapping_add(tap as isize) as usize) < size) << i;
+    }
+    lanes
+}
+
+/// What one vector of output pixels reads: where in a plane, counted from the first tap, and which lie inside the image
+/// under each tap.
+#[derive(Clone, Copy)]
+struct Spot {
+    lanes: [u16; MOST_TAPS],
+    index: [i32; MOST_LANES],
+    count: usize,
+}
+
+impl Spot {
+    /// The pixels under a tap, zero outside the image; `from` is the tap's place in a channel's plane.
     ///
     /// # Safety
-    /// `plane` has the input's pixels, `to` room for `count`.
+    /// The plane has the window's pixels; `IN_LINE` only where the window is contiguous; the CPU has `S`.
     #[inline(always)]
-    unsafe fn line<T: Scalar>(&self, plane: *const T, tap: usize, from: usize, count: usize, to: *mut f32) {
-        let (height, width) = (self.input.0 as isize, self.input.1 as isize);
-        let (mut y, mut x) = (from / self.output.1, from % self.output.1);
-        let (down, right) = (self.top + (tap / self.taps.1) as isize, self.left + (tap % self.taps.1) as isize);
-        let mut done = 0;
-        while done < count {
-            let run = (self.output.1 - x).min(count - done);
-            let row = (y * self.stride) as isize + down;
-            for i in 0..run {
-                let column = ((x + i) * self.stride) as isize + right;
-                let inside = 0 <= row && row < height && 0 <= column && column < width;
-                // SAFETY: inside the plane, and below `count`.
-                unsafe {
-                    *to.add(done + i) = if inside { (*plane.offset(row * width + column)).to_f32() } else { 0.0 };
-                }
+    unsafe fn load<S: Simd, T: Scalar, const IN_LINE: bool>(&self, from: *const T, lanes: u16) -> S::V {
+        // SAFETY: lanes outside the plane are not read.
+        unsafe {
+            if IN_LINE {
+                T::load_where::<S>(from.wrapping_offset(self.index[0] as isize), lanes)
+            } else {
+                T::gather_where::<S>(from, &self.index, lanes)
             }
-            done += run;
-            (y, x) = (y + 1, 0);
         }
     }
 }
@@ -65,6 +127,7 @@ pub struct Patches<'a, T> {
 impl<'a, T: Scalar> Patches<'a, T> {
     pub fn new(images: &'a [T], count: usize, channels: usize, window: Window) -> Self {
         assert_eq!(images.len(), count * channels * window.input.0 * window.input.1, "images of another size");
+        assert!(window.taps() <= MOST_TAPS, "more taps than a window takes");
         Patches { images, channels, window }
     }
 
@@ -73,23 +136,51 @@ impl<'a, T: Scalar> Patches<'a, T> {
         let pixels = self.window.input.0 * self.window.input.1;
         self.images[(image * self.channels + channel) * pixels..][..pixels].as_ptr()
     }
+
+    #[inline(always)]
+    unsafe fn pack_panel<S: Simd, const IN_LINE: bool>(
+        &self,
+        depth: Range<usize>,
+        image: usize,
+        spots: &[Spot; 2],
+        to: *mut f32,
+    ) {
+        let (taps, shifts) = (self.window.taps(), self.window.shifts());
+        let mut k = depth.start;
+        while k < depth.end {
+            let (channel, tap) = (k / taps, k % taps);
+            let count = (taps - tap).min(depth.end - k);
+            let plane = self.plane(image, channel);
+            let lanes = spots[0].lanes[tap..tap + count].iter().zip(&spots[1].lanes[tap..tap + count]);
+            for (i, (shift, (&low, &high))) in shifts[tap..tap + count].iter().zip(lanes).enumerate() {
+                // SAFETY: a plane is as long as the window says; `to` has room for the panel.
+                unsafe {
+                    let to = to.add((k - depth.start + i) * 2 * S::LANES);
+                    let from = plane.wrapping_add(*shift);
+                    S::store(to, spots[0].load::<S, T, IN_LINE>(from, low));
+                    S::store(to.add(S::LANES), spots[1].load::<S, T, IN_LINE>(from, high));
+                }
+            }
+            k += count;
+        }
+    }
 }
 
 impl<T: Scalar> Right for Patches<'_, T> {
     #[inline(always)]
     unsafe fn pack<S: Simd>(&self, depth: Range<usize>, panels: Range<usize>, grid: Grid, to: *mut f32) {
-        let (width, taps) = (2 * S::LANES, self.window.taps());
+        let window = &self.window;
         for (i, panel) in panels.enumerate() {
             let place = grid.place::<S>(panel);
-            for k in depth.clone() {
-                // SAFETY: `to` has room for the panels; a plane is as long as the window says.
-                unsafe {
-                    let to = to.add((i * depth.len() + k - depth.start) * width);
-                    let plane = self.plane(place.image, k / taps);
-                    self.window.line(plane, k % taps, place.pixel, place.columns, to);
-                    for rest in place.columns..width {
-                        *to.add(rest) = 0.0;
-                    }
+            let ahead = place.columns.min(S::LANES);
+            let spots = [window.spot(place.pixel, ahead), window.spot(place.pixel + ahead, place.columns - ahead)];
+            // SAFETY: `to` has room for the panels; the second form only for contiguous windows.
+            unsafe {
+                let to = to.add(i * depth.len() * 2 * S::LANES);
+                if window.contiguous() {
+                    self.pack_panel::<S, true>(depth.clone(), place.image, &spots, to);
+                } else {
+                    self.pack_panel::<S, false>(depth.clone(), place.image, &spots, to);
                 }
             }
         }
@@ -100,125 +191,90 @@ impl<T: Scalar> Right for Patches<'_, T> {
 #[derive(Clone, Copy)]
 pub struct PatchesTurned<'a, T>(pub Patches<'a, T>);
 
+/// Vectors of pixels that are looked up once and then packed for all columns.
+const SPOTS: usize = 24;
+
+/// A column's plane, and how far behind its begin its tap lies.
+#[derive(Clone, Copy)]
+struct Column<T> {
+    from: *const T,
+    tap: usize,
+}
+
+impl<T: Scalar> PatchesTurned<'_, T> {
+    /// LANES columns from `first` on, of which `count` exist, in the planes of one image.
+    #[inline(always)]
+    fn columns<S: Simd>(&self, image: usize, first: usize, count: usize) -> [Column<T>; MOST_LANES] {
+        let (patches, taps, shifts) = (&self.0, self.0.window.taps(), self.0.window.shifts());
+        let mut columns = [Column { from: patches.images.as_ptr(), tap: 0 }; MOST_LANES];
+        for (j, column) in columns.iter_mut().enumerate().take(count) {
+            let (channel, tap) = ((first + j) / taps, (first + j) % taps);
+            *column = Column { from: patches.plane(image, channel).wrapping_add(shifts[tap]), tap };
+        }
+        columns
+    }
+
+    /// Half a panel: some vectors of pixels under `columns`.
+    #[inline(always)]
+    unsafe fn pack_half<S: Simd, const IN_LINE: bool>(
+        &self,
+        spots: &[Spot],
+        columns: &[Column<T>; MOST_LANES],
+        count: usize,
+        to: *mut f32,
+    ) {
+        for (i, spot) in spots.iter().enumerate() {
+            // SAFETY: as in `Patches`; all spots but the last of an image are whole vectors.
+            unsafe {
+                S::transpose(
+                    #[inline(always)]
+                    |j| {
+                        if j < count {
+                            spot.load::<S, T, IN_LINE>(columns[j].from, spot.lanes[columns[j].tap % MOST_TAPS])
+                        } else {
+                            S::zero()
+                        }
+                    },
+                    spot.count,
+                    to.add(i * S::LANES * 2 * S::LANES),
+                    2 * S::LANES,
+                );
+            }
+        }
+    }
+}
+
 impl<T: Scalar> Right for PatchesTurned<'_, T> {
     #[inline(always)]
     unsafe fn pack<S: Simd>(&self, depth: Range<usize>, panels: Range<usize>, grid: Grid, to: *mut f32) {
-        const LONGEST: usize = 64;
-        let (patches, width) = (&self.0, 2 * S::LANES);
-        let (taps, pixels) = (patches.window.taps(), patches.window.pixels());
-        let mut lines = [0f32; 16 * LONGEST];
-        for (i, panel) in panels.enumerate() {
-            let place = grid.place::<S>(panel);
-            let mut k = depth.start;
-            while k < depth.end {
-                let (image, from) = (k / pixels, k % pixels);
-                let count = (pixels - from).min(depth.end - k).min(LONGEST);
-                for half in 0..2 {
-                    let first = half * S::LANES;
-                    let columns = place.columns.saturating_sub(first).min(S::LANES);
-                    // SAFETY: `lines` takes LANES (at most 16) lines, `to` the panels.
-                    unsafe {
-                        for j in 0..columns {
-                            let column = place.pixel + first + j;
-                            let plane = patches.plane(image, column / taps);
-                            let line = lines.as_mut_ptr().add(j * LONGEST);
-                            patches.window.line(plane, column % taps, from, count, line);
-                        }
-                        let to = to.add((i * depth.len() + k - depth.start) * width + first);
-                        turned::<S, f32>(lines.as_ptr(), LONGEST, columns, count, to, width);
-                    }
-                }
-                k += count;
-            }
-        }
-    }
-}
-
-/// Images (images, channels, pixels) with a row for each channel: k counts images and pixels.
-#[derive(Clone, Copy)]
-pub struct Planes<'a, T> {
-    images: &'a [T],
-    channels: usize,
-    pixels: usize,
-}
-
-impl<'a, T: Scalar> Planes<'a, T> {
-    pub fn new(images: &'a [T], count: usize, channels: usize, pixels: usize) -> Self {
-        assert_eq!(images.len(), count * channels * pixels, "images of another size");
-        Planes { images, channels, pixels }
-    }
-}
-
-impl<T: Scalar> Left for Planes<'_, T> {
-    #[inline(always)]
-    unsafe fn pack<S: Simd>(&self, row: usize, rows: usize, depth: Range<usize>, to: *mut f32) {
+        let (window, width) = (&self.0.window, 2 * S::LANES);
+        let pixels = window.pixels();
+        let mut spots = [Spot { lanes: [0; MOST_TAPS], index: [0; MOST_LANES], count: 0 }; SPOTS];
         let mut k = depth.start;
         while k < depth.end {
-            let (image, from) = (k / self.pixels, k % self.pixels);
-            let count = (self.pixels - from).min(depth.end - k);
-            // SAFETY: the rows and k lie inside the images, the caller's promise.
-            unsafe {
-                let from = self.images.as_ptr().add((image * self.channels + row) * self.pixels + from);
-                turned::<S, T>(from, self.pixels, rows, count, to.add((k - depth.start) * S::LANES), S::LANES);
+            let (image, pixel) = (k / pixels, k % pixels);
+            let count = (pixels - pixel).min(depth.end - k).min(SPOTS * S::LANES);
+            let spots = &mut spots[..count.div_ceil(S::LANES)];
+            for (i, spot) in spots.iter_mut().enumerate() {
+                *spot = window.spot(pixel + i * S::LANES, (count - i * S::LANES).min(S::LANES));
             }
-            k += count;
-        }
-    }
-}
-
-impl<T: Scalar> Right for Planes<'_, T> {
-    #[inline(always)]
-    unsafe fn pack<S: Simd>(&self, depth: Range<usize>, panels: Range<usize>, grid: Grid, to: *mut f32) {
-        let width = 2 * S::LANES;
-        for (i, panel) in panels.enumerate() {
-            let place = grid.place::<S>(panel);
-            let mut k = depth.start;
-            while k < depth.end {
-                let (image, from) = (k / self.pixels, k % self.pixels);
-                let count = (self.pixels - from).min(depth.end - k);
-                for first in [0, S::LANES] {
-                    let columns = place.columns.saturating_sub(first).min(S::LANES);
-                    let row = (place.pixel + first).min(self.channels - 1);
-                    // SAFETY: as above.
+            for (i, panel) in panels.clone().enumerate() {
+                let place = grid.place::<S>(panel);
+                for half in [0, S::LANES] {
+                    let exist = place.columns.saturating_sub(half).min(S::LANES);
+                    let columns = self.columns::<S>(image, place.pixel + half, exist);
+                    // SAFETY: `to` has room for the panels; the second form only for contiguous windows.
                     unsafe {
-                        let from = self.images.as_ptr().add((image * self.channels + row) * self.pixels + from);
-                        let to = to.add((i * depth.len() + k - depth.start) * width + first);
-                        turned::<S, T>(from, self.pixels, columns, count, to, width);
+                        let to = to.add((i * depth.len() + k - depth.start) * width + half);
+                        if window.contiguous() {
+                            self.pack_half::<S, true>(spots, &columns, exist, to);
+                        } else {
+                            self.pack_half::<S, false>(spots, &columns, exist, to);
+                        }
                     }
                 }
-                k += count;
             }
-        }
-    }
-}
-
-/// A weight (outputs, inputs, kh, kw) as the left operand of the data gradient: a row for each input channel, k counts
-/// output channels and the taps `first + step * (taps - 1 - t)`, so in reverse.
-#[derive(Clone, Copy)]
-pub struct Flipped<'a, T> {
-    pub weight: &'a [T],
-    pub inputs: usize,
-    pub kernel: (usize, usize),
-    pub taps: (usize, usize),
-    pub first: (usize, usize),
-    pub step: usize,
-}
-
-impl<T: Scalar> Left for Flipped<'_, T> {
-    #[inline(always)]
-    unsafe fn pack<S: Simd>(&self, row: usize, rows: usize, depth: Range<usize>, to: *mut f32) {
-        let (kernel, taps) = (self.kernel.0 * self.kernel.1, self.taps.0 * self.taps.1);
-        for k in depth.clone() {
-            let (output, tap) = (k / taps, k % taps);
-            let (ty, tx) = (self.taps.0 - 1 - tap / self.taps.1, self.taps.1 - 1 - tap % self.taps.1);
-            let tap = (self.first.0 + self.step * ty) * self.kernel.1 + self.first.1 + self.step * tx;
-            let from = &self.weight[(output * self.inputs + row) * kernel + tap..];
-            for r in 0..S::LANES {
-                // SAFETY: `to` has LANES numbers for each k.
-                unsafe {
-                    *to.add((k - depth.start) * S::LANES + r) = if r < rows { from[r * kernel].to_f32() } else { 0.0 };
-                }
-            }
+            k += count;
         }
     }
 }

@@ -1,5 +1,5 @@
 use super::*;
-use crate::ops::gemm::numbers;
+use crate::ops::gemm::{Isa, numbers, with_isa};
 use candle_core::{DType, Device, Var};
 use half::bf16;
 
@@ -106,7 +106,7 @@ fn check<T: crate::device::Element>(case: Case, round: impl Fn(f32) -> f32, tole
     close(&weight.grad(), &plain.dw, 1e-6 * depth.sqrt(), &format!("{case:?} dw"));
     close(&bias.grad(), &plain.db, 1e-6 * depth.sqrt(), &format!("{case:?} db"));
     // A second backward adds.
-    (&y * seed_of(&y, &T::from_f32)).unwrap().backward().unwrap();
+    (&y * seed_of(&y, T::from_f32)).unwrap().backward().unwrap();
     let more = plain_loop(case, &x, &wv, &bv, |_| 0.5);
     let sum: Vec<f64> = plain.dw.iter().zip(&more.dw).map(|(a, b)| a + b).collect();
     close(&weight.grad(), &sum, 3e-6 * depth.sqrt(), &format!("{case:?} dw twice"));
@@ -118,16 +118,22 @@ fn seed_of<T: crate::device::Element>(y: &Tensor, typed: impl Fn(f32) -> T) -> T
 
 #[test]
 fn forward_and_gradients_equal_the_definition() {
-    for case in cases() {
-        check::<f32>(case, |x| x, 1e-5);
+    for isa in Isa::available() {
+        for case in cases() {
+            with_isa(isa, || check::<f32>(case, |x| x, 1e-5));
+        }
     }
 }
 
 #[test]
 fn half_precision_rounds_only_the_results() {
-    for case in cases() {
-        check::<bf16>(case, |x| bf16::from_f32(x).to_f32(), 1.0 / 250.0);
-        check::<half::f16>(case, |x| half::f16::from_f32(x).to_f32(), 1.0 / 2000.0);
+    for isa in Isa::available() {
+        for case in cases() {
+            with_isa(isa, || {
+                check::<bf16>(case, |x| bf16::from_f32(x).to_f32(), 1.0 / 250.0);
+                check::<half::f16>(case, |x| half::f16::from_f32(x).to_f32(), 1.0 / 2000.0);
+            });
+        }
     }
 }
 
@@ -155,7 +161,7 @@ fn an_image_has_the_same_bits_alone_and_in_a_batch() {
 }
 
 #[test]
-fn the_number_of_threads_changes_no_bit() {
+fn neither_threads_nor_instruction_sets_change_a_bit() {
     let case = Case { images: 2, inputs: 70, outputs: 100, input: (32, 32), kernel: (3, 3), conv: Conv2d::new(1, 1) };
     let Case { images, inputs, outputs, input: (h, w), kernel: (kh, kw), conv } = case;
     let run = || {
@@ -172,8 +178,10 @@ fn the_number_of_threads_changes_no_bit() {
     };
     let pool = |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
     let alone = pool(1).install(run);
-    assert_eq!(alone, pool(2).install(run));
-    assert_eq!(alone, pool(3).install(run));
+    for isa in Isa::available() {
+        assert_eq!(alone, pool(2).install(|| with_isa(isa, run)), "{isa:?}");
+        assert_eq!(alone, pool(3).install(|| with_isa(isa, run)), "{isa:?}");
+    }
 }
 
 trait Bits {

@@ -1,6 +1,6 @@
 //! The register tile: up to ROWS x 2 LANES sums, one fused multiply-add per element and step of k, in the order of k.
 
-use super::simd::Simd;
+use super::simd::{Simd, first};
 
 /// What happens with a tile's sums.
 #[derive(Clone, Copy)]
@@ -58,9 +58,9 @@ pub unsafe fn tile<S: Simd>(
                     if $r > S::ROWS {
                         unreachable!("more rows than a tile has")
                     } else if columns > S::LANES {
-                        S::vectorize(|| sized::<S, $r, 2>(depth, a, b, columns, c, stride, finish))
+                        S::vectorize(#[inline(always)] || sized::<S, $r, 2>(depth, a, b, columns, c, stride, finish))
                     } else {
-                        S::vectorize(|| sized::<S, $r, 1>(depth, a, b, columns, c, stride, finish))
+                        S::vectorize(#[inline(always)] || sized::<S, $r, 1>(depth, a, b, columns, c, stride, finish))
                     }
                 })*
                 _ => unreachable!("more rows than a tile has"),
@@ -90,40 +90,83 @@ unsafe fn sized<S: Simd, const R: usize, const V: usize>(
         let mut sums = [[S::zero(); V]; R];
         for _ in 0..depth {
             let mut right = [S::zero(); V];
-            for v in 0..V {
-                right[v] = S::load(b.add(v * S::LANES));
+            for (v, right) in right.iter_mut().enumerate() {
+                S::prefetch(b.wrapping_add(AHEAD * 2 * S::LANES + v * S::LANES));
+                *right = S::load(b.add(v * S::LANES));
             }
-            for r in 0..R {
+            for (r, sums) in sums.iter_mut().enumerate() {
                 let left = S::splat(*a.add(r));
-                for v in 0..V {
-                    sums[r][v] = S::fma(left, right[v], sums[r][v]);
+                for (sum, &right) in sums.iter_mut().zip(&right) {
+                    *sum = S::fma(left, right, *sum);
                 }
             }
             a = a.add(S::LANES);
             b = b.add(2 * S::LANES);
         }
-        for (r, sums) in sums.iter().enumerate() {
-            for (v, &sum) in sums.iter().enumerate() {
-                let lanes = (columns - v * S::LANES).min(S::LANES);
-                put::<S>(sum, c.add(r * stride + v * S::LANES), lanes, finish, r, v * S::LANES);
-            }
+        let last = first(columns - (V - 1) * S::LANES);
+        match finish {
+            Finish::Store => put::<S, R, V>(
+                &sums,
+                c,
+                stride,
+                last,
+                #[inline(always)]
+                |_, _, sum| sum,
+            ),
+            Finish::Add => put::<S, R, V>(
+                &sums,
+                c,
+                stride,
+                last,
+                #[inline(always)]
+                |r, v, sum| {
+                    let to = c.add(r * stride + v * S::LANES);
+                    S::add(if v + 1 < V { S::load(to) } else { S::load_where(to, last) }, sum)
+                },
+            ),
+            Finish::RowBias(bias) => put::<S, R, V>(
+                &sums,
+                c,
+                stride,
+                last,
+                #[inline(always)]
+                |r, _, sum| S::add(sum, S::splat(*bias.add(r))),
+            ),
+            Finish::ColumnBias(bias) => put::<S, R, V>(
+                &sums,
+                c,
+                stride,
+                last,
+                #[inline(always)]
+                |_, v, sum| {
+                    let bias = bias.add(v * S::LANES);
+                    S::add(if v + 1 < V { S::load(bias) } else { S::load_where(bias, last) }, sum)
+                },
+            ),
         }
     }
 }
 
+/// How many steps of k before its use a row of B is fetched from the second-level cache.
+const AHEAD: usize = 8;
+
+/// Stores what `finish` makes of each vector; of a row's last one only the `last` lanes.
 #[inline(always)]
-unsafe fn put<S: Simd>(sum: S::V, to: *mut f32, lanes: usize, finish: Finish, row: usize, column: usize) {
-    // SAFETY: the promise to `tile`; partial vectors touch only their `lanes`.
-    unsafe {
-        let whole = lanes == S::LANES;
-        let value = match finish {
-            Finish::Store => sum,
-            Finish::Add if whole => S::add(S::load(to), sum),
-            Finish::Add => S::add(S::load_first(to, lanes), sum),
-            Finish::RowBias(bias) => S::add(sum, S::splat(*bias.add(row))),
-            Finish::ColumnBias(bias) if whole => S::add(sum, S::load(bias.add(column))),
-            Finish::ColumnBias(bias) => S::add(sum, S::load_first(bias.add(column), lanes)),
-        };
-        if whole { S::store(to, value) } else { S::store_first(to, lanes, value) }
+unsafe fn put<S: Simd, const R: usize, const V: usize>(
+    sums: &[[S::V; V]; R],
+    c: *mut f32,
+    stride: usize,
+    last: u16,
+    finish: impl Fn(usize, usize, S::V) -> S::V,
+) {
+    for (r, row) in sums.iter().enumerate() {
+        for (v, &sum) in row.iter().enumerate() {
+            // SAFETY: the promise to `tile`.
+            unsafe {
+                let to = c.add(r * stride + v * S::LANES);
+                let value = finish(r, v, sum);
+                if v + 1 < V { S::store(to, value) } else { S::store_where(to, last, value) }
+            }
+        }
     }
 }

@@ -2,8 +2,9 @@
 
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
+use std::ops::Range;
 
-use super::pack::Grid;
+use super::pack::{Grid, Place};
 use super::simd::Scalar;
 
 /// Added to a result that is stored.
@@ -27,9 +28,41 @@ pub struct Lattice {
 }
 
 impl Lattice {
-    #[inline(always)]
-    pub fn at(&self, pixel: usize) -> usize {
+    fn at(&self, pixel: usize) -> usize {
         self.first + pixel / self.width * self.line_step + pixel % self.width * self.pixel_step
+    }
+
+    /// Puts a panel's columns, with `step` numbers from row to row, to their places in the rows of an image.
+    ///
+    /// # Safety
+    /// The panel is readable and the places are writable.
+    #[inline(always)]
+    pub(super) unsafe fn scatter<T: Scalar>(
+        &self,
+        from: *const f32,
+        step: usize,
+        place: Place,
+        rows: Range<usize>,
+        to: *mut T,
+        row_stride: usize,
+    ) {
+        let mut done = 0;
+        while done < place.columns {
+            let pixel = place.pixel + done;
+            let run = (place.columns - done).min(self.width - pixel % self.width);
+            let at = self.at(pixel);
+            for row in rows.clone() {
+                // SAFETY: the caller's promise.
+                unsafe {
+                    let from = from.add((row - rows.start) * step + done);
+                    let to = to.add(row * row_stride + at);
+                    for i in 0..run {
+                        *to.add(i * self.pixel_step) = T::from_f32(*from.add(i));
+                    }
+                }
+            }
+            done += run;
+        }
     }
 }
 
@@ -70,6 +103,12 @@ impl<'a, T: Scalar> Out<'a, T> {
 
     pub fn lattice(self, lattice: Lattice) -> Self {
         Out { lattice: Some(lattice), ..self }
+    }
+
+    /// Whether sums can be kept in the result itself.
+    #[inline(always)]
+    pub(super) fn direct(&self) -> bool {
+        T::DTYPE == candle_core::DType::F32 && self.lattice.is_none()
     }
 
     /// Panics if an element or a bias would lie outside the memory, or if two elements would be one.

@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use super::simd::{Scalar, Simd};
+use super::simd::{Scalar, Simd, first};
 
 /// The columns of a product: `images` times `pixels` of them. No panel of B straddles two images, so what a column
 /// comes to does not depend on the images beside it.
@@ -45,11 +45,20 @@ impl Grid {
 
 /// The left operand, M x K.
 pub trait Left: Sync {
-    /// Writes, for each k of `depth`, LANES numbers: rows `row..row + rows`, then zeros.
+    /// Writes panels of ROWS rows (the last may have fewer), one after the other: for each k of `depth` LANES numbers, the
+    /// panel's rows, then zeros.
     ///
     /// # Safety
-    /// `to` takes `depth.len()` x LANES numbers, the ranges lie inside the operand, and the CPU has `S`.
-    unsafe fn pack<S: Simd>(&self, row: usize, rows: usize, depth: Range<usize>, to: *mut f32);
+    /// `to` takes the panels, the ranges lie inside the operand, and the CPU has `S`.
+    unsafe fn pack<S: Simd>(&self, rows: Range<usize>, depth: Range<usize>, to: *mut f32);
+}
+
+/// The panels of some rows: their first row, their rows, and where their first number goes.
+#[inline(always)]
+pub fn panels<S: Simd>(rows: Range<usize>, depth: usize) -> impl Iterator<Item = (usize, usize, usize)> {
+    let end = rows.end;
+    let firsts = rows.step_by(S::ROWS).enumerate();
+    firsts.map(move |(i, row)| (row, (end - row).min(S::ROWS), i * depth * S::LANES))
 }
 
 /// The right operand, K x N.
@@ -97,18 +106,26 @@ impl<'a, T: Scalar> Matrix<'a, T> {
 
 impl<T: Scalar> Left for Matrix<'_, T> {
     #[inline(always)]
-    unsafe fn pack<S: Simd>(&self, row: usize, rows: usize, depth: Range<usize>, to: *mut f32) {
+    unsafe fn pack<S: Simd>(&self, rows: Range<usize>, depth: Range<usize>, to: *mut f32) {
+        let (row_stride, col_stride) = (self.row_stride, self.col_stride);
         // SAFETY: `new` has checked that every (row, k) lies inside `data`; the caller vouches for `to`.
         unsafe {
-            let from = self.data.as_ptr().add(row * self.row_stride + depth.start * self.col_stride);
-            if self.col_stride == 1 {
-                turned::<S, T>(from, self.row_stride, rows, depth.len(), to, S::LANES);
-            } else if self.row_stride == 1 {
+            let from = self.data.as_ptr().add(depth.start * col_stride);
+            if row_stride == 1 && col_stride != 1 {
                 for k in 0..depth.len() {
-                    run::<S, T>(from.add(k * self.col_stride), rows, to.add(k * S::LANES), S::LANES);
+                    for (row, count, place) in panels::<S>(rows.clone(), depth.len()) {
+                        run::<S, T>(from.add(k * col_stride + row), count, to.add(place + k * S::LANES), S::LANES);
+                    }
                 }
-            } else {
-                scattered(from, (self.row_stride, self.col_stride), rows, depth.len(), to, S::LANES);
+                return;
+            }
+            for (row, count, place) in panels::<S>(rows, depth.len()) {
+                let (from, to) = (from.add(row * row_stride), to.add(place));
+                if col_stride == 1 {
+                    turned::<S, T>(from, row_stride, count, depth.len(), to, S::LANES);
+                } else {
+                    scattered(from, (row_stride, col_stride), count, depth.len(), to, S::LANES);
+                }
             }
         }
     }
@@ -167,29 +184,10 @@ pub unsafe fn run<S: Simd, T: Scalar>(from: *const T, count: usize, to: *mut f32
             i += S::LANES;
         }
         while i < width {
-            let lanes = count.saturating_sub(i).min(S::LANES);
-            S::store(to.add(i), load_first::<S, T>(from.add(i.min(count)), lanes));
+            let lanes = first(count.saturating_sub(i).min(S::LANES));
+            S::store(to.add(i), T::load_where::<S>(from.wrapping_add(i), lanes));
             i += S::LANES;
         }
-    }
-}
-
-/// The first `lanes` numbers as a vector with zeros behind them.
-///
-/// # Safety
-/// `from` has `lanes` numbers, at most LANES.
-#[inline(always)]
-pub unsafe fn load_first<S: Simd, T: Scalar>(from: *const T, lanes: usize) -> S::V {
-    // SAFETY: reads `lanes` numbers only; 16 is the largest LANES.
-    unsafe {
-        if T::DTYPE == candle_core::DType::F32 {
-            return S::load_first(from.cast(), lanes);
-        }
-        let mut some = [0f32; 16];
-        for (i, x) in some.iter_mut().enumerate().take(lanes) {
-            *x = (*from.add(i)).to_f32();
-        }
-        S::load(some.as_ptr())
     }
 }
 
@@ -207,18 +205,29 @@ pub unsafe fn turned<S: Simd, T: Scalar>(
     to: *mut f32,
     width: usize,
 ) {
-    // SAFETY: the caller's promise.
+    let whole = depth - depth % S::LANES;
+    let mut k = 0;
+    // SAFETY: the caller's promise; the last step reads and writes only what is left.
     unsafe {
-        let whole = depth - depth % S::LANES;
-        let mut k = 0;
         while k < whole {
-            S::transpose(from.add(k), stride, count, to.add(k * width), width);
+            S::transpose(
+                #[inline(always)]
+                |i| if i < count { T::load::<S>(from.add(i * stride + k)) } else { S::zero() },
+                S::LANES,
+                to.add(k * width),
+                width,
+            );
             k += S::LANES;
         }
-        for k in whole..depth {
-            for i in 0..S::LANES {
-                *to.add(k * width + i) = if i < count { (*from.add(i * stride + k)).to_f32() } else { 0.0 };
-            }
+        if k < depth {
+            let lanes = first(depth - k);
+            S::transpose(
+                #[inline(always)]
+                |i| if i < count { T::load_where::<S>(from.add(i * stride + k), lanes) } else { S::zero() },
+                depth - k,
+                to.add(k * width),
+                width,
+            );
         }
     }
 }

@@ -8,7 +8,7 @@ use std::ops::Range;
 use super::micro::{Finish, tile};
 use super::out::{Bias, Out};
 use super::pack::{Grid, Left, Right};
-use super::simd::{Isa, Kernel, Scalar, Simd};
+use super::simd::{Kernel, Scalar, Simd, dispatch, first};
 use crate::device::threads;
 
 /// A (rows x depth) times B (depth x grid).
@@ -44,18 +44,8 @@ impl<A: Left, B: Right> Product<'_, A, B> {
 
     /// On all threads where that pays.
     pub fn run<T: Scalar>(&self, out: Out<T>) {
-        self.run_on(Isa::best(), out);
-    }
-
-    pub(super) fn run_on<T: Scalar>(&self, isa: Isa, out: Out<T>) {
         out.check(self.rows, self.grid);
-        isa.run(Parallel { product: self, out });
-    }
-
-    /// On this thread alone.
-    pub(super) fn run_serial<T: Scalar>(&self, isa: Isa, out: Out<T>) {
-        out.check(self.rows, self.grid);
-        isa.run(Serial { product: self, out });
+        dispatch(Parallel { product: self, out });
     }
 }
 
@@ -79,40 +69,44 @@ impl<A: Left, B: Right, T: Scalar> Kernel for Parallel<'_, '_, A, B, T> {
             let (y, x) = (task % down * rows, task / down * columns);
             let (rows, columns) = (y..(y + rows).min(product.rows), x..(x + columns).min(panels));
             // SAFETY: the CPU has `S`, the promise to `run`; the tiles are disjoint.
-            unsafe { S::vectorize(|| product.tile::<S, T>(rows, columns, out)) }
+            unsafe { product.tile::<S, T>(rows, columns, out) }
         });
     }
 }
 
-struct Serial<'p, 'a, A, B, T> {
-    product: &'p Product<'a, A, B>,
-    out: Out<'p, T>,
-}
+/// Panels of B in a tile at most: its block then fills a good part of a second-level cache.
+const WIDEST: usize = 32;
 
-impl<A: Left, B: Right, T: Scalar> Kernel for Serial<'_, '_, A, B, T> {
-    type Output = ();
-    unsafe fn run<S: Simd>(self) {
-        let Serial { product, out } = &self;
-        let panels = product.grid.panels::<S>();
-        for from in (0..panels).step_by(WIDEST) {
-            let columns = from..(from + WIDEST).min(panels);
-            // SAFETY: the CPU has `S`, the promise to `run`.
-            unsafe { S::vectorize(|| product.tile::<S, T>(0..product.rows, columns, out)) }
+/// Rows and panels of a tile: such that little is packed twice and the threads have enough to share. This depends on the
+/// number of threads, which changes no bit.
+fn tiles<S: Simd>(rows: usize, panels: usize, depth: usize) -> (usize, usize) {
+    /// Multiply-adds by which packing one number is as dear, in columns or rows of a tile.
+    const PACKING: f64 = 12.0;
+    /// Multiply-adds that are worth a task.
+    const TASK: usize = 1 << 19;
+    const DOWN: [usize; 16] = [1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96];
+    const COLUMNS: [usize; 12] = [WIDEST, 28, 24, 20, 16, 12, 10, 8, 6, 4, 2, 1];
+    let threads = threads::threads() as f64;
+    let most = (rows * panels * 2 * S::LANES * depth / TASK).max(1);
+    let mut best = (f64::MAX, rows, panels.min(WIDEST));
+    for across in COLUMNS.map(|columns| panels.div_ceil(columns)) {
+        let columns = panels.div_ceil(across);
+        for down in DOWN.into_iter().take_while(|&down| down == 1 || down * across <= most) {
+            let high = rows.div_ceil(down).next_multiple_of(S::ROWS);
+            let tasks = (across * rows.div_ceil(high)) as f64;
+            let packing = PACKING / (columns * 2 * S::LANES) as f64 + PACKING / high.min(rows) as f64;
+            let rounds = (tasks / threads).ceil() * threads / tasks;
+            let uneven = if threads > 1.0 { rounds.max(1.0 + 0.1 * threads / tasks) } else { 1.0 };
+            let cost = (1.0 + packing) * uneven;
+            if cost < best.0 {
+                best = (cost, high, columns);
+            }
+        }
+        if across >= most {
+            break;
         }
     }
-}
-
-/// Panels of B in a tile: its block then fills a good part of a second-level cache.
-const WIDEST: usize = 16;
-
-/// Rows and panels of a tile, from the shape alone: wide enough that packing costs little, and enough tiles to share.
-fn tiles<S: Simd>(rows: usize, panels: usize, depth: usize) -> (usize, usize) {
-    const WORK: usize = 1 << 22;
-    let wanted = (rows * panels * 2 * S::LANES * depth / WORK).clamp(1, 16);
-    let across = panels.div_ceil(WIDEST).max(wanted.min(panels.div_ceil(WIDEST / 2)));
-    let columns = panels.div_ceil(across);
-    let down = wanted.div_ceil(across).min(rows.div_ceil(6 * S::ROWS));
-    (rows.div_ceil(down).next_multiple_of(S::ROWS), columns)
+    (best.1, best.2)
 }
 
 #[derive(Clone, Copy)]
@@ -121,7 +115,10 @@ struct Line {
     _numbers: [f32; 16],
 }
 
-/// A thread's buffers: a panel of A, a block of B, and a tile of results that cannot be written in place.
+/// Panels of A that are packed together, so that what is read of their columns is worth the way.
+const GROUP: usize = 4;
+
+/// A thread's buffers: some panels of A, a block of B, and a tile of results that cannot be written in place.
 #[derive(Default)]
 struct Scratch([Vec<Line>; 3]);
 
@@ -145,36 +142,53 @@ thread_local! {
 }
 
 impl<A: Left, B: Right> Product<'_, A, B> {
-    /// One tile of the result.
+    /// One tile of the result, with this thread's buffers.
     ///
     /// # Safety
     /// The CPU has `S`, and no other task writes these elements.
-    #[inline(always)]
     unsafe fn tile<S: Simd, T: Scalar>(&self, rows: Range<usize>, panels: Range<usize>, out: &Out<T>) {
         let width = 2 * S::LANES;
-        let direct = T::DTYPE == candle_core::DType::F32 && out.lattice.is_none();
-        let held = if direct { 0 } else { rows.len() * panels.len() * width };
+        let held = if out.direct() { 0 } else { rows.len() * panels.len() * width };
         let block = self.block.min(self.depth);
         SCRATCH.with_borrow_mut(|scratch| {
-            let [a, b, sums] = scratch.room([block * S::LANES, block * panels.len() * width, held]);
-            let mut k = 0;
-            loop {
-                let depth = k..(k + self.block).min(self.depth);
-                // SAFETY: the buffers have the room that `pack` and `block` need; ranges lie inside the operands.
-                unsafe {
-                    self.b.pack::<S>(depth.clone(), panels.clone(), self.grid, b);
-                    self.block::<S, T>(rows.clone(), panels.clone(), depth.clone(), [a, b, sums], direct, out);
-                }
-                k = depth.end;
-                if k >= self.depth {
-                    break;
-                }
-            }
-            if !direct {
-                // SAFETY: `sums` holds the tile.
-                unsafe { self.scatter::<S, T>(rows, panels, sums, out) }
+            let room = scratch.room([GROUP * block * S::LANES, block * panels.len() * width, held]);
+            // SAFETY: the CPU has `S`; the buffers have the room that a block and the tile need.
+            unsafe {
+                S::vectorize(
+                    #[inline(always)]
+                    || self.tile_in::<S, T>(rows, panels, room, out),
+                )
             }
         });
+    }
+
+    #[inline(always)]
+    unsafe fn tile_in<S: Simd, T: Scalar>(
+        &self,
+        rows: Range<usize>,
+        panels: Range<usize>,
+        [a, b, sums]: [*mut f32; 3],
+        out: &Out<T>,
+    ) {
+        let mut k = 0;
+        loop {
+            let depth = k..(k + self.block).min(self.depth);
+            // SAFETY: the promise to `tile`; ranges lie inside the operands.
+            unsafe {
+                if !depth.is_empty() {
+                    self.b.pack::<S>(depth.clone(), panels.clone(), self.grid, b);
+                }
+                self.block::<S, T>(rows.clone(), panels.clone(), depth.clone(), [a, b, sums], out);
+            }
+            k = depth.end;
+            if k >= self.depth {
+                break;
+            }
+        }
+        if !out.direct() {
+            // SAFETY: `sums` holds the tile.
+            unsafe { self.scatter::<S, T>(rows, panels, sums, out) }
+        }
     }
 
     #[inline(always)]
@@ -184,7 +198,6 @@ impl<A: Left, B: Right> Product<'_, A, B> {
         panels: Range<usize>,
         depth: Range<usize>,
         [a, b, sums]: [*mut f32; 3],
-        direct: bool,
         out: &Out<T>,
     ) {
         let width = 2 * S::LANES;
@@ -194,22 +207,27 @@ impl<A: Left, B: Right> Product<'_, A, B> {
             Bias::Row(bias) => Finish::RowBias(bias.as_ptr()),
             Bias::Column(bias) => Finish::ColumnBias(bias.as_ptr()),
         };
-        for row in rows.clone().step_by(S::ROWS) {
-            let count = (rows.end - row).min(S::ROWS);
+        for first in rows.clone().step_by(GROUP * S::ROWS) {
+            let group = first..(first + GROUP * S::ROWS).min(rows.end);
             // SAFETY: panels and results lie where `tile` made room and where `Out` has checked.
             unsafe {
-                self.a.pack::<S>(row, count, depth.clone(), a);
-                for (i, panel) in panels.clone().enumerate() {
-                    let place = self.grid.place::<S>(panel);
-                    let b = b.add(i * depth.len() * width);
-                    let (c, stride) = if direct {
-                        let at = place.image * out.image_stride + row * out.row_stride + place.pixel;
-                        (out.to.cast::<f32>().add(at), out.row_stride)
-                    } else {
-                        (sums.add((row - rows.start) * panels.len() * width + i * width), panels.len() * width)
-                    };
-                    let finish = finish.at(row, place.pixel);
-                    tile::<S>(depth.len(), a, count, b, place.columns, c, stride, finish);
+                if !depth.is_empty() {
+                    self.a.pack::<S>(group.clone(), depth.clone(), a);
+                }
+                for (g, row) in group.clone().step_by(S::ROWS).enumerate() {
+                    let a = a.add(g * depth.len() * S::LANES);
+                    let count = (group.end - row).min(S::ROWS);
+                    for (i, panel) in panels.clone().enumerate() {
+                        let place = self.grid.place::<S>(panel);
+                        let b = b.add(i * depth.len() * width);
+                        let (c, stride) = if out.direct() {
+                            let at = place.image * out.image_stride + row * out.row_stride + place.pixel;
+                            (out.to.cast::<f32>().add(at), out.row_stride)
+                        } else {
+                            (sums.add((row - rows.start) * panels.len() * width + i * width), panels.len() * width)
+                        };
+                        tile::<S>(depth.len(), a, count, b, place.columns, c, stride, finish.at(row, place.pixel));
+                    }
                 }
             }
         }
@@ -225,21 +243,23 @@ impl<A: Left, B: Right> Product<'_, A, B> {
         out: &Out<T>,
     ) {
         let width = 2 * S::LANES;
-        for row in rows.clone() {
-            for (i, panel) in panels.clone().enumerate() {
-                let place = self.grid.place::<S>(panel);
-                // SAFETY: the tile was written by `block`, the result is as `Out` has checked.
-                unsafe {
-                    let from = sums.add(((row - rows.start) * panels.len() + i) * width);
-                    let to = out.to.add(place.image * out.image_stride + row * out.row_stride);
-                    for p in 0..place.columns {
-                        let pixel = place.pixel + p;
-                        let at = match out.lattice {
-                            None => pixel,
-                            Some(lattice) => lattice.at(pixel),
-                        };
-                        *to.add(at) = T::from_f32(*from.add(p));
-                    }
+        for (i, panel) in panels.clone().enumerate() {
+            let place = self.grid.place::<S>(panel);
+            let (first_row, step) = (rows.start, panels.len() * width);
+            // SAFETY: the tile was written by `block`, the result is as `Out` has checked.
+            unsafe {
+                let from = sums.add(i * width);
+                let to = out.to.add(place.image * out.image_stride);
+                if let Some(lattice) = out.lattice {
+                    lattice.scatter(from, step, place, rows.clone(), to, out.row_stride);
+                    continue;
+                }
+                let low = place.columns.min(S::LANES);
+                let (to, lanes) = (to.add(place.pixel), [first(low), first(place.columns - low)]);
+                for row in rows.clone() {
+                    let (from, to) = (from.add((row - first_row) * step), to.add(row * out.row_stride));
+                    T::store_where::<S>(to, lanes[0], S::load(from));
+                    T::store_where::<S>(to.wrapping_add(S::LANES), lanes[1], S::load(from.add(S::LANES)));
                 }
             }
         }

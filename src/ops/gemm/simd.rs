@@ -24,10 +24,19 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     unsafe fn zero() -> Self::V;
     unsafe fn splat(value: f32) -> Self::V;
     unsafe fn load(from: *const f32) -> Self::V;
-    /// The first `lanes` of a vector, zeros behind them; reads no further.
-    unsafe fn load_first(from: *const f32, lanes: usize) -> Self::V;
+    /// The lanes whose bit is set, zero in the others, which are not read and may lie anywhere.
+    unsafe fn load_where(from: *const f32, lanes: u16) -> Self::V;
+    unsafe fn load_bf16_where(from: *const bf16, lanes: u16) -> Self::V;
+    unsafe fn load_f16_where(from: *const f16, lanes: u16) -> Self::V;
+    /// Lane i is `from[index[i]]`, for the lanes whose bit is set; zero in the others, which are not read.
+    unsafe fn gather_where(from: *const f32, index: &[i32; MOST_LANES], lanes: u16) -> Self::V;
     unsafe fn store(to: *mut f32, v: Self::V);
-    unsafe fn store_first(to: *mut f32, lanes: usize, v: Self::V);
+    /// Writes only the lanes whose bit is set.
+    unsafe fn store_where(to: *mut f32, lanes: u16, v: Self::V);
+    /// Rounded to nearest, ties to even; only the lanes whose bit is set.
+    unsafe fn store_bf16_where(to: *mut bf16, lanes: u16, v: Self::V);
+    /// Rounded to nearest, ties to even; only the lanes whose bit is set.
+    unsafe fn store_f16_where(to: *mut f16, lanes: u16, v: Self::V);
     /// a * b + c with one rounding.
     unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
@@ -35,8 +44,18 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     unsafe fn load_f16(from: *const f16) -> Self::V;
     /// Brings the cache line into the first level.
     unsafe fn prefetch(at: *const f32);
-    /// `to[j * to_stride + i] = from[i * from_stride + j]` for i < `rows` and j < LANES; zeros for i in `rows`..LANES.
-    unsafe fn transpose<T: Scalar>(from: *const T, from_stride: usize, rows: usize, to: *mut f32, to_stride: usize);
+    /// Writes lane j of the vector `row(i)` to `to[j * stride + i]`, for all i and for j < `lanes`.
+    unsafe fn transpose(row: impl Fn(usize) -> Self::V, lanes: usize, to: *mut f32, stride: usize);
+}
+
+/// The most lanes of any instruction set.
+pub const MOST_LANES: usize = 16;
+
+/// The first `count` lanes, as the methods that take some of them want it.
+#[inline(always)]
+pub fn first(count: usize) -> u16 {
+    debug_assert!(count <= MOST_LANES);
+    ((1u32 << count) - 1) as u16
 }
 
 /// Number types that kernels read; arithmetic is in f32 throughout.
@@ -44,29 +63,84 @@ pub trait Scalar: Element {
     /// # Safety
     /// As [`Simd::load`].
     unsafe fn load<S: Simd>(from: *const Self) -> S::V;
+    /// # Safety
+    /// As [`Simd::load_where`].
+    unsafe fn load_where<S: Simd>(from: *const Self, lanes: u16) -> S::V;
+    /// # Safety
+    /// As [`Simd::store_where`].
+    unsafe fn store_where<S: Simd>(to: *mut Self, lanes: u16, v: S::V);
+    /// # Safety
+    /// As [`Simd::gather_where`].
+    #[inline(always)]
+    unsafe fn gather_where<S: Simd>(from: *const Self, index: &[i32; MOST_LANES], lanes: u16) -> S::V {
+        let mut some = [0f32; MOST_LANES];
+        for (i, (x, &at)) in some.iter_mut().zip(index).enumerate() {
+            if lanes >> i & 1 == 1 {
+                // SAFETY: the caller's promise for lanes whose bit is set.
+                *x = unsafe { *from.wrapping_offset(at as isize) }.to_f32();
+            }
+        }
+        // SAFETY: as many numbers as the longest vector has.
+        unsafe { S::load(some.as_ptr()) }
+    }
 }
 
 impl Scalar for f32 {
+    #[inline(always)]
+    unsafe fn store_where<S: Simd>(to: *mut Self, lanes: u16, v: S::V) {
+        // SAFETY: the caller's promise.
+        unsafe { S::store_where(to, lanes, v) }
+    }
     #[inline(always)]
     unsafe fn load<S: Simd>(from: *const Self) -> S::V {
         // SAFETY: the caller's promise.
         unsafe { S::load(from) }
     }
+    #[inline(always)]
+    unsafe fn load_where<S: Simd>(from: *const Self, lanes: u16) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe { S::load_where(from, lanes) }
+    }
+    #[inline(always)]
+    unsafe fn gather_where<S: Simd>(from: *const Self, index: &[i32; MOST_LANES], lanes: u16) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe { S::gather_where(from, index, lanes) }
+    }
 }
 
 impl Scalar for bf16 {
+    #[inline(always)]
+    unsafe fn store_where<S: Simd>(to: *mut Self, lanes: u16, v: S::V) {
+        // SAFETY: the caller's promise.
+        unsafe { S::store_bf16_where(to, lanes, v) }
+    }
     #[inline(always)]
     unsafe fn load<S: Simd>(from: *const Self) -> S::V {
         // SAFETY: the caller's promise.
         unsafe { S::load_bf16(from) }
     }
+    #[inline(always)]
+    unsafe fn load_where<S: Simd>(from: *const Self, lanes: u16) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe { S::load_bf16_where(from, lanes) }
+    }
 }
 
 impl Scalar for f16 {
     #[inline(always)]
+    unsafe fn store_where<S: Simd>(to: *mut Self, lanes: u16, v: S::V) {
+        // SAFETY: the caller's promise.
+        unsafe { S::store_f16_where(to, lanes, v) }
+    }
+    #[inline(always)]
     unsafe fn load<S: Simd>(from: *const Self) -> S::V {
         // SAFETY: the caller's promise.
         unsafe { S::load_f16(from) }
+    }
+    #[inline(always)]
+    unsafe fn load_where<S: Simd>(from: *const Self, lanes: u16) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe { S::load_f16_where(from, lanes) }
     }
 }
 
@@ -90,7 +164,11 @@ pub trait Kernel {
 
 impl Isa {
     /// The best one this CPU has.
-    pub fn best() -> Isa {
+    fn best() -> Isa {
+        #[cfg(test)]
+        if let Some(isa) = CHOSEN.get() {
+            return isa;
+        }
         static BEST: OnceLock<Isa> = OnceLock::new();
         *BEST.get_or_init(|| Isa::available()[0])
     }
@@ -102,7 +180,11 @@ impl Isa {
         {
             let avx2 =
                 is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
-            if avx2 && is_x86_feature_detected!("avx512f") {
+            if avx2
+                && is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512vl")
+            {
                 found.push(Isa::Avx512);
             }
             if avx2 {
@@ -114,7 +196,7 @@ impl Isa {
     }
 
     /// Runs `kernel` on this instruction set, which must be one of [`Isa::available`].
-    pub(super) fn run<K: Kernel>(self, kernel: K) -> K::Output {
+    fn run<K: Kernel>(self, kernel: K) -> K::Output {
         match self {
             // SAFETY: `self` is available, so the CPU has the instructions.
             #[cfg(target_arch = "x86_64")]
@@ -131,6 +213,20 @@ impl Isa {
 /// Runs `kernel` on the best instruction set.
 pub fn dispatch<K: Kernel>(kernel: K) -> K::Output {
     Isa::best().run(kernel)
+}
+
+#[cfg(test)]
+thread_local! {
+    static CHOSEN: std::cell::Cell<Option<Isa>> = const { std::cell::Cell::new(None) };
+}
+
+/// Runs `work` with what this thread computes on another instruction set than the best.
+#[cfg(test)]
+pub fn with_isa<R>(isa: Isa, work: impl FnOnce() -> R) -> R {
+    CHOSEN.set(Some(isa));
+    let result = work();
+    CHOSEN.set(None);
+    result
 }
 
 /// Plain Rust; the compiler uses what its target has.
@@ -163,9 +259,23 @@ unsafe impl Simd for Portable {
         unsafe { from.cast::<Self::V>().read_unaligned() }
     }
     #[inline(always)]
-    unsafe fn load_first(from: *const f32, lanes: usize) -> Self::V {
-        // SAFETY: reads only the first `lanes`.
-        std::array::from_fn(|i| if i < lanes { unsafe { *from.add(i) } } else { 0.0 })
+    unsafe fn load_where(from: *const f32, lanes: u16) -> Self::V {
+        some(from, lanes)
+    }
+    #[inline(always)]
+    unsafe fn load_bf16_where(from: *const bf16, lanes: u16) -> Self::V {
+        some(from, lanes)
+    }
+    #[inline(always)]
+    unsafe fn load_f16_where(from: *const f16, lanes: u16) -> Self::V {
+        some(from, lanes)
+    }
+    #[inline(always)]
+    unsafe fn gather_where(from: *const f32, index: &[i32; MOST_LANES], lanes: u16) -> Self::V {
+        std::array::from_fn(|i| {
+            // SAFETY: the caller's promise for lanes whose bit is set.
+            if lanes >> i & 1 == 1 { unsafe { *from.wrapping_offset(index[i] as isize) } } else { 0.0 }
+        })
     }
     #[inline(always)]
     unsafe fn store(to: *mut f32, v: Self::V) {
@@ -173,11 +283,19 @@ unsafe impl Simd for Portable {
         unsafe { to.cast::<Self::V>().write_unaligned(v) }
     }
     #[inline(always)]
-    unsafe fn store_first(to: *mut f32, lanes: usize, v: Self::V) {
-        for (i, &x) in v.iter().enumerate().take(lanes) {
-            // SAFETY: writes only the first `lanes`.
-            unsafe { *to.add(i) = x };
-        }
+    unsafe fn store_where(to: *mut f32, lanes: u16, v: Self::V) {
+        // SAFETY: the caller's promise.
+        unsafe { put_some(to, lanes, &v) }
+    }
+    #[inline(always)]
+    unsafe fn store_bf16_where(to: *mut bf16, lanes: u16, v: Self::V) {
+        // SAFETY: the caller's promise.
+        unsafe { put_some(to, lanes, &v) }
+    }
+    #[inline(always)]
+    unsafe fn store_f16_where(to: *mut f16, lanes: u16, v: Self::V) {
+        // SAFETY: the caller's promise.
+        unsafe { put_some(to, lanes, &v) }
     }
     #[inline(always)]
     unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V {
@@ -200,15 +318,49 @@ unsafe impl Simd for Portable {
     #[inline(always)]
     unsafe fn prefetch(_at: *const f32) {}
     #[inline(always)]
-    unsafe fn transpose<T: Scalar>(from: *const T, from_stride: usize, rows: usize, to: *mut f32, to_stride: usize) {
-        for j in 0..LANES {
-            for i in 0..LANES {
-                // SAFETY: the caller's promise: rows `i < rows` are readable, all of `to` writable.
-                unsafe {
-                    *to.add(j * to_stride + i) =
-                        if i < rows { Element::to_f32(*from.add(i * from_stride + j)) } else { 0.0 };
-                }
+    unsafe fn transpose(row: impl Fn(usize) -> Self::V, lanes: usize, to: *mut f32, stride: usize) {
+        for i in 0..LANES {
+            let row = row(i);
+            for (j, &x) in row.iter().enumerate().take(lanes) {
+                // SAFETY: the caller's promise.
+                unsafe { *to.add(j * stride + i) = x };
             }
+        }
+    }
+}
+
+#[inline(always)]
+fn some<T: Element>(from: *const T, lanes: u16) -> [f32; LANES] {
+    let mut some = [0.0; LANES];
+    // SAFETY: called with the promise of `load_where`.
+    unsafe { get_some(from, lanes, &mut some) };
+    some
+}
+
+/// The lanes whose bit is set, one by one; leaves the others.
+///
+/// # Safety
+/// Those lanes are readable.
+#[inline(always)]
+pub unsafe fn get_some<T: Element>(from: *const T, lanes: u16, to: &mut [f32]) {
+    for (i, to) in to.iter_mut().enumerate() {
+        if lanes >> i & 1 == 1 {
+            // SAFETY: the caller's promise.
+            *to = unsafe { *from.wrapping_add(i) }.to_f32();
+        }
+    }
+}
+
+/// Writes the lanes whose bit is set, one by one.
+///
+/// # Safety
+/// Those lanes are writable.
+#[inline(always)]
+pub unsafe fn put_some<T: Element>(to: *mut T, lanes: u16, from: &[f32]) {
+    for (i, &x) in from.iter().enumerate() {
+        if lanes >> i & 1 == 1 {
+            // SAFETY: the caller's promise.
+            unsafe { *to.wrapping_add(i) = T::from_f32(x) };
         }
     }
 }

@@ -34,23 +34,32 @@ struct Columns<'a, T> {
 impl<T: Scalar> Kernel for Columns<'_, T> {
     type Output = ();
     unsafe fn run<S: Simd>(self) {
-        let sum = || {
-            let count = self.to.len();
-            for rows in self.x.chunks(RUN * self.columns) {
-                let mut sums = [0f32; CHUNK];
-                for row in rows.chunks_exact(self.columns) {
-                    let row = &row[self.from..self.from + count];
-                    if let Ok(row) = <&[T; CHUNK]>::try_from(row) {
-                        sums.iter_mut().zip(row).for_each(|(s, x)| *s += x.to_f32());
-                    } else {
-                        sums.iter_mut().zip(row).for_each(|(s, x)| *s += x.to_f32());
-                    }
-                }
-                self.to.iter_mut().zip(sums).for_each(|(to, s)| *to += s);
-            }
-        };
         // SAFETY: the CPU has `S`.
-        unsafe { S::vectorize(sum) }
+        unsafe {
+            S::vectorize(
+                #[inline(always)]
+                || self.add(),
+            )
+        }
+    }
+}
+
+impl<T: Scalar> Columns<'_, T> {
+    #[inline(always)]
+    fn add(self) {
+        let count = self.to.len();
+        for rows in self.x.chunks(RUN * self.columns) {
+            let mut sums = [0f32; CHUNK];
+            for row in rows.chunks_exact(self.columns) {
+                let row = &row[self.from..self.from + count];
+                if let Ok(row) = <&[T; CHUNK]>::try_from(row) {
+                    sums.iter_mut().zip(row).for_each(|(s, x)| *s += x.to_f32());
+                } else {
+                    sums.iter_mut().zip(row).for_each(|(s, x)| *s += x.to_f32());
+                }
+            }
+            self.to.iter_mut().zip(sums).for_each(|(to, s)| *to += s);
+        }
     }
 }
 
@@ -72,26 +81,35 @@ struct Total<'a, T>(&'a [T]);
 impl<T: Scalar> Kernel for Total<'_, T> {
     type Output = f32;
     unsafe fn run<S: Simd>(self) -> f32 {
-        const LANES: usize = 64;
-        let sum = || {
-            let mut sums = [0f32; LANES];
-            let whole = self.0.chunks_exact(LANES);
-            let rest = whole.remainder();
-            for part in whole {
-                sums.iter_mut().zip(part).for_each(|(s, x)| *s += x.to_f32());
-            }
-            sums.iter_mut().zip(rest).for_each(|(s, x)| *s += x.to_f32());
-            let mut half = LANES / 2;
-            while half > 0 {
-                for i in 0..half {
-                    sums[i] += sums[i + half];
-                }
-                half /= 2;
-            }
-            sums[0]
-        };
         // SAFETY: the CPU has `S`.
-        unsafe { S::vectorize(sum) }
+        unsafe {
+            S::vectorize(
+                #[inline(always)]
+                || self.sum(),
+            )
+        }
+    }
+}
+
+impl<T: Scalar> Total<'_, T> {
+    #[inline(always)]
+    fn sum(self) -> f32 {
+        const LANES: usize = 64;
+        let mut sums = [0f32; LANES];
+        let whole = self.0.chunks_exact(LANES);
+        let rest = whole.remainder();
+        for part in whole {
+            sums.iter_mut().zip(part).for_each(|(s, x)| *s += x.to_f32());
+        }
+        sums.iter_mut().zip(rest).for_each(|(s, x)| *s += x.to_f32());
+        let mut half = LANES / 2;
+        while half > 0 {
+            for i in 0..half {
+                sums[i] += sums[i + half];
+            }
+            half /= 2;
+        }
+        sums[0]
     }
 }
 

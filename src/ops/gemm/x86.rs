@@ -4,12 +4,13 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::simd::{Scalar, Simd};
+use super::simd::{MOST_LANES, Simd, get_some, put_some};
+use crate::device::Element;
 
 #[derive(Clone, Copy)]
 pub struct Avx512;
 
-#[target_feature(enable = "avx512f,avx2,fma,f16c")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2,fma,f16c")]
 #[inline(never)]
 unsafe fn with_avx512<R>(f: impl FnOnce() -> R) -> R {
     f()
@@ -42,9 +43,30 @@ unsafe impl Simd for Avx512 {
         unsafe { _mm512_loadu_ps(from) }
     }
     #[inline(always)]
-    unsafe fn load_first(from: *const f32, lanes: usize) -> __m512 {
+    unsafe fn load_where(from: *const f32, lanes: u16) -> __m512 {
         // SAFETY: masked lanes are not read.
-        unsafe { _mm512_maskz_loadu_ps(first(lanes), from) }
+        unsafe { _mm512_maskz_loadu_ps(lanes, from) }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16_where(from: *const bf16, lanes: u16) -> __m512 {
+        // SAFETY: masked lanes are not read; bf16 is the upper half of an f32.
+        unsafe {
+            let halves = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, from.cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(halves))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_f16_where(from: *const f16, lanes: u16) -> __m512 {
+        // SAFETY: masked lanes are not read.
+        unsafe { _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, from.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn gather_where(from: *const f32, index: &[i32; MOST_LANES], lanes: u16) -> __m512 {
+        // SAFETY: masked lanes are not read.
+        unsafe {
+            let index = _mm512_loadu_si512(index.as_ptr().cast());
+            _mm512_mask_i32gather_ps::<4>(_mm512_setzero_ps(), lanes, index, from.cast())
+        }
     }
     #[inline(always)]
     unsafe fn store(to: *mut f32, v: __m512) {
@@ -52,9 +74,29 @@ unsafe impl Simd for Avx512 {
         unsafe { _mm512_storeu_ps(to, v) }
     }
     #[inline(always)]
-    unsafe fn store_first(to: *mut f32, lanes: usize, v: __m512) {
+    unsafe fn store_where(to: *mut f32, lanes: u16, v: __m512) {
         // SAFETY: masked lanes are not written.
-        unsafe { _mm512_mask_storeu_ps(to, first(lanes), v) }
+        unsafe { _mm512_mask_storeu_ps(to, lanes, v) }
+    }
+    #[inline(always)]
+    unsafe fn store_bf16_where(to: *mut bf16, lanes: u16, v: __m512) {
+        // SAFETY: masked lanes are not written. Half of the last place is added, less one bit where that place is even;
+        // what is not a number keeps its upper half and becomes quiet.
+        unsafe {
+            let bits = _mm512_castps_si512(v);
+            let high = _mm512_srli_epi32::<16>(bits);
+            let odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+            let up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+            let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(v, v);
+            let quiet = _mm512_or_si512(high, _mm512_set1_epi32(0x40));
+            let rounded = _mm512_mask_mov_epi32(_mm512_srli_epi32::<16>(up), nan, quiet);
+            _mm256_mask_storeu_epi16(to.cast(), lanes, _mm512_cvtepi32_epi16(rounded));
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_f16_where(to: *mut f16, lanes: u16, v: __m512) {
+        // SAFETY: masked lanes are not written.
+        unsafe { _mm256_mask_storeu_epi16(to.cast(), lanes, _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v)) }
     }
     #[inline(always)]
     unsafe fn fma(a: __m512, b: __m512, c: __m512) -> __m512 {
@@ -83,14 +125,12 @@ unsafe impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    unsafe fn transpose<T: Scalar>(from: *const T, from_stride: usize, rows: usize, to: *mut f32, to_stride: usize) {
-        // SAFETY: reads the rows below `rows`, writes sixteen rows of sixteen.
+    unsafe fn transpose(row: impl Fn(usize) -> __m512, lanes: usize, to: *mut f32, stride: usize) {
+        // SAFETY: writes `lanes` rows of sixteen.
         unsafe {
             let mut r = [_mm512_setzero_ps(); 16];
-            for (i, row) in r.iter_mut().enumerate() {
-                if i < rows {
-                    *row = T::load::<Self>(from.add(i * from_stride));
-                }
+            for (i, r) in r.iter_mut().enumerate() {
+                *r = row(i);
             }
             // Pairs of rows, then pairs of pairs, inside each 128-bit lane; then the lanes themselves.
             let mut t = [_mm512_setzero_ps(); 16];
@@ -116,16 +156,12 @@ unsafe impl Simd for Avx512 {
                 t[12 + c] = _mm512_shuffle_f32x4::<0xdd>(high, high2);
             }
             for (j, &column) in t.iter().enumerate() {
-                _mm512_storeu_ps(to.add(j * to_stride), column);
+                if j < lanes {
+                    _mm512_storeu_ps(to.add(j * stride), column);
+                }
             }
         }
     }
-}
-
-#[inline(always)]
-fn first(lanes: usize) -> __mmask16 {
-    debug_assert!(lanes <= 16);
-    ((1u32 << lanes) - 1) as __mmask16
 }
 
 #[inline(always)]
@@ -176,9 +212,27 @@ unsafe impl Simd for Avx2 {
         unsafe { _mm256_loadu_ps(from) }
     }
     #[inline(always)]
-    unsafe fn load_first(from: *const f32, lanes: usize) -> __m256 {
+    unsafe fn load_where(from: *const f32, lanes: u16) -> __m256 {
         // SAFETY: masked lanes are not read.
-        unsafe { _mm256_maskload_ps(from, first_of_eight(lanes)) }
+        unsafe { _mm256_maskload_ps(from, eight(lanes)) }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16_where(from: *const bf16, lanes: u16) -> __m256 {
+        // SAFETY: reads the lanes whose bit is set.
+        unsafe { Self::load(some_of_eight(from, lanes).as_ptr()) }
+    }
+    #[inline(always)]
+    unsafe fn load_f16_where(from: *const f16, lanes: u16) -> __m256 {
+        // SAFETY: reads the lanes whose bit is set.
+        unsafe { Self::load(some_of_eight(from, lanes).as_ptr()) }
+    }
+    #[inline(always)]
+    unsafe fn gather_where(from: *const f32, index: &[i32; MOST_LANES], lanes: u16) -> __m256 {
+        // SAFETY: masked lanes are not read.
+        unsafe {
+            let index = _mm256_loadu_si256(index.as_ptr().cast());
+            _mm256_mask_i32gather_ps::<4>(_mm256_setzero_ps(), from, index, _mm256_castsi256_ps(eight(lanes)))
+        }
     }
     #[inline(always)]
     unsafe fn store(to: *mut f32, v: __m256) {
@@ -186,9 +240,30 @@ unsafe impl Simd for Avx2 {
         unsafe { _mm256_storeu_ps(to, v) }
     }
     #[inline(always)]
-    unsafe fn store_first(to: *mut f32, lanes: usize, v: __m256) {
+    unsafe fn store_where(to: *mut f32, lanes: u16, v: __m256) {
         // SAFETY: masked lanes are not written.
-        unsafe { _mm256_maskstore_ps(to, first_of_eight(lanes), v) }
+        unsafe { _mm256_maskstore_ps(to, eight(lanes), v) }
+    }
+    #[inline(always)]
+    unsafe fn store_bf16_where(to: *mut bf16, lanes: u16, v: __m256) {
+        let mut all = [0f32; 8];
+        // SAFETY: writes the lanes whose bit is set.
+        unsafe {
+            Self::store(all.as_mut_ptr(), v);
+            put_some(to, lanes, &all);
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_f16_where(to: *mut f16, lanes: u16, v: __m256) {
+        // SAFETY: writes the lanes whose bit is set.
+        unsafe {
+            let mut all = [f16::ZERO; 8];
+            let rounded = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v);
+            _mm_storeu_si128(all.as_mut_ptr().cast(), rounded);
+            for (i, &x) in all.iter().enumerate().filter(|(i, _)| lanes >> i & 1 == 1) {
+                *to.add(i) = x;
+            }
+        }
     }
     #[inline(always)]
     unsafe fn fma(a: __m256, b: __m256, c: __m256) -> __m256 {
@@ -217,14 +292,12 @@ unsafe impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn transpose<T: Scalar>(from: *const T, from_stride: usize, rows: usize, to: *mut f32, to_stride: usize) {
-        // SAFETY: reads the rows below `rows`, writes eight rows of eight.
+    unsafe fn transpose(row: impl Fn(usize) -> __m256, lanes: usize, to: *mut f32, stride: usize) {
+        // SAFETY: writes `lanes` rows of eight.
         unsafe {
             let mut r = [_mm256_setzero_ps(); 8];
-            for (i, row) in r.iter_mut().enumerate() {
-                if i < rows {
-                    *row = T::load::<Self>(from.add(i * from_stride));
-                }
+            for (i, r) in r.iter_mut().enumerate() {
+                *r = row(i);
             }
             let mut t = [_mm256_setzero_ps(); 8];
             for i in 0..4 {
@@ -238,17 +311,31 @@ unsafe impl Simd for Avx2 {
                 r[4 * i + 3] = _mm256_shuffle_ps::<0xee>(t[4 * i + 1], t[4 * i + 3]);
             }
             for c in 0..4 {
-                _mm256_storeu_ps(to.add(c * to_stride), _mm256_permute2f128_ps::<0x20>(r[c], r[4 + c]));
-                _mm256_storeu_ps(to.add((4 + c) * to_stride), _mm256_permute2f128_ps::<0x31>(r[c], r[4 + c]));
+                if c < lanes {
+                    _mm256_storeu_ps(to.add(c * stride), _mm256_permute2f128_ps::<0x20>(r[c], r[4 + c]));
+                }
+                if 4 + c < lanes {
+                    _mm256_storeu_ps(to.add((4 + c) * stride), _mm256_permute2f128_ps::<0x31>(r[c], r[4 + c]));
+                }
             }
         }
     }
 }
 
+/// All ones in the lanes whose bit is set.
 #[inline(always)]
-unsafe fn first_of_eight(lanes: usize) -> __m256i {
-    const ONES_THEN_ZEROS: [i32; 16] = [-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0];
-    debug_assert!(lanes <= 8);
-    // SAFETY: the window starts at 8 - lanes, in 0..=8, so its eight numbers lie inside.
-    unsafe { _mm256_loadu_si256(ONES_THEN_ZEROS.as_ptr().add(8 - lanes).cast()) }
+unsafe fn eight(lanes: u16) -> __m256i {
+    // SAFETY: called with AVX2 only.
+    unsafe {
+        let bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+        _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(lanes as i32), bits), bits)
+    }
+}
+
+#[inline(always)]
+unsafe fn some_of_eight<T: Element>(from: *const T, lanes: u16) -> [f32; 8] {
+    let mut some = [0f32; 8];
+    // SAFETY: the promise of `load_where`.
+    unsafe { get_some(from, lanes, &mut some) };
+    some
 }

@@ -1,0 +1,70 @@
+//! Networks of published shapes, and weights that need no file.
+
+use std::ops::Range;
+
+use anyhow::Result;
+use candle_core::{DType, Device, Tensor};
+
+use crate::diffusion::{Draws, Purpose, Row};
+use crate::model::{Conditioning, Denoiser, UnetConfig, denoiser, time_features};
+use crate::optim::AdamW;
+use crate::segment::SlotId;
+use crate::train::step::{Group, Inputs};
+use crate::zero::WeightSource;
+
+/// Weights that depend on the tensor's name and the element alone, so that every rank makes just its own: small
+/// uniform numbers, and ones where a norm's scale is.
+pub struct Made;
+
+impl WeightSource for Made {
+    fn read(&self, name: &str, range: Range<usize>, into: &mut [f32]) -> Result<()> {
+        let scale = name.contains("norm") && name.ends_with("weight");
+        let mut state = xxhash_rust::xxh3::xxh3_64_with_seed(name.as_bytes(), range.start as u64) | 1;
+        for to in into {
+            // xorshift64: quality does not matter, speed does.
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            let uniform = (state >> 40) as f32 / (1u64 << 24) as f32 - 0.5;
+            *to = if scale { 1.0 + 0.1 * uniform } else { 0.04 * uniform };
+        }
+        Ok(())
+    }
+}
+
+/// SD 1.5's UNet, all of it trainable.
+pub fn sd15() -> (UnetConfig, Denoiser) {
+    let config = UnetConfig::sd15_shape();
+    let denoiser = denoiser(&config, None, false, DType::F32);
+    (config, denoiser)
+}
+
+pub fn noise(draws: &Draws, item: u64, shape: &[usize]) -> Result<Tensor> {
+    let mut values = vec![0f32; shape.iter().product()];
+    draws.normal(Purpose::Noise, Row::Instance, item, &mut values);
+    Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
+}
+
+/// Inputs of one row for the whole UNet: `latent` x `latent` latents, 77 tokens.
+pub fn unet_inputs(
+    config: &UnetConfig,
+    denoiser_slots: &crate::model::DenoiserSlots,
+    latent: usize,
+    item: u64,
+) -> Result<Inputs> {
+    let draws = Draws::new(item);
+    let features = time_features(&[500], config);
+    let width = features.len();
+    let mut slots: Vec<(SlotId, Tensor)> = vec![
+        (denoiser_slots.sample, noise(&draws, 0, &[1, config.in_channels, latent, latent])?),
+        (denoiser_slots.time_features, Tensor::from_vec(features, (1, width), &Device::Cpu)?),
+    ];
+    if let Conditioning::Context(slot) = denoiser_slots.conditioning {
+        slots.push((slot, noise(&draws, 1, &[1, 77, config.cross_attention_dim])?));
+    }
+    Ok(Inputs { slots, prediction: denoiser_slots.prediction })
+}
+
+pub fn group() -> Group {
+    Group { adamw: AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01 }, rate: 1e-6 }
+}

@@ -1,0 +1,119 @@
+//! One rank's file: flat fp32 tensors in safetensors format, written in one pass and read in place.
+
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, anyhow, bail};
+use memmap2::Mmap;
+use serde_json::{Map, Value, json};
+use xxhash_rust::xxh3::Xxh3;
+
+pub fn file_name(rank: usize, world_size: usize) -> String {
+    format!("rank-{rank:05}-of-{world_size:05}.safetensors")
+}
+
+/// Writes named fp32 tensors whose lengths are known beforehand; returns the file's xxh3. Synced to disk on return.
+pub fn write(
+    path: &Path,
+    tensors: &[(String, usize)],
+    mut fill: impl FnMut(usize, &mut dyn FnMut(&[f32]) -> Result<()>) -> Result<()>,
+) -> Result<u64> {
+    let file = File::create(path).with_context(|| format!("creating {}", path.display()))?;
+    let mut out = Hashed { out: BufWriter::with_capacity(1 << 20, file), hash: Xxh3::new() };
+    let header = header(tensors);
+    let writing = || format!("writing {}", path.display());
+    out.put(&(header.len() as u64).to_le_bytes()).with_context(writing)?;
+    out.put(&header).with_context(writing)?;
+    for (i, (name, len)) in tensors.iter().enumerate() {
+        let mut written = 0;
+        fill(i, &mut |values: &[f32]| {
+            written += values.len();
+            out.put(bytes_of(values)).with_context(writing)
+        })?;
+        assert_eq!(written, *len, "{name}: wrong length");
+    }
+    let file = out.out.into_inner().map_err(|e| e.into_error()).with_context(writing)?;
+    file.sync_all().with_context(|| format!("syncing {}", path.display()))?;
+    Ok(out.hash.digest())
+}
+
+fn header(tensors: &[(String, usize)]) -> Vec<u8> {
+    let mut map = Map::new();
+    let mut offset = 0;
+    for (name, len) in tensors {
+        let end = offset + 4 * len;
+        map.insert(name.clone(), json!({ "dtype": "F32", "shape": [len], "data_offsets": [offset, end] }));
+        offset = end;
+    }
+    let mut bytes = Value::Object(map).to_string().into_bytes();
+    bytes.resize(bytes.len().next_multiple_of(8), b' ');
+    bytes
+}
+
+struct Hashed {
+    out: BufWriter<File>,
+    hash: Xxh3,
+}
+
+impl Hashed {
+    fn put(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+        self.hash.update(bytes);
+        self.out.write_all(bytes)
+    }
+}
+
+/// The machine's own (little-endian) bytes, which are safetensors'.
+fn bytes_of(values: &[f32]) -> &[u8] {
+    bytemuck::cast_slice(values)
+}
+
+/// A rank's file, mapped.
+pub struct ShardFile {
+    path: PathBuf,
+    map: Mmap,
+    tensors: Map<String, Value>,
+    data_from: usize,
+}
+
+impl ShardFile {
+    /// Maps the file and verifies its checksum: a damaged file is never taken for a good one. An error says what is
+    /// wrong, without naming the file.
+    pub fn open(path: &Path, checksum: &str) -> Result<Self> {
+        const DAMAGED: &str = "it is damaged (it is not what the manifest says)";
+        let file = File::open(path).map_err(|error| match error.kind() {
+            std::io::ErrorKind::NotFound => anyhow!("there is no such file, and the manifest names it"),
+            _ => anyhow!("it cannot be opened ({error})"),
+        })?;
+        if file.metadata()?.len() < 8 {
+            bail!(DAMAGED);
+        }
+        let map = crate::device::map_file(&file).context("it cannot be mapped")?;
+        let mut hash = Xxh3::new();
+        hash.update(&map);
+        if format!("{:016x}", hash.digest()) != checksum {
+            bail!(DAMAGED);
+        }
+        let header_len = u64::from_le_bytes(map[..8].try_into().context(DAMAGED)?) as usize;
+        let header = map[8..].get(..header_len).context(DAMAGED)?;
+        let tensors = serde_json::from_slice(header).context(DAMAGED)?;
+        Ok(ShardFile { path: path.to_path_buf(), map, tensors, data_from: 8 + header_len })
+    }
+
+    /// Elements `from..from + into.len()` of a tensor.
+    pub fn read(&self, name: &str, from: usize, into: &mut [f32]) -> Result<()> {
+        let missing = || format!("{}: tensor {name} is missing or short", self.path.display());
+        let offsets = self.tensors.get(name).and_then(|t| t["data_offsets"].as_array()).with_context(missing)?;
+        let start = offsets.first().and_then(Value::as_u64).with_context(missing)? as usize;
+        let end = offsets.get(1).and_then(Value::as_u64).with_context(missing)? as usize;
+        let (a, b) = (start + 4 * from, start + 4 * (from + into.len()));
+        if b > end {
+            bail!(missing());
+        }
+        let bytes = self.map.get(self.data_from + a..self.data_from + b).with_context(missing)?;
+        for (to, raw) in into.iter_mut().zip(bytes.chunks_exact(4)) {
+            *to = f32::from_le_bytes([raw[0], raw[1], raw[2], raw[3]]);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,189 @@
+//! Whether a run may write where it is told to: the output folder holds no other run, can be written, and has room
+//! for what will come.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+
+use super::check::Inspection;
+use super::{Resume, SaveDtype};
+use crate::device::free_disk_bytes;
+use crate::{Refusal, checkpoint};
+
+/// Bytes a checkpoint takes per trained parameter: the fp32 master weight and AdamW's two moments.
+const CHECKPOINT_BYTES: u64 = 12;
+
+/// The output folder, and where recorded gradients go.
+pub(super) fn inspect(inspection: &mut Inspection) {
+    let plan = inspection.plan.clone();
+    let dir = plan.output.dir.as_path();
+    if dir.as_os_str().is_empty() {
+        return;
+    }
+    for (section, key, input) in inputs(inspection) {
+        if is_same(dir, &input) {
+            let what = format!("this is also {section}.{key}, which the run must leave as it is: name another folder");
+            inspection.problem("output", "dir", &what);
+        }
+    }
+    if plan.checkpoint.resume == Resume::No && !plan.output.overwrite {
+        let found = run_files(dir);
+        if !found.is_empty() {
+            let what = format!(
+                "this folder holds another run ({}): name another folder, go on with that run (resume = \"latest\" under \
+                 [checkpoint]), or let its files be replaced (overwrite = true under [output])",
+                found.join(", ")
+            );
+            inspection.problem("output", "dir", &what);
+        }
+    }
+    inspection.absorb("output", "dir", can_write(dir));
+    let gradients = plan.replay.and_then(|replay| replay.save_gradients);
+    if let Some(file) = gradients {
+        if file.is_dir() {
+            inspection.problem(
+                "replay",
+                "save_gradients",
+                "this is a folder: name a file in it, such as gradients.safetensors",
+            );
+        } else if let Some(parent) = file.parent().filter(|parent| *parent != dir) {
+            inspection.absorb("replay", "save_gradients", can_write(parent));
+        }
+    }
+}
+
+/// Folders that a run reads from.
+fn inputs(inspection: &Inspection) -> Vec<(&'static str, &'static str, PathBuf)> {
+    let mut inputs = vec![("data", "instance_dir", inspection.plan.data.instance_dir.clone())];
+    inputs.extend(inspection.plan.prior.iter().map(|prior| ("prior", "class_dir", prior.class_dir.clone())));
+    inputs.extend(inspection.facts.model_dir.iter().map(|dir| ("model", "path", dir.clone())));
+    inputs.retain(|(_, _, path)| !path.as_os_str().is_empty());
+    inputs
+}
+
+/// Whether both are one folder that exists.
+fn is_same(a: &Path, b: &Path) -> bool {
+    a.canonicalize().is_ok_and(|a| b.canonicalize().is_ok_and(|b| a == b))
+}
+
+/// What in `dir` a run has left there.
+fn run_files(dir: &Path) -> Vec<String> {
+    let names = fs::read_dir(dir).into_iter().flatten().flatten();
+    let mut found: Vec<String> =
+        names.map(|entry| entry.file_name().to_string_lossy().into_owned()).filter(|name| is_of_a_run(name)).collect();
+    found.sort();
+    if found.len() > 4 {
+        found.truncate(4);
+        found.push("…".to_string());
+    }
+    found
+}
+
+fn is_of_a_run(name: &str) -> bool {
+    let named = ["metrics.jsonl", "config.toml", "model_index.json", "pytorch_lora_weights.safetensors"];
+    named.contains(&name) || checkpoint::number(name).is_some()
+}
+
+/// The longest beginning of `path` that exists.
+fn nearest_existing(path: &Path) -> &Path {
+    let there = path.ancestors().find(|part| part.symlink_metadata().is_ok());
+    there.unwrap_or(Path::new("."))
+}
+
+/// Tries to write in `dir`, or where it would be made, and takes away again what it wrote.
+fn can_write(dir: &Path) -> Result<()> {
+    let there = nearest_existing(dir);
+    if !there.is_dir() {
+        let there = there.display();
+        return Err(Refusal::error(format!("{there} is not a folder: name a folder, or one that can be made")));
+    }
+    let probe = there.join(format!(".dblaunch-write-test-{}", std::process::id()));
+    let tried = fs::write(&probe, [0u8; 4096]);
+    // A half-written probe is there after a failure too; one that is gone was another rank's of the same number.
+    let removed = fs::remove_file(&probe).or_else(|error| match error.kind() {
+        std::io::ErrorKind::NotFound => Ok(()),
+        _ => Err(error),
+    });
+    tried.and(removed).map_err(|error| {
+        Refusal::error(format!(
+            "nothing can be written in {} ({error}): make room or get leave to write there, or name another folder",
+            there.display()
+        ))
+    })
+}
+
+/// How much the run will write, and whether there is room for it.
+pub(super) fn disk_space(inspection: &mut Inspection) {
+    let plan = &inspection.plan;
+    if inspection.facts.model_dir.is_none() || plan.output.dir.as_os_str().is_empty() {
+        return;
+    }
+    let model = &inspection.facts.model;
+    let trained = model.unet_parameters + if plan.model.train_text_encoder { model.text_encoder_parameters } else { 0 };
+    let one = trained * CHECKPOINT_BYTES;
+    let saved = match plan.output.save_dtype {
+        SaveDtype::F32 => 4,
+        SaveDtype::F16 | SaveDtype::Bf16 => 2,
+    };
+    let pipeline = trained * saved + model.frozen_bytes;
+    let have = fs::read_dir(&plan.output.dir)
+        .map(|entries| {
+            entries.flatten().filter(|entry| checkpoint::number(&entry.file_name().to_string_lossy()).is_some()).count()
+        })
+        .unwrap_or(0) as u64;
+    let checkpoints = most_checkpoints(inspection, have);
+    let need = checkpoints.saturating_mul(one).saturating_add(pipeline);
+    inspection.facts.checkpoint_bytes = one;
+    inspection.facts.disk_bytes = need;
+    let free = free_disk_bytes(&inspection.plan.output.dir);
+    if let Ok(free) = free
+        && free < need
+    {
+        let size = |bytes: u64| bytesize::ByteSize(bytes).display().iec();
+        let what = format!(
+            "the run will need {} on this disk ({checkpoints} checkpoints of {} and a pipeline folder of {}), and {} are free: \
+             make room, name a folder on another disk, or keep fewer checkpoints ([checkpoint] every, keep, on_interrupt = false)",
+            size(need),
+            size(one),
+            size(pipeline),
+            size(free)
+        );
+        inspection.problem("output", "dir", &what);
+    }
+}
+
+/// The most checkpoints that will be on disk at once beyond the `have` that are there: old ones go only after a new
+/// one is whole.
+fn most_checkpoints(inspection: &Inspection, have: u64) -> u64 {
+    let plan = &inspection.plan.checkpoint;
+    let total = inspection.facts.steps.map_or(inspection.plan.train.max_steps.unwrap_or(0), |steps| steps.total);
+    let regular = plan.every.map_or(0, |every| (total / every) as u64);
+    let written = regular.max(u64::from(plan.on_interrupt));
+    match plan.keep {
+        Some(keep) => written.min((keep as u64).saturating_add(1).saturating_sub(have).max(1)),
+        None => written,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_probe_leaves_nothing_behind_and_names_what_is_not_a_folder() {
+        let home = tempfile::tempdir().unwrap();
+        can_write(&home.path().join("a/b/c")).unwrap();
+        assert_eq!(fs::read_dir(home.path()).unwrap().count(), 0);
+        let file = home.path().join("file");
+        fs::write(&file, "x").unwrap();
+        let error = can_write(&file.join("out")).unwrap_err().to_string();
+        assert!(error.contains("file is not a folder"), "{error}");
+    }
+
+    #[test]
+    fn only_a_runs_own_files_are_taken_for_one() {
+        assert!(is_of_a_run("checkpoint-500") && is_of_a_run("metrics.jsonl") && is_of_a_run("model_index.json"));
+        assert!(!is_of_a_run("checkpoint-notes") && !is_of_a_run("notes.txt"));
+    }
+}

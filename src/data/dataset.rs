@@ -1,0 +1,431 @@
+//! The images of a run: a folder of instance images and, under prior preservation, one of class images, and how an item
+//! of the data set becomes pixels. Order, crops and flips are drawn elsewhere and come in as values.
+
+use super::crop::{Crop, Window, center, fit, scale_draw};
+use super::decode::{Picture, decode};
+use super::resize::{Interpolation, resize};
+use crate::Refusal;
+use crate::diffusion::Row;
+use anyhow::Result;
+use rayon::prelude::*;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// What a data set is made from.
+#[derive(Clone, Debug)]
+pub struct DatasetOptions {
+    pub instance_dir: PathBuf,
+    /// The folder of class images and how many of them to use at most; there must be as many.
+    pub class: Option<(PathBuf, usize)>,
+    /// The side r of the square that is trained on, in pixels.
+    pub resolution: usize,
+    /// Whether crops are taken from the middle instead of at random.
+    pub center_crop: bool,
+    /// Whether instance images may be mirrored; class images never are, as in the peer.
+    pub random_flip: bool,
+    pub interpolation: Interpolation,
+    /// Bytes of decoded, resized pictures to keep; others are decoded again at every use.
+    pub keep_bytes: usize,
+    /// Whether opening decodes every picture to find damaged ones; without, they are found when they are used.
+    pub verify: bool,
+}
+
+/// [`DatasetOptions::keep_bytes`] unless there is a reason.
+pub const KEEP_BYTES: usize = 1 << 30;
+
+/// One row's pixels and what SDXL is told about them.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Prepared {
+    /// (3, r, r), in −1 … 1.
+    pub pixels: Vec<f32>,
+    /// (height, width) of the upright picture before resizing.
+    pub original_size: (usize, usize),
+    /// (top, left) of the crop in the resized (and mirrored) picture.
+    pub crop_top_left: (usize, usize),
+}
+
+/// An opened data set; all methods may be called from several threads at once.
+#[derive(Debug)]
+pub struct Dataset {
+    options: DatasetOptions,
+    instances: Vec<Image>,
+    classes: Vec<Image>,
+    kept: AtomicUsize,
+}
+
+#[derive(Debug)]
+struct Image {
+    path: PathBuf,
+    /// (width, height) of the upright picture, once it was decoded.
+    size: OnceLock<(usize, usize)>,
+    kept: OnceLock<Window>,
+}
+
+impl Dataset {
+    /// Lists the folders (files sorted by name; hidden files and sub-folders are passed over) and decodes every picture once.
+    ///
+    /// # Errors
+    /// A [`Refusal`] with a paragraph per problem: a missing or empty folder, too few class images, files that are no
+    /// images or damaged ones.
+    pub fn open(options: &DatasetOptions) -> Result<Dataset> {
+        let mut problems = Vec::new();
+        let mut listed = |dir: &Path, key: &str| {
+            list(dir, key).unwrap_or_else(|problem| {
+                problems.push(problem);
+                Vec::new()
+            })
+        };
+        let instances = listed(&options.instance_dir, "data.instance_dir");
+        let mut classes = Vec::new();
+        if let Some((dir, wanted)) = &options.class {
+            classes = listed(dir, "prior.class_dir");
+            if !classes.is_empty() && classes.len() < *wanted {
+                problems.push(format!(
+                    "{} holds {} class images and prior.num_class_images = {wanted}: {} are missing. Add them, or lower prior.num_class_images.",
+                    dir.display(),
+                    classes.len(),
+                    wanted - classes.len()
+                ));
+            }
+            classes.truncate(*wanted);
+        }
+        let dataset = Dataset { options: options.clone(), instances, classes, kept: AtomicUsize::new(0) };
+        if options.verify {
+            let images: Vec<(&Image, Row)> = dataset.images().collect();
+            let found: Vec<Option<String>> =
+                images.par_iter().map(|(image, row)| dataset.load(image, *row).err().map(|e| e.to_string())).collect();
+            problems.extend(found.into_iter().flatten());
+        }
+        if problems.is_empty() { Ok(dataset) } else { Err(Refusal { problems }.into()) }
+    }
+
+    /// The number of items, max(instance images, class images): one epoch.
+    pub fn len(&self) -> usize {
+        self.instances.len().max(self.classes.len())
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    pub fn instance_count(&self) -> usize {
+        self.instances.len()
+    }
+
+    pub fn class_count(&self) -> usize {
+        self.classes.len()
+    }
+
+    pub fn has_classes(&self) -> bool {
+        self.options.class.is_some()
+    }
+
+    /// The file behind a row of an item.
+    pub fn path(&self, row: Row, item: u64) -> &Path {
+        &self.image(row, item).path
+    }
+
+    /// The largest offsets (top, left) that a crop of this row can have.
+    pub fn crop_range(&self, row: Row, item: u64) -> Result<(usize, usize)> {
+        let image = self.image(row, item);
+        let size = match image.size.get() {
+            Some(size) => *size,
+            None => {
+                self.load(image, row)?;
+                image.size.get().copied().unwrap_or_default()
+            }
+        };
+        let (width, height) = fit(size, self.options.resolution);
+        Ok((height - self.options.resolution, width - self.options.resolution))
+    }
+
+    /// Whether a row has the same pixels every time, so that what is computed from them may be kept.
+    pub fn is_deterministic(&self, row: Row, item: u64) -> Result<bool> {
+        let mirrored = self.options.random_flip && row == Row::Instance;
+        Ok(!mirrored && (self.options.center_crop || self.crop_range(row, item)? == (0, 0)))
+    }
+
+    /// The pixels of a row of an item, which counts in the data set (modulo the number of images).
+    ///
+    /// # Errors
+    /// A [`Refusal`] if the file is no image any more, or a recorded crop lies outside the picture.
+    pub fn prepare(&self, row: Row, item: u64, crop: Crop) -> Result<Prepared> {
+        let image = self.image(row, item);
+        let (max_top, max_left) = self.crop_range(row, item)?;
+        let (top, left, flip) = match crop {
+            Crop::At { top, left } if top <= max_top && left <= max_left => (top, left, false),
+            Crop::At { top, left } => {
+                return Err(Refusal::error(format!(
+                    "the recorded crop at ({top}, {left}) lies outside {}, whose crops begin at ({max_top}, {max_left}) at most. Replay with the images and the resolution that were recorded.",
+                    image.path.display()
+                )));
+            }
+            Crop::Drawn { flip, .. } if self.options.center_crop => (center(max_top), center(max_left), flip),
+            Crop::Drawn { top, left, flip } => (scale_draw(top, max_top), scale_draw(left, max_left), flip),
+        };
+        let flip = flip && self.options.random_flip && row == Row::Instance;
+        // The column of the picture as it was before mirroring.
+        let column = if flip { max_left - left } else { left };
+        let r = self.options.resolution;
+        let part;
+        let window = match image.kept.get() {
+            Some(window) => window,
+            None => match self.load(image, row)? {
+                Loaded::Kept(window) => window,
+                Loaded::Passing(picture) => {
+                    let full = fit((picture.width, picture.height), r);
+                    let filter = self.options.interpolation;
+                    let picture = resize(&picture, full, column..column + r, top..top + r, filter);
+                    part = Window { picture, top, left: column };
+                    &part
+                }
+            },
+        };
+        let (width, height) = image.size.get().copied().unwrap_or_default();
+        Ok(Prepared {
+            pixels: window.pixels(top, column, r, flip),
+            original_size: (height, width),
+            crop_top_left: (top, left),
+        })
+    }
+
+    fn images(&self) -> impl Iterator<Item = (&Image, Row)> {
+        let instances = self.instances.iter().map(|i| (i, Row::Instance));
+        instances.chain(self.classes.iter().map(|i| (i, Row::Class)))
+    }
+
+    fn image(&self, row: Row, item: u64) -> &Image {
+        let images = match row {
+            Row::Instance => &self.instances,
+            Row::Class => &self.classes,
+        };
+        assert!(!images.is_empty(), "a row of a kind that the data set lacks");
+        &images[(item % images.len() as u64) as usize]
+    }
+
+    /// Decodes a picture, notes its size, and keeps the part of it that crops are taken from if there is room.
+    fn load<'a>(&self, image: &'a Image, row: Row) -> Result<Loaded<'a>> {
+        let picture = decode(&image.path).map_err(|e| {
+            Refusal::error(format!(
+                "{} cannot be used as a training image: {e:#}. Replace the file by a whole PNG, JPEG or WebP image, or take it out of the folder.",
+                image.path.display()
+            ))
+        })?;
+        image.size.get_or_init(|| (picture.width, picture.height));
+        let r = self.options.resolution;
+        let (width, height) = fit((picture.width, picture.height), r);
+        let (mut columns, mut rows) = (0..width, 0..height);
+        if self.options.center_crop {
+            let (top, left) = (center(height - r), center(width - r));
+            rows = top..top + r;
+            // The middle of a mirrored picture of even width over an odd one begins a column further.
+            let mirrored = if self.options.random_flip && row == Row::Instance { width - r - left } else { left };
+            columns = left.min(mirrored)..left.max(mirrored) + r;
+        }
+        let bytes = columns.len() * rows.len() * 3;
+        let room = |kept: usize| kept.checked_add(bytes).filter(|&sum| sum <= self.options.keep_bytes);
+        if self.kept.fetch_update(Ordering::Relaxed, Ordering::Relaxed, room).is_err() {
+            return Ok(Loaded::Passing(picture));
+        }
+        let (top, left) = (rows.start, columns.start);
+        let picture = resize(&picture, (width, height), columns, rows, self.options.interpolation);
+        // Not inside the closure: work on rayon's threads might come back to this very cell.
+        let window = Window { picture, top, left };
+        let mut first = false;
+        let kept = image.kept.get_or_init(|| {
+            first = true;
+            window
+        });
+        if !first {
+            // Another thread kept the same picture meanwhile.
+            self.kept.fetch_sub(bytes, Ordering::Relaxed);
+        }
+        Ok(Loaded::Kept(kept))
+    }
+}
+
+enum Loaded<'a> {
+    Kept(&'a Window),
+    /// There was no room: the picture as decoded.
+    Passing(Picture),
+}
+
+/// A folder's files by name. An error's text is a problem for a refusal.
+fn list(dir: &Path, key: &str) -> std::result::Result<Vec<Image>, String> {
+    let unreadable = |e: std::io::Error| match e.kind() {
+        std::io::ErrorKind::NotFound => format!(
+            "the folder {} ({key}) does not exist. Create it and put images into it, or correct the path.",
+            dir.display()
+        ),
+        std::io::ErrorKind::NotADirectory => {
+            format!("{} ({key}) is not a folder. Set it to the folder that holds the images.", dir.display())
+        }
+        _ => format!("the folder {} ({key}) cannot be read: {e}.", dir.display()),
+    };
+    let mut paths = Vec::new();
+    for entry in std::fs::read_dir(dir).map_err(unreadable)? {
+        let path = entry.map_err(unreadable)?.path();
+        let hidden = path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
+        if !hidden && !path.is_dir() {
+            paths.push(path);
+        }
+    }
+    if paths.is_empty() {
+        return Err(format!(
+            "the folder {} ({key}) holds no images. Put PNG, JPEG or WebP files into it.",
+            dir.display()
+        ));
+    }
+    paths.sort();
+    Ok(paths.into_iter().map(|path| Image { path, size: OnceLock::new(), kept: OnceLock::new() }).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::diffusion::Draws;
+    use serde_json::Value;
+
+    fn data() -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/images")
+    }
+
+    fn options(dir: impl Into<PathBuf>, resolution: usize) -> DatasetOptions {
+        DatasetOptions {
+            instance_dir: dir.into(),
+            class: None,
+            resolution,
+            center_crop: false,
+            random_flip: false,
+            interpolation: Interpolation::Bilinear,
+            keep_bytes: KEEP_BYTES,
+            verify: true,
+        }
+    }
+
+    fn fingerprint(pixels: &[f32]) -> String {
+        let bytes = pixels.iter().flat_map(|v| v.to_le_bytes());
+        let hash = bytes.fold(0xcbf29ce484222325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100000001b3));
+        format!("{hash:016x}")
+    }
+
+    /// Every picture of tests/data/images through Pillow and torchvision, as golden.json holds it, to the last bit.
+    #[test]
+    fn pixels_are_the_peer_s() {
+        let golden: Value = serde_json::from_slice(&std::fs::read(data().join("golden.json")).unwrap()).unwrap();
+        for (folder, files) in golden.as_object().unwrap() {
+            for (index, (file, cases)) in files.as_object().unwrap().iter().enumerate() {
+                for case in cases.as_array().unwrap() {
+                    let number = |i: usize| case[i].as_u64().unwrap() as usize;
+                    let filter_name = case[1].as_str().unwrap();
+                    for keep_bytes in [0, KEEP_BYTES] {
+                        let wanted = DatasetOptions {
+                            interpolation: Interpolation::named(filter_name).unwrap(),
+                            keep_bytes,
+                            verify: false,
+                            ..options(data().join(folder), number(0))
+                        };
+                        let dataset = Dataset::open(&wanted).unwrap();
+                        assert_eq!(dataset.path(Row::Instance, index as u64).file_name().unwrap(), file.as_str());
+                        let crop = Crop::At { top: number(4), left: number(5) };
+                        let got = dataset.prepare(Row::Instance, index as u64, crop).unwrap();
+                        assert_eq!(got.original_size, (number(2), number(3)), "{file}");
+                        let hash = case[6].as_str().unwrap();
+                        assert_eq!(fingerprint(&got.pixels), hash, "{folder}/{file} {filter_name}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn items_pair_instances_with_class_images_and_the_smaller_set_cycles() {
+        let wanted = DatasetOptions { class: Some((data().join("sizes"), 4)), ..options(data().join("rough"), 16) };
+        let dataset = Dataset::open(&wanted).unwrap();
+        assert_eq!((dataset.len(), dataset.instance_count(), dataset.class_count()), (6, 6, 4));
+        let name = |row, item| dataset.path(row, item).file_name().unwrap().to_string_lossy().into_owned();
+        assert_eq!(name(Row::Instance, 0), "a photo.png");
+        assert_eq!(name(Row::Instance, 7), "b.JPG");
+        assert_eq!(name(Row::Class, 5), name(Row::Class, 1));
+    }
+
+    #[test]
+    fn center_crops_and_mirrored_ones_agree_with_the_whole_picture() {
+        let draws = Draws::new(4);
+        for (center_crop, item) in (0..12).flat_map(|i| [(true, i), (false, i)]) {
+            let whole =
+                DatasetOptions { center_crop, random_flip: true, keep_bytes: 0, ..options(data().join("sizes"), 48) };
+            let kept = DatasetOptions { keep_bytes: KEEP_BYTES, ..whole.clone() };
+            let (whole, kept) = (Dataset::open(&whole).unwrap(), Dataset::open(&kept).unwrap());
+            let (top, left) = draws.crop(Row::Instance, item);
+            let crops = [false, true].map(|flip| Crop::Drawn { top, left, flip });
+            let [plain, mirrored] = crops.map(|crop| kept.prepare(Row::Instance, item, crop).unwrap());
+            assert_eq!(plain, whole.prepare(Row::Instance, item, crops[0]).unwrap());
+            assert_eq!(mirrored, whole.prepare(Row::Instance, item, crops[1]).unwrap());
+            assert_eq!(plain.crop_top_left, mirrored.crop_top_left);
+        }
+    }
+
+    #[test]
+    fn only_rows_without_chance_are_deterministic() {
+        let random = Dataset::open(&options(data().join("sizes"), 48)).unwrap();
+        let square =
+            |d: &Dataset| (0..d.len() as u64).find(|&i| d.path(Row::Instance, i).ends_with("48x48.png")).unwrap();
+        assert!(random.is_deterministic(Row::Instance, square(&random)).unwrap());
+        assert_eq!((0..12).filter(|&i| random.is_deterministic(Row::Instance, i).unwrap()).count(), 2);
+        let centered = DatasetOptions { center_crop: true, ..options(data().join("sizes"), 48) };
+        let centered = Dataset::open(&centered).unwrap();
+        assert!((0..12).all(|i| centered.is_deterministic(Row::Instance, i).unwrap()));
+        let flipped = DatasetOptions { center_crop: true, random_flip: true, ..options(data().join("sizes"), 48) };
+        assert!(!Dataset::open(&flipped).unwrap().is_deterministic(Row::Instance, 0).unwrap());
+    }
+
+    #[test]
+    fn every_bad_file_is_named_at_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let whole = std::fs::read(data().join("rough/a photo.png")).unwrap();
+        let jpeg = std::fs::read(data().join("rough/b.JPG")).unwrap();
+        let webp = std::fs::read(data().join("rough/f.webp")).unwrap();
+        let mut corrupt = whole.clone();
+        corrupt[5000] ^= 0xFF;
+        let files: [(&str, &[u8]); 8] = [
+            ("good.png", &whole),
+            (".hidden", b"passed over"),
+            ("corrupt.png", &corrupt),
+            ("cut.png", &whole[..whole.len() / 2]),
+            ("cut.jpg", &jpeg[..jpeg.len() - 100]),
+            ("cut.webp", &webp[..webp.len() - 1]),
+            ("text.png", b"a text file"),
+            ("empty.jpg", b""),
+        ];
+        for (name, bytes) in files {
+            std::fs::write(folder.path().join(name), bytes).unwrap();
+        }
+        std::fs::create_dir(folder.path().join("sub-folder")).unwrap();
+        let error = Dataset::open(&options(folder.path(), 16)).unwrap_err();
+        let problems = &error.downcast_ref::<Refusal>().unwrap().problems;
+        let named = |name: &str| problems.iter().any(|p| p.contains(name) && p.contains("Replace the file"));
+        let bad = ["corrupt.png", "cut.png", "cut.jpg", "cut.webp", "text.png", "empty.jpg"];
+        assert!(bad.iter().all(|name| named(name)), "{problems:?}");
+        assert_eq!(problems.len(), bad.len());
+    }
+
+    #[test]
+    fn wrong_folders_are_refused() {
+        let refused = |options: &DatasetOptions| {
+            let error = Dataset::open(options).unwrap_err();
+            assert!(error.is::<Refusal>());
+            error.to_string()
+        };
+        let empty = tempfile::tempdir().unwrap();
+        assert!(refused(&options("no/such/folder", 16)).contains("no/such/folder (data.instance_dir) does not exist"));
+        assert!(refused(&options(empty.path(), 16)).contains("holds no images"));
+        assert!(refused(&options(data().join("golden.json"), 16)).contains("not a folder"));
+        let few = DatasetOptions { class: Some((data().join("rough"), 100)), ..options(data().join("rough"), 16) };
+        assert!(refused(&few).contains("94 are missing"));
+        let dataset = Dataset::open(&options(data().join("rough"), 72)).unwrap();
+        let outside = dataset.prepare(Row::Instance, 0, Crop::At { top: 1, left: 0 }).unwrap_err();
+        assert!(outside.is::<Refusal>() && outside.to_string().contains("a photo.png"));
+    }
+}

@@ -1,0 +1,164 @@
+//! What a run leaves behind: the trained pipeline, and in a replay the gradients of its first step.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use candle_core::DType;
+use serde_json::{Map, json};
+
+use super::network::Network;
+use super::weights::PipelineWeights;
+use crate::checkpoint::all_finite;
+use crate::comm::{Communicator, CommunicatorExt};
+use crate::config::{OutputPlan, SaveDtype};
+use crate::model::{Component, ComponentWriter, PipelineExport};
+
+/// Which pipeline is written where, and how.
+pub struct Export<'a> {
+    pub model_dir: &'a Path,
+    pub variant: &'a str,
+    pub trained: &'a [Component],
+    pub output: &'a OutputPlan,
+}
+
+/// Writes the pipeline folder; a collective. Everything is written aside first, so an interruption leaves no folder
+/// that looks like a pipeline and is none.
+pub fn export(network: &Network, weights: &PipelineWeights, comm: &dyn Communicator, export: &Export) -> Result<()> {
+    let aside = export.output.dir.join(".writing-pipeline");
+    let written = write(network, weights, comm, export, &aside);
+    if written.is_err() && comm.rank() == 0 {
+        // Best effort: the error that led here is the one to report.
+        let _ = fs::remove_dir_all(&aside);
+    }
+    written
+}
+
+fn write(
+    network: &Network,
+    weights: &PipelineWeights,
+    comm: &dyn Communicator,
+    export: &Export,
+    aside: &Path,
+) -> Result<()> {
+    let writers = match comm.rank() {
+        0 => start(weights, export, aside).map(Some),
+        _ => Ok(None),
+    };
+    let mut result = comm.agree(writers)?;
+    for i in 0..network.store.len() {
+        if !network.store.trains(i) {
+            continue;
+        }
+        let whole = network.store.whole_master(i)?;
+        let written = match &mut result {
+            Some(writers) => write_segment(writers, network, i, &whole),
+            None => Ok(()),
+        };
+        comm.agree(written)?;
+    }
+    let finished = match result {
+        Some(writers) => finish(writers, export, aside),
+        None => Ok(()),
+    };
+    comm.agree(finished)
+}
+
+type Writers = Vec<(Component, ComponentWriter)>;
+
+fn start(weights: &PipelineWeights, export: &Export, aside: &Path) -> Result<Writers> {
+    if aside.exists() {
+        fs::remove_dir_all(aside).with_context(|| format!("removing {}", aside.display()))?;
+    }
+    let dtype = match export.output.save_dtype {
+        SaveDtype::F32 => DType::F32,
+        SaveDtype::F16 => DType::F16,
+        SaveDtype::Bf16 => DType::BF16,
+    };
+    let writer = |&component: &Component| {
+        let writer = ComponentWriter::create(&aside.join(component.name()), weights.component(component), dtype)?;
+        Ok((component, writer))
+    };
+    export.trained.iter().map(writer).collect()
+}
+
+fn write_segment(writers: &mut Writers, network: &Network, i: usize, whole: &[f32]) -> Result<()> {
+    for entry in &network.store.layout(i).entries {
+        let component = Component::of(&entry.name);
+        let writer = writers.iter_mut().find(|(c, _)| Some(*c) == component).map(|(_, w)| w);
+        let writer = writer.with_context(|| format!("{} belongs to no trained component", entry.name))?;
+        let values = &whole[entry.offset..entry.offset + entry.len];
+        ensure!(
+            all_finite(values),
+            "{} is not finite after the last step: lower optimizer.learning_rate, or add warm-up (lr_schedule.warmup_steps)",
+            entry.name
+        );
+        writer.write(&entry.name, 0, values)?;
+    }
+    Ok(())
+}
+
+fn finish(writers: Writers, export: &Export, aside: &Path) -> Result<()> {
+    for (_, writer) in writers {
+        writer.finish()?;
+    }
+    let skeleton = PipelineExport {
+        model_dir: export.model_dir,
+        variant: export.variant,
+        trained: export.trained,
+        skip_text_encoder: export.output.skip_save_text_encoder,
+    };
+    skeleton.write_skeleton(aside)?;
+    let mut entries: Vec<_> = fs::read_dir(aside)?.collect::<Result<_, _>>()?;
+    // The index last: with it the folder is a pipeline.
+    entries.sort_by_key(|entry| entry.file_name() == "model_index.json");
+    for entry in entries {
+        let target = export.output.dir.join(entry.file_name());
+        if target.is_dir() {
+            fs::remove_dir_all(&target).with_context(|| format!("replacing {}", target.display()))?;
+        }
+        fs::rename(entry.path(), &target).with_context(|| format!("writing {}", target.display()))?;
+    }
+    fs::remove_dir(aside).with_context(|| format!("removing {}", aside.display()))
+}
+
+/// Writes the reduced gradients as fp32 safetensors, by their names in the model's own files; a collective.
+pub fn save_gradients(
+    network: &Network,
+    weights: &PipelineWeights,
+    comm: &dyn Communicator,
+    path: &Path,
+) -> Result<()> {
+    let mut header = Map::new();
+    let mut data: Vec<u8> = Vec::new();
+    for i in 0..network.store.len() {
+        let Some(whole) = network.reducer.whole(i)? else { continue };
+        if comm.rank() > 0 {
+            continue;
+        }
+        for entry in &network.store.layout(i).entries {
+            let component = Component::of(&entry.name).context("a trained tensor of no component")?;
+            let own = weights.component(component).name_in_file(&entry.name).unwrap_or(&entry.name);
+            let start = data.len();
+            let values = &whole[entry.offset..entry.offset + entry.len];
+            data.extend(values.iter().flat_map(|x| x.to_le_bytes()));
+            let place = json!({ "dtype": "F32", "shape": entry.shape, "data_offsets": [start, data.len()] });
+            header.insert(format!("{}.{own}", component.name()), place);
+        }
+    }
+    let written = match comm.rank() {
+        0 => write_safetensors(path, header, &data),
+        _ => Ok(()),
+    };
+    comm.agree(written)
+}
+
+fn write_safetensors(path: &Path, header: Map<String, serde_json::Value>, data: &[u8]) -> Result<()> {
+    let mut header = serde_json::to_vec(&header)?;
+    header.resize(header.len().next_multiple_of(8), b' ');
+    let bytes = [&(header.len() as u64).to_le_bytes()[..], &header, data].concat();
+    if let Some(parent) = path.parent() {
+        fs::create_dir_all(parent).with_context(|| format!("creating {}", parent.display()))?;
+    }
+    fs::write(path, bytes).with_context(|| format!("writing {}", path.display()))
+}

@@ -1,0 +1,40 @@
+//! Networks that are only run: the VAE's encoder, a text encoder that does not train. Every rank has its own copy, so
+//! running one is no collective.
+
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use candle_core::{DType, Tensor};
+
+use crate::comm::Solo;
+use crate::device::Arena;
+use crate::segment::{Keep, SegmentGraph, SlotId, Tape};
+use crate::zero::{ParamStore, Ranks, Stage, WeightSource};
+
+/// A frozen network with its weights.
+pub struct Frozen {
+    graph: SegmentGraph,
+    store: ParamStore,
+}
+
+impl Frozen {
+    pub fn load(graph: SegmentGraph, dtype: DType, arena: &Arena, weights: &dyn WeightSource) -> Result<Self> {
+        let ranks = Ranks { comm: Arc::new(Solo), stage: Stage::Replicated, reduce_dtype: DType::F32 };
+        let segments = graph.nodes.iter().map(|n| (&n.params, None));
+        let store = ParamStore::load(&ranks, dtype, arena, segments, weights)?;
+        Ok(Frozen { graph, store })
+    }
+
+    /// Runs the whole graph and takes the value of slot `output`.
+    pub fn run(&self, inputs: Vec<(SlotId, Tensor)>, output: SlotId) -> Result<Tensor> {
+        let mut tape = Tape::new(&self.graph, Keep::Nothing);
+        for (slot, value) in inputs {
+            tape.set(slot, value);
+        }
+        for (i, node) in self.graph.nodes.iter().enumerate() {
+            let _fetched = self.store.fetch(i)?;
+            tape.run(i).with_context(|| format!("running {}", node.name))?;
+        }
+        Ok(tape.take(output)?)
+    }
+}

@@ -1,0 +1,64 @@
+//! A rank's whole run: set up, train, leave the trained pipeline behind.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+
+use super::export::{self, Export};
+use super::setup;
+use super::trainer::{Ending, Trainer};
+use crate::checkpoint;
+use crate::comm::CommunicatorExt;
+use crate::config::RunPlan;
+use crate::launch::{Event, Rank};
+
+/// Trains as `plan` says, from the model in `model_dir`. A collective, like everything in it. Nothing is written before
+/// all that can be refused was looked at.
+pub fn run(plan: &RunPlan, model_dir: &Path, rank: &Rank) -> Result<Ending> {
+    let mut trainer = setup::build(plan, model_dir, rank)?;
+    trainer.comm.agree(prepare_output(&trainer))?;
+    let begun = trainer.begin();
+    trainer.comm.agree(begun)?;
+    let start = Event::Start { total_steps: trainer.total_steps, done_steps: trainer.position.step };
+    rank.events.send(&start);
+    let ending = trainer.train()?;
+    if ending == Ending::Done {
+        let export = Export {
+            model_dir,
+            variant: plan.model.variant.as_deref().unwrap_or(""),
+            trained: setup::trained(plan),
+            output: &plan.output,
+        };
+        export::export(&trainer.network, &trainer.weights, &*trainer.comm, &export).context("writing the pipeline")?;
+        rank.events.send(&Event::Done);
+    }
+    Ok(ending)
+}
+
+/// Rank 0 makes the output folder, clears what another run left if this one starts afresh (the configuration allowed
+/// it), and records the resolved configuration.
+fn prepare_output(trainer: &Trainer) -> Result<()> {
+    if trainer.comm.rank() > 0 {
+        return Ok(());
+    }
+    let dir = &trainer.plan.output.dir;
+    fs::create_dir_all(dir).with_context(|| format!("creating {}", dir.display()))?;
+    let step = trainer.position.step;
+    for path in checkpoint::clear_leftovers(dir, step)? {
+        let what = match step {
+            0 => format!("removed {}, of the run that was here", path.display()),
+            _ => format!("removed {}: the run goes on from step {step}", path.display()),
+        };
+        trainer.rank.events.send(&Event::Message(what));
+    }
+    let index = dir.join("model_index.json");
+    if step == 0 && index.exists() {
+        // What is left of the other run's pipeline is none without its index.
+        fs::remove_file(&index).with_context(|| format!("removing {}", index.display()))?;
+    }
+    let mut resolved = trainer.plan.clone();
+    resolved.train.seed = Some(trainer.seed);
+    let path = dir.join("config.toml");
+    fs::write(&path, resolved.to_toml()?).with_context(|| format!("writing {}", path.display()))
+}

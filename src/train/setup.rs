@@ -1,0 +1,298 @@
+//! From a plan to a trainer: opens the model, the pictures and the checkpoint, and loads what this rank keeps.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::Result;
+use candle_core::{DType, Device};
+
+use super::frozen::Frozen;
+use super::items::Sampler;
+use super::metrics::Metrics;
+use super::network::{Memory, Network};
+use super::rows::{RowMaker, RowSettings, Vae};
+use super::text::Prompts;
+use super::trainer::Trainer;
+use super::weights::PipelineWeights;
+use crate::Refusal;
+use crate::checkpoint::{self, Checkpoint, Position, SegmentRecord};
+use crate::comm::{Communicator, SliceMut};
+use crate::config::{DeviceKind, LrKind as PlannedKind, MixedPrecision, ReduceDtype, Resume, RunPlan, Steps, Toggle};
+use crate::data::{ClipTokenizer, Dataset, Tokens};
+use crate::device::{Arena, Compute};
+use crate::diffusion::{Draws, NoiseSchedule, Record};
+use crate::launch::{Event, Rank};
+use crate::model::{self, Component, Denoiser, TextConfig, UnetConfig, VaeConfig};
+use crate::optim::{LrKind, LrSchedule};
+use crate::segment::Keep;
+use crate::zero::{Ranks, Stage};
+
+/// A network with fewer parameters keeps its graphs under `recompute = "auto"`: they fit wherever its states do.
+const RECOMPUTE_FROM: usize = 100_000_000;
+
+/// The configurations of a pipeline's components.
+pub struct Configs {
+    pub unet: UnetConfig,
+    pub text: TextConfig,
+    pub vae: VaeConfig,
+}
+
+impl Configs {
+    pub fn read(model_dir: &Path) -> Result<Self> {
+        let unet = UnetConfig::read(&model_dir.join("unet"))?;
+        let text = TextConfig::read(&model_dir.join("text_encoder"))?;
+        let vae = VaeConfig::read(&model_dir.join("vae"))?;
+        model::check_text_width(&unet, &text)?;
+        Ok(Configs { unet, text, vae })
+    }
+}
+
+/// Builds a trainer that stands where the run begins or resumes. Collective.
+pub fn build<'a>(plan: &'a RunPlan, model_dir: &Path, rank: &'a Rank) -> Result<Trainer<'a>> {
+    let comm = rank.communicator.clone();
+    let resumed = match resume_folder(plan)? {
+        Some(folder) => Some(Checkpoint::open(&folder)?),
+        None => None,
+    };
+    let seed = agree_on_seed(plan.train.seed, resumed.as_ref(), &*comm)?;
+    let configs = Configs::read(model_dir)?;
+    let weights = PipelineWeights::open(model_dir, plan.model.variant.as_deref().unwrap_or(""))?;
+    let dataset = Dataset::open(&plan.dataset_options(false))?;
+    let schedule = NoiseSchedule::from_json(&model_dir.join("scheduler").join("scheduler_config.json"))?;
+    let arena = Arena::new("frozen network", None);
+    let compute = compute(plan)?;
+
+    let (network, slots) = network(plan, &configs, &weights, resumed.as_ref(), &comm, compute.dtype)?;
+    let prompts = prompts(plan, model_dir, &configs, &weights, &arena, &compute)?;
+    let batch_items = plan.train.batch_size.saturating_mul(comm.world_size()) as u64;
+    let epoch_items = dataset.len() as u64;
+    let replay = match &plan.replay {
+        Some(replay) => Some((Record::open(&replay.draws)?, replay.pixels)),
+        None => None,
+    };
+    let steps = match &replay {
+        Some((record, _)) => Steps::replayed(record, dataset.len(), &plan.train)?,
+        None => Steps::of(dataset.len(), &plan.train, comm.world_size()),
+    };
+    let total_steps = steps.total as u64;
+    let mut position = resumed.as_ref().map_or(Position::default(), |c| c.manifest.position);
+    if position.items_in_epoch >= epoch_items {
+        // There are fewer images than there were.
+        (position.epoch, position.items_in_epoch) = (position.epoch + 1, 0);
+    }
+    let draws = Draws::new(seed);
+    say_where_it_begins(plan, resumed.as_ref(), seed, total_steps, rank);
+    let rows = RowMaker {
+        vae: vae(&configs.vae, &weights, &arena, &compute)?,
+        dataset,
+        schedule,
+        draws,
+        replay,
+        settings: RowSettings {
+            prior_weight: plan.prior.as_ref().map(|p| p.loss_weight),
+            snr_gamma: plan.train.snr_gamma,
+            snr_velocity: plan.train.snr_velocity,
+            offset_noise: plan.train.offset_noise,
+            resolution: plan.data.resolution,
+            cache_latents: plan.data.cache_latents != Toggle::Off,
+        },
+        cached_moments: HashMap::new(),
+    };
+    Ok(Trainer {
+        plan,
+        rank,
+        network,
+        slots,
+        unet: configs.unet,
+        weights,
+        compute,
+        prompts,
+        rows,
+        sampler: Sampler::new(draws, epoch_items, batch_items),
+        metrics: Metrics::closed(),
+        position,
+        total_steps,
+        schedule: lr_schedule(plan, total_steps),
+        seed,
+        comm,
+    })
+}
+
+/// Where and in what precision the plan computes.
+fn compute(plan: &RunPlan) -> Result<Compute> {
+    let device = match plan.model.device {
+        DeviceKind::Cpu => Device::Cpu,
+        DeviceKind::Cuda => Device::new_cuda_with_stream(0)?,
+    };
+    let dtype = match plan.train.mixed_precision {
+        MixedPrecision::No => DType::F32,
+        MixedPrecision::Bf16 => DType::BF16,
+    };
+    Ok(Compute { device, dtype })
+}
+
+/// Which components train.
+pub fn trained(plan: &RunPlan) -> &'static [Component] {
+    match plan.model.train_text_encoder {
+        true => &[Component::Unet, Component::TextEncoder],
+        false => &[Component::Unet],
+    }
+}
+
+/// The folder to resume from, if any. `latest` with nothing found starts afresh, as in the peers.
+fn resume_folder(plan: &RunPlan) -> Result<Option<PathBuf>> {
+    match &plan.checkpoint.resume {
+        Resume::No => Ok(None),
+        Resume::Latest => checkpoint::latest(&plan.output.dir),
+        Resume::Folder(folder) => Ok(Some(folder.clone())),
+    }
+}
+
+/// The configuration's seed, else the checkpoint's, else one that rank 0 draws; the same on all ranks. A collective.
+fn agree_on_seed(configured: Option<u64>, resumed: Option<&Checkpoint>, comm: &dyn Communicator) -> Result<u64> {
+    let mut bytes = [0u8; 8];
+    if comm.rank() == 0 {
+        let seed = configured.or(resumed.map(|c| c.manifest.seed)).unwrap_or_else(fresh_seed);
+        bytes = seed.to_le_bytes();
+    }
+    comm.broadcast(SliceMut::U8(&mut bytes), 0)?;
+    Ok(u64::from_le_bytes(bytes))
+}
+
+/// A seed that nobody chose, small enough for TOML's signed integers.
+fn fresh_seed() -> u64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    xxhash_rust::xxh3::xxh3_64_with_seed(&since.as_nanos().to_le_bytes(), u64::from(std::process::id())) >> 16
+}
+
+/// What trains: the UNet, with the text encoder in front of it if that trains, too.
+pub fn trained_graph(plan: &RunPlan, configs: &Configs, dtype: DType) -> Denoiser {
+    let text = plan.model.train_text_encoder.then_some(&configs.text);
+    model::denoiser(&configs.unet, text, plan.data.text_encoder_use_attention_mask, dtype)
+}
+
+fn network(
+    plan: &RunPlan,
+    configs: &Configs,
+    weights: &PipelineWeights,
+    resumed: Option<&Checkpoint>,
+    comm: &Arc<dyn Communicator>,
+    dtype: DType,
+) -> Result<(Network, model::DenoiserSlots)> {
+    let Denoiser { graph, slots } = trained_graph(plan, configs, dtype);
+    for &component in trained(plan) {
+        let wanted = model::wanted(&graph, component);
+        weights.component(component).check(&wanted)?;
+    }
+    let ranks = Ranks {
+        comm: comm.clone(),
+        stage: Stage::from_number(plan.zero.stage).ok_or_else(|| Refusal::error("zero.stage is 0, 1, 2 or 3"))?,
+        reduce_dtype: match plan.zero.reduce_dtype {
+            ReduceDtype::F32 => DType::F32,
+            ReduceDtype::Bf16 => DType::BF16,
+            ReduceDtype::F16 => DType::F16,
+        },
+    };
+    if let Some(checkpoint) = resumed {
+        let records = graph.nodes.iter().map(|n| SegmentRecord::new(&n.name, n.params.layout()));
+        checkpoint.check(&records.collect::<Vec<_>>())?;
+    }
+    let source: &dyn crate::zero::WeightSource = match resumed {
+        Some(checkpoint) => checkpoint,
+        None => weights,
+    };
+    let recompute = match plan.train.recompute {
+        Toggle::On => true,
+        Toggle::Off => false,
+        Toggle::Auto => graph.parameters() >= RECOMPUTE_FROM,
+    };
+    let keep = if recompute { Keep::Inputs } else { Keep::Graph };
+    let mut network = Network::load(graph, &ranks, dtype, keep, Memory::unlimited(), source)?;
+    if let Some(checkpoint) = resumed {
+        for (i, moments) in network.moments.iter_mut().enumerate() {
+            if let Some(moments) = moments {
+                checkpoint.read_moments(&network.store, i, moments)?;
+            }
+        }
+    }
+    Ok((network, slots))
+}
+
+fn vae(config: &VaeConfig, weights: &PipelineWeights, arena: &Arena, compute: &Compute) -> Result<Vae> {
+    let encoder = model::vae_encoder(config);
+    weights.component(Component::Vae).check(&model::wanted(&encoder.graph, Component::Vae))?;
+    Ok(Vae {
+        // fp32 in every precision: some published VAEs overflow in fp16, and it runs without a way back.
+        network: Frozen::load(encoder.graph, DType::F32, arena, weights)?,
+        pixels: encoder.pixels,
+        moments: encoder.moments,
+        device: compute.device.clone(),
+        latent_channels: config.latent_channels,
+        downscale: config.downscale(),
+        scaling_factor: config.scaling_factor as f32,
+    })
+}
+
+/// The tokens of the instance prompt and, under prior preservation, of the class prompt.
+fn tokens(plan: &RunPlan, model_dir: &Path) -> Result<Vec<Tokens>> {
+    let tokenizer = ClipTokenizer::open(&model_dir.join("tokenizer"), plan.data.tokenizer_max_length)?;
+    let prompts = std::iter::once(&plan.data.instance_prompt).chain(plan.prior.as_ref().map(|p| &p.class_prompt));
+    prompts.map(|prompt| tokenizer.encode(prompt)).collect()
+}
+
+fn prompts(
+    plan: &RunPlan,
+    model_dir: &Path,
+    configs: &Configs,
+    weights: &PipelineWeights,
+    arena: &Arena,
+    compute: &Compute,
+) -> Result<Prompts> {
+    let tokens = tokens(plan, model_dir)?;
+    if plan.model.train_text_encoder {
+        return Ok(Prompts::Tokens(tokens));
+    }
+    // Encoded once, in fp32, and then dropped: a frozen encoder gives the same states every time.
+    let encoder = model::text_encoder(&configs.text, plan.data.text_encoder_use_attention_mask, DType::F32);
+    weights.component(Component::TextEncoder).check(&model::wanted(&encoder.graph, Component::TextEncoder))?;
+    let frozen = Frozen::load(encoder.graph, DType::F32, arena, weights)?;
+    Prompts::encode(&frozen, &encoder.slots, &tokens, compute)
+}
+
+/// Tells the user what a resumed run goes on from and what has changed meanwhile.
+fn say_where_it_begins(plan: &RunPlan, resumed: Option<&Checkpoint>, seed: u64, total_steps: u64, rank: &Rank) {
+    let say = |what: String| rank.events.send(&Event::Message(what));
+    let Some(Checkpoint { path, manifest, .. }) = resumed else {
+        if plan.checkpoint.resume != Resume::No {
+            say(format!("no checkpoint in {} yet: the run begins at the first step", plan.output.dir.display()));
+        }
+        return;
+    };
+    let done = manifest.position.step;
+    say(format!("going on from {}, after step {done}", path.display()));
+    let (was, now) = (manifest.learning_rate, plan.optimizer.learning_rate);
+    // Not to the bit: the number has been through a text.
+    if (was - now).abs() > 1e-12 * was.abs() {
+        say(format!("optimizer.learning_rate is {now:e} from here on; it was {was:e}"));
+    }
+    if seed != manifest.seed {
+        say(format!("train.seed is {seed} from here on; it was {}", manifest.seed));
+    }
+    if done >= total_steps {
+        say(format!("all {total_steps} steps are done: only the pipeline is written"));
+    }
+}
+
+fn lr_schedule(plan: &RunPlan, total_steps: u64) -> LrSchedule {
+    let kind = match plan.lr_schedule.kind {
+        PlannedKind::Constant => LrKind::Constant,
+        PlannedKind::ConstantWithWarmup => LrKind::ConstantWithWarmup,
+        PlannedKind::Linear => LrKind::Linear,
+        PlannedKind::Cosine => LrKind::Cosine,
+        PlannedKind::CosineWithRestarts => LrKind::CosineWithRestarts { cycles: plan.lr_schedule.cycles as u64 },
+        PlannedKind::Polynomial => LrKind::Polynomial { power: plan.lr_schedule.power },
+    };
+    let warmup_steps = plan.lr_schedule.warmup_steps as u64;
+    LrSchedule { kind, warmup_steps, total_steps, base_rate: plan.optimizer.learning_rate }
+}

@@ -1,0 +1,280 @@
+//! The run: optimizer steps until the last one, with their metrics, checkpoints and the ways a run can end early.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use candle_core::{DType, Tensor};
+
+use super::items::{Items, Sampler};
+use super::metrics::{Metrics, MicroRow, StepRow};
+use super::network::Network;
+use super::rows::{PixelDifference, RowMaker, Rows};
+use super::step::{Group, Inputs, clip_factor};
+use super::text::Prompts;
+use super::weights::PipelineWeights;
+use crate::checkpoint::{self, Position};
+use crate::comm::{Communicator, CommunicatorExt, Slice, SliceMut};
+use crate::config::{Resume, RunPlan};
+use crate::device::{Compute, peak_rss_bytes};
+use crate::diffusion::loss_and_gradient;
+use crate::launch::{Event, Rank};
+use crate::model::{DenoiserSlots, UnetConfig, time_features};
+use crate::optim::{AdamW, LrSchedule};
+use crate::zero::Partition;
+
+/// How a run ended, errors aside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    Done,
+    /// The user asked for it; a checkpoint was written if the configuration says so.
+    Interrupted,
+}
+
+/// A run in progress on this rank.
+pub struct Trainer<'a> {
+    pub plan: &'a RunPlan,
+    pub rank: &'a Rank,
+    pub comm: Arc<dyn Communicator>,
+    pub network: Network,
+    pub slots: DenoiserSlots,
+    pub unet: UnetConfig,
+    pub weights: PipelineWeights,
+    pub compute: Compute,
+    pub prompts: Prompts,
+    pub rows: RowMaker,
+    pub sampler: Sampler,
+    pub metrics: Metrics,
+    pub position: Position,
+    pub total_steps: u64,
+    pub schedule: LrSchedule,
+    pub seed: u64,
+}
+
+/// What the ranks tell each other after a micro-batch.
+struct MicroReport {
+    loss: f64,
+    pixels: PixelDifference,
+}
+
+impl Trainer<'_> {
+    /// Opens `metrics.jsonl` on rank 0, once the output folder is there.
+    pub fn begin(&mut self) -> Result<()> {
+        let kept = if self.goes_on_here() { self.position.step } else { 0 };
+        self.metrics = Metrics::open(&self.plan.output.dir, kept, self.comm.rank() == 0)?;
+        Ok(())
+    }
+
+    /// Whether the rows that are there are this run's: where it goes on from a checkpoint beside them.
+    fn goes_on_here(&self) -> bool {
+        let Resume::Folder(folder) = &self.plan.checkpoint.resume else { return true };
+        let beside = folder.join("..").canonicalize();
+        beside.is_ok_and(|beside| self.plan.output.dir.canonicalize().is_ok_and(|own| own == beside))
+    }
+
+    /// Trains to the last step, or until the user interrupts.
+    pub fn train(&mut self) -> Result<Ending> {
+        while self.position.step < self.total_steps {
+            self.step().with_context(|| format!("step {}", self.position.step + 1))?;
+            if self.anyone_interrupted()? {
+                if self.plan.checkpoint.on_interrupt {
+                    self.save()?;
+                }
+                return Ok(Ending::Interrupted);
+            }
+            let every = self.plan.checkpoint.every.map_or(0, |n| n as u64);
+            if every > 0 && self.position.step.is_multiple_of(every) {
+                self.save()?;
+            }
+        }
+        Ok(Ending::Done)
+    }
+
+    /// One optimizer step: micro-batches until enough are accumulated or the epoch ends, then the update.
+    fn step(&mut self) -> Result<()> {
+        let started = Instant::now();
+        let (mut losses, mut images) = (0.0, 0usize);
+        let accumulation = self.plan.train.accumulation;
+        let rate = self.rate();
+        let mut micro_batches = 0;
+        loop {
+            let micro_step = self.position.micro_step;
+            let record = self.rows.replay.as_ref().map(|(record, _)| record);
+            let items = self.sampler.next(&mut self.position, record)?;
+            let report = self.micro_batch(&items, micro_step)?;
+            self.metrics.write(&self.micro_row(micro_step, &report, rate))?;
+            losses += report.loss;
+            images += items.items.len() * if self.rows.settings.prior_weight.is_some() { 2 } else { 1 };
+            micro_batches += 1;
+            if micro_batches == accumulation || items.ends_epoch {
+                break;
+            }
+        }
+        let norm = self.network.reduce()?;
+        self.save_first_gradients()?;
+        let clip = clip_factor(norm, self.plan.train.max_grad_norm.unwrap_or(0.0));
+        let step = self.position.step + 1;
+        let factor = self.schedule.factor(self.position.step);
+        let optimizer = self.plan.optimizer.clone();
+        self.network.update(step, clip, |segment| group(&optimizer, segment, factor))?;
+        self.position.step = step;
+        let seconds = started.elapsed().as_secs_f64();
+        let row = StepRow {
+            step,
+            loss: losses / micro_batches as f64,
+            grad_norm: norm,
+            lr: rate,
+            seconds,
+            images_per_second: images as f64 / seconds,
+            peak_vram_bytes: 0,
+            peak_rss_bytes: peak_rss_bytes(),
+            skipped: false,
+        };
+        self.metrics.write(&row)?;
+        self.rank.events.send(&Event::Step {
+            step,
+            total: self.total_steps,
+            loss: row.loss,
+            lr: row.lr,
+            images_per_second: row.images_per_second,
+            skipped: false,
+        });
+        Ok(())
+    }
+
+    /// The rate of the coming step, of the UNet's group.
+    fn rate(&self) -> f64 {
+        self.plan.optimizer.learning_rate * self.schedule.factor(self.position.step)
+    }
+
+    fn micro_row(&self, micro_step: u64, report: &MicroReport, lr: f64) -> MicroRow {
+        let compared = report.pixels.count > 0.0;
+        MicroRow {
+            micro_step,
+            step: self.position.step + 1,
+            loss: report.loss,
+            lr,
+            pixels_max_levels: compared.then_some(report.pixels.max),
+            pixels_mean_levels: compared.then_some(report.pixels.sum / report.pixels.count),
+        }
+    }
+
+    /// Forward and backward of one micro-batch: this rank's rows here, the others' there.
+    fn micro_batch(&mut self, items: &Items, micro_step: u64) -> Result<MicroReport> {
+        let partition = Partition::new(self.comm.rank(), self.comm.world_size());
+        let local = partition.items(items.items.len());
+        if local.is_empty() {
+            self.network.forward_backward(None, |_| bail!("a rank without rows has no loss"))?;
+            return self.agree(0.0, PixelDifference::default(), String::new());
+        }
+        let rows = self.rows.rows(&items.items, local, micro_step)?;
+        let inputs = self.inputs(&rows)?;
+        let mut loss = 0.0;
+        let mut trouble = String::new();
+        let accumulation = self.plan.train.accumulation;
+        self.network.forward_backward(Some(inputs), |prediction| {
+            let dims = prediction.dims4()?;
+            let values = prediction.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+            let mut gradient = vec![0f32; values.len()];
+            let shape = rows.shape(dims.1);
+            let value = loss_and_gradient(&values, &rows.targets, shape, &rows.weights, accumulation, &mut gradient);
+            loss = value.loss;
+            if !loss.is_finite() {
+                trouble = rows.describe((0..rows.len()).filter(|&r| !value.row_mse[r].is_finite()));
+            }
+            Ok(Tensor::from_vec(gradient, dims, prediction.device())?.to_dtype(prediction.dtype())?)
+        })?;
+        self.agree(loss, rows.pixels, trouble)
+    }
+
+    /// The graph's inputs for these rows.
+    fn inputs(&self, rows: &Rows) -> Result<Inputs> {
+        let (channels, h, w) = rows.latent;
+        let features = time_features(&rows.timesteps, &self.unet);
+        let width = features.len() / rows.len();
+        let tensor = |values: Vec<f32>, shape: &[usize]| -> Result<Tensor> {
+            Ok(Tensor::from_vec(values, shape, &self.compute.device)?.to_dtype(self.compute.dtype)?)
+        };
+        let mut slots = vec![
+            (self.slots.sample, tensor(rows.sample.clone(), &[rows.len(), channels, h, w])?),
+            (self.slots.time_features, tensor(features, &[rows.len(), width])?),
+        ];
+        slots.extend(self.prompts.slots(&self.slots.conditioning, &rows.kinds, &self.compute.device)?);
+        Ok(Inputs { slots, prediction: self.slots.prediction })
+    }
+
+    /// Adds up the ranks' losses; stops all of them, saying where, if the sum is not finite. A collective.
+    fn agree(&self, loss: f64, pixels: PixelDifference, trouble: String) -> Result<MicroReport> {
+        let mine = [loss, pixels.max, pixels.sum, pixels.count];
+        let mut all = vec![0f64; mine.len() * self.comm.world_size()];
+        self.comm.all_gather(Slice::F64(&mine), SliceMut::F64(&mut all))?;
+        let mut report = MicroReport { loss: 0.0, pixels: PixelDifference::default() };
+        for rank in all.chunks_exact(mine.len()) {
+            report.loss += rank[0];
+            report.pixels.max = report.pixels.max.max(rank[1]);
+            report.pixels.sum += rank[2];
+            report.pixels.count += rank[3];
+        }
+        if report.loss.is_finite() {
+            return Ok(report);
+        }
+        let everyone = self.comm.gather_strings(&trouble)?;
+        let rows = everyone.into_iter().filter(|rows| !rows.is_empty()).collect::<Vec<_>>().join(", ");
+        bail!(
+            "the loss of micro-batch {} is {}: {rows}. Lower optimizer.learning_rate, add warm-up \
+             (lr_schedule.warmup_steps), or look at these images; {}",
+            self.position.micro_step - 1,
+            report.loss,
+            match checkpoint::latest(&self.plan.output.dir)? {
+                Some(path) => format!("{} is from before this step", path.display()),
+                None => "there is no checkpoint from before this step".to_string(),
+            }
+        );
+    }
+
+    /// Whether any rank was told to stop; a collective.
+    fn anyone_interrupted(&self) -> Result<bool> {
+        self.comm.any(self.rank.interrupt.interrupted())
+    }
+
+    /// `replay.save_gradients`: the reduced gradients of the first step, before clipping. A collective.
+    fn save_first_gradients(&self) -> Result<()> {
+        let path = self.plan.replay.as_ref().and_then(|r| r.save_gradients.as_ref());
+        match path {
+            Some(path) if self.position.step == 0 => {
+                super::export::save_gradients(&self.network, &self.weights, &*self.comm, path)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Writes `checkpoint-N/`; a collective.
+    fn save(&self) -> Result<()> {
+        let path = checkpoint::save(
+            &*self.comm,
+            &checkpoint::Saving {
+                output_dir: &self.plan.output.dir,
+                store: &self.network.store,
+                moments: &self.network.moments,
+                position: self.position,
+                seed: self.seed,
+                stage: self.plan.zero.stage,
+                learning_rate: self.plan.optimizer.learning_rate,
+                keep: self.plan.checkpoint.keep,
+            },
+        )
+        .with_context(|| format!("writing the checkpoint of step {}", self.position.step))?;
+        self.rank.events.send(&Event::CheckpointWritten { step: self.position.step, path });
+        Ok(())
+    }
+}
+
+/// How a segment is updated: the text encoder has its own rate and decay.
+fn group(plan: &crate::config::OptimizerPlan, segment: &str, factor: f64) -> Group {
+    let (rate, weight_decay) = match segment.starts_with("text_encoder.") {
+        true => (plan.text_encoder_learning_rate, plan.text_encoder_weight_decay),
+        false => (plan.learning_rate, plan.weight_decay),
+    };
+    let adamw = AdamW { beta1: plan.beta1, beta2: plan.beta2, epsilon: plan.epsilon, weight_decay };
+    Group { adamw, rate: rate * factor }
+}
