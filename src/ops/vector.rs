@@ -55,12 +55,26 @@ pub fn unwritten<T: Element>(len: usize) -> Vec<T> {
     unsafe { Vec::from_raw_parts(values.as_mut_ptr(), len, values.capacity()) }
 }
 
+/// Side of the squares that a transpose goes by.
+const SQUARE: usize = 16;
+
 /// An activation dtype whose numbers can be read and written as f32 in pieces.
 pub trait Real: Element {
     /// `source` as f32: itself if it is, else converted into `scratch`, which is at least as long.
     fn read<'a>(source: &'a [Self], scratch: &'a mut [f32]) -> &'a [f32];
     /// `source` itself if it is f32.
     fn direct(source: &[Self]) -> Option<&[f32]>;
+    /// to[column][row] = from[row][column], rows of `from` and of `to` being that many numbers apart.
+    fn transpose(from: &[Self], from_stride: usize, size: (usize, usize), to: &mut [Self], to_stride: usize) {
+        let (rows, columns) = size;
+        for row in (0..rows).step_by(SQUARE) {
+            let high = SQUARE.min(rows - row);
+            for column in 0..columns {
+                let from = from[row * from_stride + column..].iter().step_by(from_stride);
+                to[column * to_stride + row..][..high].iter_mut().zip(from).for_each(|(to, &from)| *to = from);
+            }
+        }
+    }
     /// Lets `fill` write all of `target` as f32, directly or by way of `scratch`, rounding to nearest even.
     fn write(target: &mut [Self], scratch: &mut [f32], fill: impl FnOnce(&mut [f32]));
 }
@@ -73,6 +87,9 @@ impl Real for f32 {
     #[inline(always)]
     fn direct(source: &[Self]) -> Option<&[f32]> {
         Some(source)
+    }
+    fn transpose(from: &[Self], from_stride: usize, size: (usize, usize), to: &mut [Self], to_stride: usize) {
+        transpose(from, from_stride, size, to, to_stride)
     }
     #[inline(always)]
     fn write(target: &mut [Self], _scratch: &mut [f32], fill: impl FnOnce(&mut [f32])) {
@@ -260,7 +277,7 @@ fn fold(mut lanes: [f32; LANES]) -> f32 {
 }
 
 /// to[column][row] = from[row][column], rows of `from` and of `to` being that many numbers apart.
-pub fn transpose(from: &[f32], from_stride: usize, rows: usize, columns: usize, to: &mut [f32], to_stride: usize) {
+pub fn transpose(from: &[f32], from_stride: usize, (rows, columns): (usize, usize), to: &mut [f32], to_stride: usize) {
     if rows == 0 || columns == 0 {
         return;
     }
@@ -271,9 +288,9 @@ pub fn transpose(from: &[f32], from_stride: usize, rows: usize, columns: usize, 
     );
     #[cfg(target_arch = "x86_64")]
     if is_x86_feature_detected!("avx512f") {
-        for row in (0..rows).step_by(16) {
-            for column in (0..columns).step_by(16) {
-                let size = ((rows - row).min(16), (columns - column).min(16));
+        for row in (0..rows).step_by(SQUARE) {
+            for column in (0..columns).step_by(SQUARE) {
+                let size = ((rows - row).min(SQUARE), (columns - column).min(SQUARE));
                 // SAFETY: the feature is there, and the square is cut to what the assertions have found.
                 unsafe {
                     let from = from.as_ptr().add(row * from_stride + column);
@@ -435,7 +452,11 @@ mod tests {
         for (rows, columns) in [(1, 1), (16, 16), (5, 40), (64, 17), (33, 31)] {
             let from: Vec<f32> = (0..rows * (columns + 3)).map(|i| i as f32).collect();
             let mut to = vec![-1f32; columns * (rows + 2)];
-            transpose(&from, columns + 3, rows, columns, &mut to, rows + 2);
+            transpose(&from, columns + 3, (rows, columns), &mut to, rows + 2);
+            let mut half = vec![f16::NEG_ONE; to.len()];
+            let halves: Vec<f16> = from.iter().map(|&x| f16::from_f32(x)).collect();
+            f16::transpose(&halves, columns + 3, (rows, columns), &mut half, rows + 2);
+            assert!(half.iter().zip(&to).all(|(half, &to)| *half == f16::from_f32(to)));
             for (i, &x) in to.iter().enumerate() {
                 let (column, row) = (i / (rows + 2), i % (rows + 2));
                 assert_eq!(x, if row < rows { from[row * (columns + 3) + column] } else { -1.0 });

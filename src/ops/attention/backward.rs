@@ -225,9 +225,9 @@ impl Block {
             },
         );
         gather(plan, q, count, &mut self.q, self.padded);
-        transpose(&self.q, self.padded, count, d, &mut self.q_columns, self.width);
+        transpose(&self.q, self.padded, (count, d), &mut self.q_columns, self.width);
         self.q_columns.iter_mut().for_each(|x| *x *= plan.scale());
-        transpose(&self.dy, self.padded, count, d, &mut self.dy_columns, self.width);
+        transpose(&self.dy, self.padded, (count, d), &mut self.dy_columns, self.width);
     }
 
     /// Adds what flows between these queries and `keys` keys from `key` on.
@@ -265,6 +265,6 @@ impl Block {
     fn finish(&mut self, plan: &Plan) {
         let (d, factor) = (plan.head_width, 1.0 / (plan.head_width as f32).sqrt());
         self.dq_columns.iter_mut().for_each(|x| *x *= factor);
-        transpose(&self.dq_columns, self.width, d, self.count, &mut self.q, self.padded);
+        transpose(&self.dq_columns, self.width, (d, self.count), &mut self.q, self.padded);
     }
 }

@@ -133,7 +133,7 @@ impl Block {
         if count < self.width {
             self.q_columns.fill(0.0);
         }
-        transpose(rows, plan.head_width, count, plan.head_width, &mut self.q_columns, self.width);
+        transpose(rows, plan.head_width, (count, plan.head_width), &mut self.q_columns, self.width);
         self.q_columns.iter_mut().for_each(|x| *x *= plan.scale());
         self.running.start(self.width);
     }
@@ -165,7 +165,7 @@ impl Block {
         }
         sum.iter_mut().for_each(|sum| *sum = 1.0 / *sum);
         scale_columns(&mut self.sums[..d * self.width], sum);
-        transpose(&self.sums, self.width, d, self.count, rows, d);
+        transpose(&self.sums, self.width, (d, self.count), rows, d);
     }
 }
 
