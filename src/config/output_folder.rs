@@ -80,9 +80,11 @@ fn run_files(dir: &Path) -> Vec<String> {
     found
 }
 
+/// What a run leaves, and what it would replace: a pipeline's folders may be somebody's own.
 fn is_of_a_run(name: &str) -> bool {
-    let named = ["metrics.jsonl", "config.toml", "model_index.json", "pytorch_lora_weights.safetensors"];
-    named.contains(&name) || checkpoint::number(name).is_some()
+    let files = ["metrics.jsonl", "config.toml", "model_index.json", "pytorch_lora_weights.safetensors"];
+    let folders = ["unet", "vae", "text_encoder", "tokenizer", "scheduler"];
+    files.contains(&name) || folders.contains(&name) || checkpoint::number(name).is_some()
 }
 
 /// The longest beginning of `path` that exists.
@@ -184,6 +186,7 @@ mod tests {
     #[test]
     fn only_a_runs_own_files_are_taken_for_one() {
         assert!(is_of_a_run("checkpoint-500") && is_of_a_run("metrics.jsonl") && is_of_a_run("model_index.json"));
+        assert!(is_of_a_run("unet"));
         assert!(!is_of_a_run("checkpoint-notes") && !is_of_a_run("notes.txt"));
     }
 }

@@ -1,7 +1,7 @@
 //! Runs of the real program, each in a folder of its own: a configuration with overrides goes in; the exit status, what
 //! was printed and what was left in the output folder come out.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -71,11 +71,12 @@ pub fn data(name: &str) -> PathBuf {
 pub struct Home {
     dir: tempfile::TempDir,
     jobs: Cell<usize>,
+    configs: RefCell<Vec<String>>,
 }
 
 impl Home {
     pub fn new() -> Home {
-        Home { dir: tempfile::tempdir().unwrap(), jobs: Cell::new(0) }
+        Home { dir: tempfile::tempdir().unwrap(), jobs: Cell::new(0), configs: RefCell::default() }
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -96,7 +97,13 @@ impl Home {
     /// A run of one rank that is yet to be started.
     pub fn job(&self, config: &str) -> Job<'_> {
         let number = self.jobs.replace(self.jobs.get() + 1);
-        let path = self.path(&format!(".job-{number}.toml"));
+        // The same text is the same file, so that messages are the same, too.
+        let mut configs = self.configs.borrow_mut();
+        let known = configs.iter().position(|known| known == config).unwrap_or_else(|| {
+            configs.push(config.to_string());
+            configs.len() - 1
+        });
+        let path = self.path(&format!(".job-config-{known}.toml"));
         fs::write(&path, self.filled(config)).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_dblaunch"));
         // Nothing of the tests' own environment gets through, no launcher's variables and no cache of models.
@@ -206,14 +213,26 @@ pub struct Running {
 impl Running {
     /// Until optimizer step `step` is in `metrics.jsonl`.
     pub fn wait_for_step(&mut self, step: u64) {
-        let since = Instant::now();
         let there = |row: &Value| row.get("grad_norm").is_some() && row["step"].as_u64() >= Some(step);
-        while !self.rows().iter().any(there) {
-            let told = || fs::read_to_string(&self.stderr).unwrap();
-            assert!(self.child.try_wait().unwrap().is_none(), "it ended before step {step}: {}", told());
-            assert!(since.elapsed() < Duration::from_secs(120), "step {step} does not come: {}", told());
+        self.wait_until(&format!("step {step}"), |running| running.rows().iter().any(there));
+    }
+
+    /// Until it has said `words` on standard error.
+    pub fn wait_for_words(&mut self, words: &str) {
+        self.wait_until(words, |running| running.told().contains(words));
+    }
+
+    fn wait_until(&mut self, what: &str, come: impl Fn(&Running) -> bool) {
+        let since = Instant::now();
+        while !come(self) {
+            assert!(self.child.try_wait().unwrap().is_none(), "it ended before {what}: {}", self.told());
+            assert!(since.elapsed() < Duration::from_secs(120), "{what} does not come: {}", self.told());
             std::thread::sleep(Duration::from_millis(2));
         }
+    }
+
+    fn told(&self) -> String {
+        fs::read_to_string(&self.stderr).unwrap()
     }
 
     fn rows(&self) -> Vec<Value> {

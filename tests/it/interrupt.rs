@@ -12,7 +12,7 @@ use crate::harness::{Home, PLAIN, Running, column, rows};
 /// In which all must have stopped after a failure.
 const SOON: Duration = Duration::from_secs(5);
 /// Steps that take long enough to be caught in the middle.
-const STEPS: &str = "train.max_steps=40";
+const STEPS: &str = "train.max_steps=14";
 
 fn unet(home: &Home, out: &str) -> Vec<u8> {
     fs::read(home.path(out).join("unet/diffusion_pytorch_model.safetensors")).unwrap()
@@ -20,14 +20,6 @@ fn unet(home: &Home, out: &str) -> Vec<u8> {
 
 fn kill(signal: &str, pid: u32) {
     assert!(Command::new("kill").args([signal, &pid.to_string()]).status().unwrap().success());
-}
-
-fn both_ranks_are_there(launcher: &Running) {
-    let since = Instant::now();
-    while ranks(launcher).len() < 2 {
-        assert!(since.elapsed() < Duration::from_secs(60), "no ranks");
-        std::thread::sleep(Duration::from_millis(1));
-    }
 }
 
 /// The ranks' processes, by rank.
@@ -78,7 +70,7 @@ fn interrupted_and_resumed(signal: &str, count: usize) {
     assert!(gone(&pids), "something was left running");
     assert_eq!(checkpoints(&home).len(), 1);
     let cut = column(&rows(&home.out()), "grad_norm").len();
-    assert!((3..40).contains(&cut) && checkpoints(&home)[0] == format!("checkpoint-{cut}"), "{:?}", checkpoints(&home));
+    assert!((3..14).contains(&cut) && checkpoints(&home)[0] == format!("checkpoint-{cut}"), "{:?}", checkpoints(&home));
     home.job(PLAIN).ranks(count).sets(&[STEPS, "checkpoint.resume=latest"]).run().done();
     home.job(PLAIN).ranks(count).sets(&[STEPS, "output.dir=HOME/whole"]).run().done();
     assert_eq!(rows(&home.out()), rows(&home.path("whole")));
@@ -129,7 +121,7 @@ fn a_second_interrupt_stops_at_once() {
     // A stopped rank cannot write a checkpoint.
     kill("-STOP", pids[1]);
     kill("-INT", running.child.id());
-    std::thread::sleep(Duration::from_millis(200));
+    running.wait_for_words("once more: stop at once");
     let since = Instant::now();
     kill("-INT", running.child.id());
     assert_eq!(running.end().status, Some(130));
@@ -158,13 +150,13 @@ fn a_killed_rank_stops_the_others_and_is_named() {
 #[test]
 fn a_hanging_rank_is_missed_and_named() {
     let home = Home::new();
-    let mut running = home.job(PLAIN).ranks(2).sets(&["train.max_steps=4000", "zero.timeout_seconds=2"]).start();
+    let mut running = home.job(PLAIN).ranks(2).sets(&["train.max_steps=4000", "zero.timeout_seconds=6"]).start();
     running.wait_for_step(1);
     let pids = ranks(&running);
     kill("-STOP", pids[1]);
     let since = Instant::now();
     let ran = running.end();
-    assert!(since.elapsed() < SOON + Duration::from_secs(2) && gone(&pids), "after {:?}", since.elapsed());
+    assert!(since.elapsed() < SOON + Duration::from_secs(6) && gone(&pids), "after {:?}", since.elapsed());
     ran.failed(&["rank 1 has not joined"]);
 }
 
@@ -189,7 +181,7 @@ fn killed_and_restarted(sets: &[&str], victim: usize) {
     let home = Home::new();
     let job = || home.job(PLAIN).ranks(2).set(STEPS).sets(sets);
     let mut running = job().words(&["--max-restarts", "1"]).start();
-    running.wait_for_step(7);
+    running.wait_for_step(4);
     kill("-KILL", ranks(&running)[victim]);
     let ran = running.end().done();
     ran.says("starting all ranks again (restart 1 of 1)");
@@ -200,7 +192,7 @@ fn killed_and_restarted(sets: &[&str], victim: usize) {
 
 #[test]
 fn a_restart_goes_on_from_the_newest_checkpoint() {
-    killed_and_restarted(&["checkpoint.every=5", "checkpoint.keep=1"], 1);
+    killed_and_restarted(&["checkpoint.every=3", "checkpoint.keep=1"], 1);
 }
 
 #[test]
@@ -208,26 +200,35 @@ fn a_restart_without_a_checkpoint_begins_again() {
     killed_and_restarted(&[], 0);
 }
 
-/// What is started again goes on from its own past: not from what it was to overwrite, and not from the beginning where
-/// it had gone on from elsewhere.
+/// What is started again before it had begun does not take what it was to overwrite for its own past.
 #[test]
-fn a_restart_knows_its_own_past() {
+fn a_restart_does_not_go_on_from_another_run() {
     let home = Home::new();
     home.job(PLAIN).sets(&["train.max_steps=6", "checkpoint.every=3", "train.seed=11"]).run().done();
-    // An earlier run's checkpoints are in the way, and the seed is another one.
     let job = || home.job(PLAIN).ranks(2).set(STEPS);
     let running = job().set("output.overwrite=true").words(&["--max-restarts", "1"]).start();
-    both_ranks_are_there(&running);
-    // While the ranks are still setting up.
-    kill("-KILL", ranks(&running)[1]);
+    let since = Instant::now();
+    let mut pids = Vec::new();
+    while pids.len() < 2 {
+        assert!(since.elapsed() < Duration::from_secs(60), "no ranks");
+        std::thread::sleep(Duration::from_millis(1));
+        pids = ranks(&running);
+    }
+    kill("-KILL", pids[1]);
     running.end().done().says("restart 1 of 1");
     job().set("output.dir=HOME/whole").run().done();
     assert_eq!(rows(&home.out()), rows(&home.path("whole")));
+}
 
-    home.job(PLAIN).ranks(2).sets(&["train.max_steps=2", "checkpoint.every=2", "output.dir=HOME/first"]).run().done();
-    let sets = ["checkpoint.resume=HOME/first/checkpoint-2", "output.overwrite=true"];
-    let running = job().sets(&sets).words(&["--max-restarts", "1"]).start();
-    both_ranks_are_there(&running);
+/// A run that had gone on from a checkpoint elsewhere does so again.
+#[test]
+fn a_restart_goes_on_from_where_the_run_did() {
+    let home = Home::new();
+    let job = || home.job(PLAIN).ranks(2).set(STEPS);
+    job().sets(&["checkpoint.every=2", "output.dir=HOME/whole"]).run().done();
+    let resumed = job().set("checkpoint.resume=HOME/whole/checkpoint-2");
+    let mut running = resumed.words(&["--max-restarts", "1"]).start();
+    running.wait_for_step(4);
     kill("-KILL", ranks(&running)[0]);
     running.end().done();
     let whole = rows(&home.path("whole"));
