@@ -350,7 +350,7 @@ fn places_where_nothing_can_be_written_are_told() {
         Case {
             prepare: nothing,
             sets: &["output.dir=HOME/model"],
-            told: &[&["output.dir", "also model.path"], &["output.dir", "another run (model_index.json)"]],
+            told: &[&["output.dir", "also model.path"], &["output.dir", "another run (model_index.json"]],
         },
     ]);
     // Whom no permissions hold back can write everywhere.
