@@ -25,9 +25,3 @@ pub struct Compute {
     /// Activations and the parameters that ops read; master weights, moments and gradients are always fp32.
     pub dtype: DType,
 }
-
-impl Compute {
-    pub fn cpu_f32() -> Self {
-        Compute { device: Device::Cpu, dtype: DType::F32 }
-    }
-}

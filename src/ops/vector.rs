@@ -195,10 +195,11 @@ pub fn normal(x: f32) -> (f32, f32) {
     (below, e * 0.398_942_3)
 }
 
-/// Lanes of a sum.
-const LANES: usize = 32;
+/// Lanes of a sum: few enough for short rows, too many to be unrolled into single numbers, which LLVM would not turn
+/// into vectors again.
+const LANES: usize = 64;
 
-/// N sums over equally long inputs at once: each adds up its part of `f` of the M numbers at a place. 32 f32 lanes within
+/// N sums over equally long inputs at once: each adds up its part of `f` of the M numbers at a place. 64 f32 lanes within
 /// each piece of 1,024, the pieces in f64.
 #[inline(always)]
 pub fn sums<const M: usize, const N: usize>(inputs: [&[f32]; M], f: impl Fn([f32; M]) -> [f32; N]) -> [f64; N] {

@@ -34,6 +34,7 @@ pub struct Vae {
     pub network: Frozen,
     pub pixels: SlotId,
     pub moments: SlotId,
+    pub device: Device,
     pub latent_channels: usize,
     /// Pixels along a latent's side.
     pub downscale: usize,
@@ -225,7 +226,7 @@ impl RowMaker {
             }
         }
         let side = self.settings.resolution;
-        let input = Tensor::from_vec(image, (1, 3, side, side), &Device::Cpu)?;
+        let input = Tensor::from_vec(image, (1, 3, side, side), &self.vae.device)?;
         let output = self.vae.network.run(vec![(self.vae.pixels, input)], self.vae.moments)?;
         let moments = output.flatten_all()?.to_vec1::<f32>()?;
         if cacheable {

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Result;
-use candle_core::DType;
+use candle_core::{DType, Device};
 
 use super::frozen::Frozen;
 use super::items::Sampler;
@@ -18,9 +18,9 @@ use super::weights::PipelineWeights;
 use crate::Refusal;
 use crate::checkpoint::{self, Checkpoint, Position, SegmentRecord};
 use crate::comm::{Communicator, SliceMut};
-use crate::config::{LrKind as PlannedKind, MixedPrecision, ReduceDtype, Resume, RunPlan, Steps, Toggle};
+use crate::config::{DeviceKind, LrKind as PlannedKind, MixedPrecision, ReduceDtype, Resume, RunPlan, Steps, Toggle};
 use crate::data::{ClipTokenizer, Dataset, Tokens};
-use crate::device::Arena;
+use crate::device::{Arena, Compute};
 use crate::diffusion::{Draws, NoiseSchedule, Record};
 use crate::launch::{Event, Rank};
 use crate::model::{self, Component, Denoiser, TextConfig, UnetConfig, VaeConfig};
@@ -61,10 +61,10 @@ pub fn build<'a>(plan: &'a RunPlan, model_dir: &Path, rank: &'a Rank) -> Result<
     let dataset = Dataset::open(&plan.dataset_options(false))?;
     let schedule = NoiseSchedule::from_json(&model_dir.join("scheduler").join("scheduler_config.json"))?;
     let arena = Arena::new("frozen network", None);
-    let dtype = compute_dtype(plan);
+    let compute = compute(plan)?;
 
-    let (network, slots) = network(plan, &configs, &weights, resumed.as_ref(), &comm, dtype)?;
-    let prompts = prompts(plan, model_dir, &configs, &weights, &arena, dtype)?;
+    let (network, slots) = network(plan, &configs, &weights, resumed.as_ref(), &comm, compute.dtype)?;
+    let prompts = prompts(plan, model_dir, &configs, &weights, &arena, &compute)?;
     let batch_items = plan.train.batch_size.saturating_mul(comm.world_size()) as u64;
     let epoch_items = dataset.len() as u64;
     let replay = match &plan.replay {
@@ -84,7 +84,7 @@ pub fn build<'a>(plan: &'a RunPlan, model_dir: &Path, rank: &'a Rank) -> Result<
     let draws = Draws::new(seed);
     say_where_it_begins(plan, resumed.as_ref(), seed, total_steps, rank);
     let rows = RowMaker {
-        vae: vae(&configs.vae, &weights, &arena)?,
+        vae: vae(&configs.vae, &weights, &arena, &compute)?,
         dataset,
         schedule,
         draws,
@@ -106,7 +106,7 @@ pub fn build<'a>(plan: &'a RunPlan, model_dir: &Path, rank: &'a Rank) -> Result<
         slots,
         unet: configs.unet,
         weights,
-        dtype,
+        compute,
         prompts,
         rows,
         sampler: Sampler::new(draws, epoch_items, batch_items),
@@ -119,11 +119,17 @@ pub fn build<'a>(plan: &'a RunPlan, model_dir: &Path, rank: &'a Rank) -> Result<
     })
 }
 
-fn compute_dtype(plan: &RunPlan) -> DType {
-    match plan.train.mixed_precision {
+/// Where and in what precision the plan computes.
+fn compute(plan: &RunPlan) -> Result<Compute> {
+    let device = match plan.model.device {
+        DeviceKind::Cpu => Device::Cpu,
+        DeviceKind::Cuda => Device::new_cuda_with_stream(0)?,
+    };
+    let dtype = match plan.train.mixed_precision {
         MixedPrecision::No => DType::F32,
         MixedPrecision::Bf16 => DType::BF16,
-    }
+    };
+    Ok(Compute { device, dtype })
 }
 
 /// Which components train.
@@ -213,7 +219,7 @@ fn network(
     Ok((network, slots))
 }
 
-fn vae(config: &VaeConfig, weights: &PipelineWeights, arena: &Arena) -> Result<Vae> {
+fn vae(config: &VaeConfig, weights: &PipelineWeights, arena: &Arena, compute: &Compute) -> Result<Vae> {
     let encoder = model::vae_encoder(config);
     weights.component(Component::Vae).check(&model::wanted(&encoder.graph, Component::Vae))?;
     Ok(Vae {
@@ -221,6 +227,7 @@ fn vae(config: &VaeConfig, weights: &PipelineWeights, arena: &Arena) -> Result<V
         network: Frozen::load(encoder.graph, DType::F32, arena, weights)?,
         pixels: encoder.pixels,
         moments: encoder.moments,
+        device: compute.device.clone(),
         latent_channels: config.latent_channels,
         downscale: config.downscale(),
         scaling_factor: config.scaling_factor as f32,
@@ -240,7 +247,7 @@ fn prompts(
     configs: &Configs,
     weights: &PipelineWeights,
     arena: &Arena,
-    dtype: DType,
+    compute: &Compute,
 ) -> Result<Prompts> {
     let tokens = tokens(plan, model_dir)?;
     if plan.model.train_text_encoder {
@@ -250,7 +257,7 @@ fn prompts(
     let encoder = model::text_encoder(&configs.text, plan.data.text_encoder_use_attention_mask, DType::F32);
     weights.component(Component::TextEncoder).check(&model::wanted(&encoder.graph, Component::TextEncoder))?;
     let frozen = Frozen::load(encoder.graph, DType::F32, arena, weights)?;
-    Prompts::encode(&frozen, &encoder.slots, &tokens, dtype)
+    Prompts::encode(&frozen, &encoder.slots, &tokens, compute)
 }
 
 /// Tells the user what a resumed run goes on from and what has changed meanwhile.

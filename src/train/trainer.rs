@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 
 use super::items::{Items, Sampler};
 use super::metrics::{Metrics, MicroRow, StepRow};
@@ -16,7 +16,7 @@ use super::weights::PipelineWeights;
 use crate::checkpoint::{self, Position};
 use crate::comm::{Communicator, CommunicatorExt, Slice, SliceMut};
 use crate::config::{Resume, RunPlan};
-use crate::device::peak_rss_bytes;
+use crate::device::{Compute, peak_rss_bytes};
 use crate::diffusion::loss_and_gradient;
 use crate::launch::{Event, Rank};
 use crate::model::{DenoiserSlots, UnetConfig, time_features};
@@ -40,7 +40,7 @@ pub struct Trainer<'a> {
     pub slots: DenoiserSlots,
     pub unet: UnetConfig,
     pub weights: PipelineWeights,
-    pub dtype: DType,
+    pub compute: Compute,
     pub prompts: Prompts,
     pub rows: RowMaker,
     pub sampler: Sampler,
@@ -182,7 +182,7 @@ impl Trainer<'_> {
             if !loss.is_finite() {
                 trouble = rows.describe((0..rows.len()).filter(|&r| !value.row_mse[r].is_finite()));
             }
-            Ok(Tensor::from_vec(gradient, dims, &Device::Cpu)?.to_dtype(prediction.dtype())?)
+            Ok(Tensor::from_vec(gradient, dims, prediction.device())?.to_dtype(prediction.dtype())?)
         })?;
         self.agree(loss, rows.pixels, trouble)
     }
@@ -193,13 +193,13 @@ impl Trainer<'_> {
         let features = time_features(&rows.timesteps, &self.unet);
         let width = features.len() / rows.len();
         let tensor = |values: Vec<f32>, shape: &[usize]| -> Result<Tensor> {
-            Ok(Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(self.dtype)?)
+            Ok(Tensor::from_vec(values, shape, &self.compute.device)?.to_dtype(self.compute.dtype)?)
         };
         let mut slots = vec![
             (self.slots.sample, tensor(rows.sample.clone(), &[rows.len(), channels, h, w])?),
             (self.slots.time_features, tensor(features, &[rows.len(), width])?),
         ];
-        slots.extend(self.prompts.slots(&self.slots.conditioning, &rows.kinds)?);
+        slots.extend(self.prompts.slots(&self.slots.conditioning, &rows.kinds, &self.compute.device)?);
         Ok(Inputs { slots, prediction: self.slots.prediction })
     }
 
