@@ -22,6 +22,19 @@ fn kill(signal: &str, pid: u32) {
     assert!(Command::new("kill").args([signal, &pid.to_string()]).status().unwrap().success());
 }
 
+/// Both ranks' processes, once they are there.
+fn both_ranks(launcher: &Running) -> Vec<u32> {
+    let since = Instant::now();
+    loop {
+        let found = ranks(launcher);
+        if found.len() == 2 {
+            return found;
+        }
+        assert!(since.elapsed() < Duration::from_secs(60), "no ranks");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
 /// The ranks' processes, by rank.
 fn ranks(launcher: &Running) -> Vec<u32> {
     let parent = launcher.child.id().to_string();
@@ -102,11 +115,7 @@ fn no_checkpoint_is_written_where_none_is_wanted() {
 fn an_interrupt_before_the_first_step_is_heard() {
     let home = Home::new();
     let running = home.job(PLAIN).ranks(2).set(STEPS).start();
-    let since = Instant::now();
-    while ranks(&running).len() < 2 {
-        assert!(since.elapsed() < Duration::from_secs(60), "no ranks");
-        std::thread::sleep(Duration::from_millis(2));
-    }
+    both_ranks(&running);
     kill("-TERM", running.child.id());
     assert_eq!(running.end().status, Some(130));
     home.job(PLAIN).ranks(2).sets(&["train.max_steps=2", "checkpoint.resume=latest"]).run().done();
@@ -207,14 +216,8 @@ fn a_restart_does_not_go_on_from_another_run() {
     home.job(PLAIN).sets(&["train.max_steps=6", "checkpoint.every=3", "train.seed=11"]).run().done();
     let job = || home.job(PLAIN).ranks(2).set(STEPS);
     let running = job().set("output.overwrite=true").words(&["--max-restarts", "1"]).start();
-    let since = Instant::now();
-    let mut pids = Vec::new();
-    while pids.len() < 2 {
-        assert!(since.elapsed() < Duration::from_secs(60), "no ranks");
-        std::thread::sleep(Duration::from_millis(1));
-        pids = ranks(&running);
-    }
-    kill("-KILL", pids[1]);
+    // While the ranks are still setting up.
+    kill("-KILL", both_ranks(&running)[1]);
     running.end().done().says("restart 1 of 1");
     job().set("output.dir=HOME/whole").run().done();
     assert_eq!(rows(&home.out()), rows(&home.path("whole")));
