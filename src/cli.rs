@@ -27,6 +27,9 @@ pub struct TrainArgs {
     /// Start everything again from the newest checkpoint when a rank dies, at most K times
     #[arg(long, value_name = "K", default_value_t = 0)]
     pub max_restarts: u32,
+    /// Compute threads of all ranks on this machine together [default: one per core that may be used]
+    #[arg(long, value_name = "N")]
+    pub threads: Option<NonZeroUsize>,
     #[command(flatten)]
     pub request: RequestArgs,
 }
@@ -128,9 +131,10 @@ mod tests {
     #[test]
     fn without_a_command_it_trains() {
         Cli::command().debug_assert();
-        let cli = parse("--nproc 2 --max-restarts 3 --set train.seed=7 --set a.b=c train.toml").unwrap();
+        let cli = parse("--nproc 2 --max-restarts 3 --threads 5 --set train.seed=7 --set a.b=c train.toml").unwrap();
         assert!(cli.command.is_none());
         assert_eq!(cli.train.max_restarts, 3);
+        assert_eq!(cli.train.threads.unwrap().get(), 5);
         assert_eq!(cli.train.request.nproc.unwrap().get(), 2);
         assert_eq!(cli.train.request.overrides, ["train.seed=7", "a.b=c"]);
         assert_eq!(cli.train.request.config.unwrap(), PathBuf::from("train.toml"));

@@ -1,6 +1,6 @@
 //! The program: parse, check, start ranks or be one, leave with the right exit status.
 
-use std::ffi::OsString;
+use std::num::NonZeroUsize;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -9,16 +9,17 @@ use candle_core::DType;
 use clap::Parser;
 use dblaunch::cli::{self, BenchCommand, BenchDtype, Cli, Command, RequestArgs, TrainArgs};
 use dblaunch::config::{self, Resume};
+use dblaunch::device::Keeping;
 use dblaunch::launch::{self, LaunchRequest, Output, Rank, World, status};
 use dblaunch::zero::Stage;
-use dblaunch::{bench, hub, train};
+use dblaunch::{bench, checkpoint, hub, train};
 
-/// Activations come and go by the megabyte; this allocator hands the same pages out again instead of asking the system.
+/// Activations come and go by the megabyte; the same pages are handed out again instead of asking the system.
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: Keeping<mimalloc::MiMalloc> = Keeping::over(mimalloc::MiMalloc);
 
 fn main() -> ExitCode {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let arguments: Vec<String> = std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned()).collect();
     if let Some(message) = cli::not_there_yet(arguments.iter().map(String::as_str)) {
         eprintln!("dblaunch: {message}");
         return ExitCode::from(status::REFUSED);
@@ -63,16 +64,10 @@ fn start_ranks(args: &TrainArgs) -> Result<u8> {
     let report = config::check(config_path(&args.request), &args.request.overrides, nproc)?;
     eprintln!("{report}");
     let arguments = std::env::args_os().skip(1).collect();
-    let mut request = this_program(nproc, arguments)?;
-    request.max_restarts = args.max_restarts as usize;
-    launch::run(&request, Output::standard())
-}
-
-/// Ranks of this program whose allocator keeps what is freed: the next step takes just as much again.
-fn this_program(nproc: usize, arguments: Vec<OsString>) -> Result<LaunchRequest> {
     let mut request = LaunchRequest::this_program(nproc, arguments)?;
-    request.environment.push(("MIMALLOC_PURGE_DELAY".into(), "-1".into()));
-    Ok(request)
+    request.max_restarts = args.max_restarts as usize;
+    request.threads_total = args.threads.map(NonZeroUsize::get);
+    launch::run(&request, Output::standard())
 }
 
 /// One rank of a run, whoever started it.
@@ -84,8 +79,10 @@ fn be_a_rank(args: &TrainArgs, world: &World) -> Result<u8> {
         config::check(config_path(request), &request.overrides, world.world_size)?;
     }
     let model_dir = hub::resolve(&plan.model.source, plan.model.variant.as_deref())?;
-    let rank = Rank::start(Duration::from_secs_f64(plan.zero.timeout_seconds))?;
-    if rank.restart > 0 {
+    let timeout = Duration::from_secs_f64(plan.zero.timeout_seconds);
+    let rank = Rank::start(timeout, args.threads.map(NonZeroUsize::get))?;
+    // Without a checkpoint of its own, what is started again begins where it began before.
+    if rank.goes_on && checkpoint::latest(&plan.output.dir)?.is_some() {
         plan.checkpoint.resume = Resume::Latest;
     }
     Ok(match train::run(&plan, &model_dir, &rank) {
@@ -109,10 +106,10 @@ fn bench(command: BenchCommand) -> Result<u8> {
         BenchCommand::Memory { nproc, stage, latent, steps } => match World::from_environment()? {
             None => {
                 let arguments = std::env::args_os().skip(1).collect();
-                return launch::run(&this_program(nproc.get(), arguments)?, Output::standard());
+                return launch::run(&LaunchRequest::this_program(nproc.get(), arguments)?, Output::standard());
             }
             Some(_) => {
-                let rank = Rank::start(Duration::from_secs(600))?;
+                let rank = Rank::start(Duration::from_secs(600), None)?;
                 let stage = Stage::from_number(stage).unwrap_or(Stage::Replicated);
                 if let Err(error) = bench::memory(&rank, stage, latent, steps) {
                     return Ok(launch::report_failure(&error));

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use super::manifest::{FORMAT, Manifest, SegmentRecord};
+use super::manifest::{Manifest, SegmentRecord};
 use super::shard_file::{self, ShardFile};
 use crate::Refusal;
 use crate::device::BucketLayout;
@@ -20,7 +20,7 @@ pub fn all(output_dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
     for entry in entries {
         let entry = entry.with_context(|| format!("reading {}", output_dir.display()))?;
         let name = entry.file_name().to_string_lossy().into_owned();
-        if let Some(step) = name.strip_prefix("checkpoint-").and_then(|n| n.parse().ok())
+        if let Some(step) = super::save::number(&name)
             && entry.path().join("manifest.json").is_file()
         {
             found.push((step, entry.path()));
@@ -35,24 +35,6 @@ pub fn latest(output_dir: &Path) -> Result<Option<PathBuf>> {
     Ok(all(output_dir)?.pop().map(|(_, path)| path))
 }
 
-/// What `checkpoint.resume` means: nothing, "latest", or a folder (of the run, or anywhere).
-pub fn resolve(resume: &str, output_dir: &Path) -> Result<Option<PathBuf>> {
-    match resume {
-        "" => Ok(None),
-        "latest" => latest(output_dir),
-        folder => {
-            let candidates = [PathBuf::from(folder), output_dir.join(folder)];
-            match candidates.into_iter().find(|path| path.join("manifest.json").is_file()) {
-                Some(path) => Ok(Some(path)),
-                None => Err(Refusal::error(format!(
-                    "checkpoint.resume = {folder:?}: there is no checkpoint (a folder with manifest.json) at that path, nor under {}. Give a checkpoint-N folder, or \"latest\".",
-                    output_dir.display()
-                ))),
-            }
-        }
-    }
-}
-
 /// An opened checkpoint.
 pub struct Checkpoint {
     pub path: PathBuf,
@@ -63,26 +45,23 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
+    /// Opens a checkpoint and verifies all of it. A [`Refusal`] naming the file if anything is missing or damaged.
     pub fn open(path: &Path) -> Result<Self> {
         let manifest_path = path.join("manifest.json");
-        let text = fs::read(&manifest_path).with_context(|| format!("reading {}", manifest_path.display()))?;
-        let manifest: Manifest = serde_json::from_slice(&text).map_err(|e| {
-            Refusal::error(format!(
-                "{} is not a checkpoint's manifest ({e}). Resume from another checkpoint.",
-                manifest_path.display()
-            ))
+        let refused = |file: &Path, what: String| {
+            Refusal::error(format!("{}: {what}: go on from another checkpoint (checkpoint.resume)", file.display()))
+        };
+        let text = fs::read(&manifest_path).map_err(|error| {
+            let what = match error.kind() {
+                std::io::ErrorKind::NotFound => "there is no such file, so the folder is no checkpoint".to_string(),
+                _ => format!("it cannot be read ({error})"),
+            };
+            refused(&manifest_path, what)
         })?;
-        if manifest.format != FORMAT {
-            return Err(Refusal::error(format!(
-                "{} was written by {} in format {}; this program reads format {FORMAT}. Resume with the program that wrote it.",
-                path.display(),
-                manifest.program,
-                manifest.format
-            )));
-        }
+        let manifest = Manifest::from_json(&text).map_err(|error| refused(&manifest_path, format!("{error:#}")))?;
         let files = manifest.checksums.iter().enumerate().map(|(rank, checksum)| {
             let file = path.join(shard_file::file_name(rank, manifest.world_size));
-            ShardFile::open(&file, checksum).map_err(|e| Refusal::error(format!("{e:#}")))
+            ShardFile::open(&file, checksum).map_err(|error| refused(&file, format!("{error:#}")))
         });
         let files = files.collect::<Result<Vec<_>>>()?;
         let places = places(&manifest.segments);
@@ -91,17 +70,23 @@ impl Checkpoint {
 
     /// Refuses a checkpoint of another model: every segment that trains must be there, with the same tensors.
     pub fn check(&self, wanted: &[SegmentRecord]) -> Result<()> {
-        let theirs = self.manifest.segments.iter().flat_map(|s| &s.tensors);
-        let theirs: HashMap<_, _> = theirs.map(|(name, shape)| (name, shape)).collect();
-        let ours: HashMap<_, _> = wanted.iter().flat_map(|s| &s.tensors).map(|(name, shape)| (name, shape)).collect();
+        let tensors = |segments: &[SegmentRecord]| -> Vec<(String, Vec<usize>)> {
+            segments.iter().flat_map(|segment| segment.tensors.clone()).collect()
+        };
+        let (theirs, ours) = (tensors(&self.manifest.segments), tensors(wanted));
+        let shapes = |of: &[(String, Vec<usize>)]| of.iter().cloned().collect::<HashMap<_, _>>();
+        let (their_shapes, our_shapes) = (shapes(&theirs), shapes(&ours));
         let difference = ours
             .iter()
-            .find_map(|(name, shape)| match theirs.get(name) {
+            .find_map(|(name, shape)| match their_shapes.get(name) {
                 None => Some(format!("it has no tensor {name}")),
                 Some(other) if other != shape => Some(format!("its {name} has shape {other:?}, the model's {shape:?}")),
                 Some(_) => None,
             })
-            .or_else(|| theirs.keys().find(|name| !ours.contains_key(*name)).map(|name| format!("it also has {name}")));
+            .or_else(|| {
+                let more = theirs.iter().find(|(name, _)| !our_shapes.contains_key(name))?;
+                Some(format!("it also has {}", more.0))
+            });
         if difference.is_none() && self.manifest.segments == wanted {
             return Ok(());
         }

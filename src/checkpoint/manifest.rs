@@ -1,6 +1,8 @@
 //! What a checkpoint says of itself, in `manifest.json`.
 
+use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
+use xxhash_rust::xxh3::xxh3_64;
 
 use crate::device::BucketLayout;
 
@@ -45,9 +47,79 @@ pub struct Manifest {
     pub world_size: usize,
     /// For the reader's eyes; loading does not depend on it.
     pub stage: u8,
-    /// The rate the last step used; resuming with another one is said.
+    /// The configured rate, before the schedule; resuming with another one is said.
     pub learning_rate: f64,
     pub segments: Vec<SegmentRecord>,
     /// xxh3 of every rank's file, in rank order, as hexadecimal.
     pub checksums: Vec<String>,
+}
+
+/// The last entry of the file: the xxh3 of all bytes before it.
+const SEAL: &str = ",\n  \"own_checksum\": \"";
+
+impl Manifest {
+    /// The file's contents.
+    pub fn to_json(&self) -> Result<String> {
+        let text = serde_json::to_string_pretty(self)?;
+        let body = text.strip_suffix("\n}").context("an object ends with a brace")?;
+        Ok(format!("{body}{SEAL}{:016x}\"\n}}\n", xxh3_64(body.as_bytes())))
+    }
+
+    /// Reads a manifest from its file's contents. An error says what is wrong with it, without naming the file.
+    pub fn from_json(text: &[u8]) -> Result<Manifest> {
+        // The format first: a newer one may have other fields.
+        let format = serde_json::from_slice::<Format>(text).context("it is not a checkpoint's manifest")?;
+        if format.format != FORMAT {
+            bail!(
+                "{} wrote it in format {}, and this program reads format {FORMAT}",
+                format.program.as_deref().unwrap_or("another program"),
+                format.format
+            );
+        }
+        let manifest: Manifest = serde_json::from_slice(text).context("it is not a checkpoint's manifest")?;
+        let body = std::str::from_utf8(text)?.rsplit_once(SEAL);
+        let whole = body.is_some_and(|(body, sum)| sum == format!("{:016x}\"\n}}\n", xxh3_64(body.as_bytes())));
+        if !whole || manifest.checksums.len() != manifest.world_size {
+            bail!("it is damaged, or was changed by hand");
+        }
+        Ok(manifest)
+    }
+}
+
+/// What every format has.
+#[derive(Deserialize)]
+struct Format {
+    format: u32,
+    program: Option<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_changed_manifest_is_told_from_a_whole_one() {
+        let manifest = Manifest {
+            format: FORMAT,
+            program: "dblaunch".into(),
+            position: Position { step: 3, micro_step: 7, epoch: 1, items_in_epoch: 2 },
+            seed: u64::MAX,
+            world_size: 1,
+            stage: 2,
+            learning_rate: 1.0 / 3.0,
+            segments: vec![SegmentRecord { name: "a".into(), len: 6, tensors: vec![("a.w".into(), vec![2, 3])] }],
+            checksums: vec!["00".into()],
+        };
+        let text = manifest.to_json().unwrap();
+        let read = Manifest::from_json(text.as_bytes()).unwrap();
+        assert_eq!((read.position, read.seed, &read.segments), (manifest.position, manifest.seed, &manifest.segments));
+        for (from, to, words) in [
+            ("\"step\": 3", "\"step\": 4", "damaged"),
+            ("\"format\": 1", "\"format\": 9", "dblaunch wrote it in format 9"),
+            ("{", "", "not a checkpoint's manifest"),
+        ] {
+            let error = Manifest::from_json(text.replacen(from, to, 1).as_bytes()).unwrap_err();
+            assert!(format!("{error:#}").contains(words), "{error:#}");
+        }
+    }
 }

@@ -7,6 +7,6 @@ mod manifest;
 mod save;
 mod shard_file;
 
-pub use load::{Checkpoint, latest, resolve};
+pub use load::{Checkpoint, latest};
 pub use manifest::{Manifest, Position, SegmentRecord};
-pub use save::{Saving, checkpoint_bytes, free_bytes, save};
+pub use save::{Saving, all_finite, clear_leftovers, number, save};

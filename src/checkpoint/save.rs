@@ -3,11 +3,11 @@
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use super::manifest::{FORMAT, Manifest, Position, SegmentRecord};
 use super::shard_file;
-use crate::comm::{Communicator, Slice, SliceMut};
+use crate::comm::{Communicator, CommunicatorExt};
 use crate::optim::Moments;
 use crate::zero::ParamStore;
 
@@ -20,6 +20,7 @@ pub struct Saving<'a> {
     pub position: Position,
     pub seed: u64,
     pub stage: u8,
+    /// As configured, before the schedule.
     pub learning_rate: f64,
     /// How many checkpoints stay, this one included; None: all.
     pub keep: Option<usize>,
@@ -33,28 +34,20 @@ fn tensors(store: &ParamStore) -> Vec<(String, usize)> {
         .collect()
 }
 
-/// Bytes of one checkpoint, all ranks together.
-pub fn checkpoint_bytes(store: &ParamStore, world_size: usize) -> u64 {
-    shard_file::byte_len(&tensors(store)) * world_size as u64
-}
-
-/// Bytes that may still be written to the disk of `dir` (or of its nearest folder that exists).
-pub fn free_bytes(dir: &Path) -> Result<u64> {
-    crate::device::free_disk_bytes(dir)
-}
-
-/// Writes `checkpoint-N/`; a collective. On an error nothing that looks like a checkpoint is left.
+/// Writes `checkpoint-N/`; a collective. On an error nothing that looks like a checkpoint is left. Weights that are not
+/// finite are an error: nobody could go on from them, and the checkpoint before might have to go for this one.
 pub fn save(comm: &dyn Communicator, saving: &Saving) -> Result<PathBuf> {
     let name = format!("checkpoint-{}", saving.position.step);
     let target = saving.output_dir.join(&name);
     let aside = saving.output_dir.join(format!(".writing-{name}"));
-    agree(comm, prepare(comm, &aside).map(|()| 0))?;
-    let checksums = agree(comm, write_shard(comm, saving, &aside)).inspect_err(|_| discard(comm, &aside))?;
+    comm.agree(prepare(comm, &aside))?;
+    let written = comm.agree(write_shard(comm, saving, &aside)).inspect_err(|_| discard(comm, &aside))?;
+    let checksums = comm.gather_strings(&format!("{written:016x}"))?;
     let finished = match comm.rank() {
         0 => finish(saving, &aside, &target, comm.world_size(), checksums),
         _ => Ok(()),
     };
-    agree(comm, finished.map(|()| 0)).inspect_err(|_| discard(comm, &aside))?;
+    comm.agree(finished).inspect_err(|_| discard(comm, &aside))?;
     Ok(target)
 }
 
@@ -78,31 +71,21 @@ fn write_shard(comm: &dyn Communicator, saving: &Saving, aside: &Path) -> Result
         let range = start..start + store.shard(i).len();
         let moments = saving.moments[i].as_ref().context("a segment that trains has moments")?;
         match tensor % 3 {
-            0 => store.update(i, |mut owned| put(&owned.master()[range]))?,
+            0 => store.update(i, |mut owned| {
+                let weights = &owned.master()[range];
+                ensure!(all_finite(weights), "the weights of {} are not finite", store.name(i));
+                put(weights)
+            })?,
             1 => put(&moments.m.as_slice::<f32>()[range]),
             _ => put(&moments.v.as_slice::<f32>()[range]),
         }
     })
 }
 
-/// Everyone's checksum, or an error on all ranks if one of them failed.
-fn agree(comm: &dyn Communicator, mine: Result<u64>) -> Result<Vec<u64>> {
-    // A flag beside the value, since every value is a possible checksum.
-    let sent: Vec<u8> = match &mine {
-        Ok(sum) => [&[1u8][..], &sum.to_le_bytes()].concat(),
-        Err(_) => vec![0; 9],
-    };
-    let mut all = vec![0u8; 9 * comm.world_size()];
-    comm.all_gather(Slice::U8(&sent), SliceMut::U8(&mut all))?;
-    mine?;
-    let mut sums = Vec::new();
-    for (rank, part) in all.chunks_exact(9).enumerate() {
-        if part[0] == 0 {
-            anyhow::bail!("the checkpoint was not written: rank {rank} failed");
-        }
-        sums.push(u64::from_le_bytes(part[1..].try_into().context("eight bytes")?));
-    }
-    Ok(sums)
+/// Without branches, so that it runs at the memory's speed.
+pub fn all_finite(values: &[f32]) -> bool {
+    const EXPONENT: u32 = 0x7f80_0000;
+    !values.iter().fold(false, |bad, x| bad | (x.to_bits() & EXPONENT == EXPONENT))
 }
 
 fn discard(comm: &dyn Communicator, aside: &Path) {
@@ -112,7 +95,7 @@ fn discard(comm: &dyn Communicator, aside: &Path) {
     }
 }
 
-fn finish(saving: &Saving, aside: &Path, target: &Path, world_size: usize, checksums: Vec<u64>) -> Result<()> {
+fn finish(saving: &Saving, aside: &Path, target: &Path, world_size: usize, checksums: Vec<String>) -> Result<()> {
     let store = saving.store;
     let trained = (0..store.len()).filter(|&i| store.trains(i));
     let manifest = Manifest {
@@ -124,18 +107,20 @@ fn finish(saving: &Saving, aside: &Path, target: &Path, world_size: usize, check
         stage: saving.stage,
         learning_rate: saving.learning_rate,
         segments: trained.map(|i| SegmentRecord::new(store.name(i), store.layout(i))).collect(),
-        checksums: checksums.iter().map(|sum| format!("{sum:016x}")).collect(),
+        checksums,
     };
     let path = aside.join("manifest.json");
-    fs::write(&path, serde_json::to_vec_pretty(&manifest)?).with_context(|| format!("writing {}", path.display()))?;
+    fs::write(&path, manifest.to_json()?).with_context(|| format!("writing {}", path.display()))?;
     sync(&path)?;
     sync(aside)?;
-    if target.exists() {
-        // The same step again (an interrupt right after a regular one): the new one takes the old one's place.
-        fs::remove_dir_all(target).with_context(|| format!("replacing {}", target.display()))?;
-    }
+    let replaced = match target.exists() {
+        // The same step again: the new one takes the old one's place, and at most a moment has neither.
+        true => Some(out_of_sight(target)?),
+        false => None,
+    };
     fs::rename(aside, target).with_context(|| format!("naming {}", target.display()))?;
     sync(saving.output_dir)?;
+    replaced.map_or(Ok(()), |doomed| remove(&doomed))?;
     delete_old(saving.output_dir, saving.keep)
 }
 
@@ -148,11 +133,75 @@ fn delete_old(output_dir: &Path, keep: Option<usize>) -> Result<()> {
     let Some(keep) = keep else { return Ok(()) };
     let all = super::load::all(output_dir)?;
     for (_, path) in all.iter().take(all.len().saturating_sub(keep.max(1))) {
-        // Out of sight first, so that an interrupted deletion leaves no half checkpoint.
-        let doomed =
-            path.with_file_name(format!(".deleting-{}", path.file_name().unwrap_or_default().to_string_lossy()));
-        fs::rename(path, &doomed).with_context(|| format!("deleting {}", path.display()))?;
-        fs::remove_dir_all(&doomed).with_context(|| format!("deleting {}", doomed.display()))?;
+        remove(&out_of_sight(path)?)?;
     }
     Ok(())
+}
+
+/// Takes a checkpoint's name from it, so that an interrupted deletion leaves no half checkpoint.
+fn out_of_sight(path: &Path) -> Result<PathBuf> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let doomed = path.with_file_name(format!(".deleting-{name}"));
+    fs::rename(path, &doomed).with_context(|| format!("deleting {}", path.display()))?;
+    Ok(doomed)
+}
+
+fn remove(dir: &Path) -> Result<()> {
+    fs::remove_dir_all(dir).with_context(|| format!("deleting {}", dir.display()))
+}
+
+/// What an earlier run left in its output folder of no use to one that stands at `step`: what it was writing or deleting
+/// when it was killed, and whole checkpoints of later steps, which are another future. Returns the checkpoints' paths.
+pub fn clear_leftovers(output_dir: &Path, step: u64) -> Result<Vec<PathBuf>> {
+    let half_done = |name: &str| {
+        name == ".writing-pipeline"
+            || [".writing-", ".deleting-"]
+                .iter()
+                .any(|mark| name.strip_prefix(mark).is_some_and(|n| number(n).is_some()))
+    };
+    let mut later = Vec::new();
+    for entry in fs::read_dir(output_dir).with_context(|| format!("reading {}", output_dir.display()))? {
+        let path = entry.with_context(|| format!("reading {}", output_dir.display()))?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        if !path.is_dir() {
+            continue;
+        }
+        if half_done(&name) {
+            remove(&path)?;
+        } else if number(&name).is_some_and(|n| n > step) {
+            remove(&out_of_sight(&path)?)?;
+            later.push(path);
+        }
+    }
+    Ok(later)
+}
+
+/// N of `checkpoint-N`.
+pub fn number(name: &str) -> Option<u64> {
+    name.strip_prefix("checkpoint-")?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn leftovers_go_and_everything_else_stays() {
+        let home = tempfile::tempdir().unwrap();
+        let folders = [".writing-checkpoint-4", ".deleting-checkpoint-2", ".writing-pipeline", "checkpoint-3"];
+        let others = ["checkpoint-notes", ".writing-notes", "checkpoint-2", "unet"];
+        folders.iter().chain(&others).for_each(|name| fs::create_dir(home.path().join(name)).unwrap());
+        fs::write(home.path().join("checkpoint-9"), "a file").unwrap();
+        assert_eq!(clear_leftovers(home.path(), 2).unwrap(), [home.path().join("checkpoint-3")]);
+        let mut left: Vec<String> =
+            fs::read_dir(home.path()).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        left.sort();
+        assert_eq!(left, [".writing-notes", "checkpoint-2", "checkpoint-9", "checkpoint-notes", "unet"]);
+    }
+
+    #[test]
+    fn nothing_infinite_passes_for_finite() {
+        assert!(all_finite(&[0.0, -1e38, f32::MIN_POSITIVE, f32::MAX]) && all_finite(&[]));
+        assert!([f32::NAN, f32::INFINITY, f32::NEG_INFINITY].iter().all(|&x| !all_finite(&[1.0, x, 2.0])));
+    }
 }

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use memmap2::Mmap;
 use serde_json::{Map, Value, json};
 use xxhash_rust::xxh3::Xxh3;
@@ -36,11 +36,6 @@ pub fn write(
     let file = out.out.into_inner().map_err(|e| e.into_error()).with_context(writing)?;
     file.sync_all().with_context(|| format!("syncing {}", path.display()))?;
     Ok(out.hash.digest())
-}
-
-/// Bytes of a file with these tensors.
-pub fn byte_len(tensors: &[(String, usize)]) -> u64 {
-    8 + header(tensors).len() as u64 + tensors.iter().map(|(_, len)| 4 * *len as u64).sum::<u64>()
 }
 
 fn header(tensors: &[(String, usize)]) -> Vec<u8> {
@@ -82,21 +77,26 @@ pub struct ShardFile {
 }
 
 impl ShardFile {
-    /// Maps the file and verifies its checksum: a damaged file is never taken for a good one.
+    /// Maps the file and verifies its checksum: a damaged file is never taken for a good one. An error says what is
+    /// wrong, without naming the file.
     pub fn open(path: &Path, checksum: &str) -> Result<Self> {
-        let damaged = || {
-            format!("{} is damaged (it is not what the manifest says); resume from another checkpoint", path.display())
-        };
-        let file = File::open(path).with_context(|| format!("opening {}", path.display()))?;
-        let map = crate::device::map_file(&file).with_context(|| format!("mapping {}", path.display()))?;
+        const DAMAGED: &str = "it is damaged (it is not what the manifest says)";
+        let file = File::open(path).map_err(|error| match error.kind() {
+            std::io::ErrorKind::NotFound => anyhow!("there is no such file, and the manifest names it"),
+            _ => anyhow!("it cannot be opened ({error})"),
+        })?;
+        if file.metadata()?.len() < 8 {
+            bail!(DAMAGED);
+        }
+        let map = crate::device::map_file(&file).context("it cannot be mapped")?;
         let mut hash = Xxh3::new();
         hash.update(&map);
-        if format!("{:016x}", hash.digest()) != checksum || map.len() < 8 {
-            bail!(damaged());
+        if format!("{:016x}", hash.digest()) != checksum {
+            bail!(DAMAGED);
         }
-        let header_len = u64::from_le_bytes(map[..8].try_into().with_context(damaged)?) as usize;
-        let header = map.get(8..8 + header_len).with_context(damaged)?;
-        let tensors = serde_json::from_slice(header).with_context(damaged)?;
+        let header_len = u64::from_le_bytes(map[..8].try_into().context(DAMAGED)?) as usize;
+        let header = map[8..].get(..header_len).context(DAMAGED)?;
+        let tensors = serde_json::from_slice(header).context(DAMAGED)?;
         Ok(ShardFile { path: path.to_path_buf(), map, tensors, data_from: 8 + header_len })
     }
 

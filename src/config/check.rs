@@ -13,12 +13,13 @@ use super::output_folder;
 use super::{Draft, ModelSource, Resume, RunPlan, Steps};
 use crate::checkpoint::{self, Checkpoint};
 use crate::data::{Dataset, DatasetOptions};
-use crate::diffusion::Record;
+use crate::diffusion::{NoiseSchedule, Record, RecordUse};
+use crate::model::{Component, VaeConfig};
 use crate::{Refusal, hub};
 
 /// What is looked at, in this order, after the configuration itself.
 const INSPECTIONS: &[fn(&mut Inspection)] =
-    &[model, images, pictures, ranks, replay, resume, output_folder::inspect, output_folder::disk_space];
+    &[model, images, pictures, ranks, replay, warmup, resume, output_folder::inspect, output_folder::disk_space];
 
 /// Checks the request that `config` and `overrides` make, for `world_size` ranks. Fetches the model if it is on the
 /// Hub (into the Hub's own cache, where the run finds it), and writes nothing else. Ok is what will run; a request
@@ -148,14 +149,6 @@ fn images(inspection: &mut Inspection) {
     }
     if let (Some(instances), Some(classes)) = (instances, classes) {
         let steps = Steps::of(instances.max(classes), &inspection.plan.train, inspection.world_size);
-        let warmup = inspection.plan.lr_schedule.warmup_steps;
-        let warms_up = inspection.plan.lr_schedule.kind != super::LrKind::Constant;
-        if warms_up && warmup >= steps.total {
-            inspection.facts.notes.push(format!(
-                "lr_schedule.warmup_steps is {warmup} and the run has {} steps: the learning rate never comes to its full height",
-                steps.total
-            ));
-        }
         inspection.facts.steps = Some(steps);
     }
 }
@@ -242,7 +235,42 @@ fn replay(inspection: &mut Inspection) {
         let what = "there is no such file: name a safetensors file of recorded draws, or leave out the section";
         return inspection.problem("replay", "draws", what);
     }
-    inspection.absorb("replay", "draws", Record::open(&draws));
+    let Some(record) = inspection.absorb("replay", "draws", Record::open(&draws)) else { return };
+    if let Some(wanted) = record_use(inspection) {
+        inspection.absorb("replay", "draws", record.check(wanted));
+    }
+    if let Some(Steps { items, .. }) = inspection.facts.steps {
+        let steps = Steps::replayed(&record, items, &inspection.plan.train);
+        inspection.facts.steps = inspection.absorb("replay", "draws", steps);
+    }
+}
+
+/// What the run takes from a record, where the model is whole.
+fn record_use(inspection: &Inspection) -> Option<RecordUse> {
+    let plan = &inspection.plan;
+    let folder = inspection.facts.model_dir.as_ref()?;
+    let vae = VaeConfig::read(&folder.join(Component::Vae.name())).ok()?;
+    let schedule = NoiseSchedule::from_json(&folder.join("scheduler/scheduler_config.json")).ok()?;
+    let side = plan.data.resolution / vae.downscale();
+    Some(RecordUse {
+        class_rows: plan.prior.is_some(),
+        latent: [vae.latent_channels, side, side],
+        resolution: plan.data.resolution,
+        timesteps: schedule.steps(),
+        offset_noise: plan.train.offset_noise > 0.0,
+    })
+}
+
+/// A warm-up that outlasts the run.
+fn warmup(inspection: &mut Inspection) {
+    let Some(steps) = inspection.facts.steps else { return };
+    let schedule = &inspection.plan.lr_schedule;
+    if schedule.kind != super::LrKind::Constant && schedule.warmup_steps >= steps.total {
+        inspection.facts.notes.push(format!(
+            "lr_schedule.warmup_steps is {} and the run has {} steps: the learning rate never comes to its full height",
+            schedule.warmup_steps, steps.total
+        ));
+    }
 }
 
 /// The checkpoint that the run goes on from: it is whole, and of this model and these trained parts.
@@ -335,14 +363,11 @@ impl fmt::Display for Report {
 impl Report {
     fn write_steps(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let train = &self.plan.train;
-        if self.plan.replay.is_some() {
-            return match train.max_steps {
-                Some(steps) => writeln!(f, "  steps       {steps}, with the record's batches"),
-                None => writeln!(f, "  steps       as the record has them"),
-            };
-        }
         let Some(steps) = self.facts.steps else { return Ok(()) };
-        let items = train.batch_size * train.accumulation * self.world_size;
+        if self.plan.replay.is_some() {
+            return writeln!(f, "  steps       {}, with the record's batches", steps.total);
+        }
+        let items = train.batch_size.saturating_mul(train.accumulation).saturating_mul(self.world_size);
         writeln!(
             f,
             "  steps       {} of {items} images ({} a rank x {} ranks x {} micro-batches), {} epochs of {} steps",

@@ -8,8 +8,8 @@ use anyhow::Result;
 
 use super::check::Inspection;
 use super::{Resume, SaveDtype};
-use crate::Refusal;
 use crate::device::free_disk_bytes;
+use crate::{Refusal, checkpoint};
 
 /// Bytes a checkpoint takes per trained parameter: the fp32 master weight and AdamW's two moments.
 const CHECKPOINT_BYTES: u64 = 12;
@@ -80,14 +80,11 @@ fn run_files(dir: &Path) -> Vec<String> {
     found
 }
 
+/// What a run leaves, and what it would replace: a pipeline's folders may be somebody's own.
 fn is_of_a_run(name: &str) -> bool {
-    let named = ["metrics.jsonl", "config.toml", "model_index.json", "pytorch_lora_weights.safetensors"];
-    named.contains(&name) || checkpoint_number(name).is_some()
-}
-
-/// N of `checkpoint-N`.
-fn checkpoint_number(name: &str) -> Option<u64> {
-    name.strip_prefix("checkpoint-")?.parse().ok()
+    let files = ["metrics.jsonl", "config.toml", "model_index.json", "pytorch_lora_weights.safetensors"];
+    let folders = ["unet", "vae", "text_encoder", "tokenizer", "scheduler"];
+    files.contains(&name) || folders.contains(&name) || checkpoint::number(name).is_some()
 }
 
 /// The longest beginning of `path` that exists.
@@ -126,7 +123,7 @@ pub(super) fn disk_space(inspection: &mut Inspection) {
     }
     let model = &inspection.facts.model;
     let trained = model.unet_parameters + if plan.model.train_text_encoder { model.text_encoder_parameters } else { 0 };
-    let checkpoint = trained * CHECKPOINT_BYTES;
+    let one = trained * CHECKPOINT_BYTES;
     let saved = match plan.output.save_dtype {
         SaveDtype::F32 => 4,
         SaveDtype::F16 | SaveDtype::Bf16 => 2,
@@ -134,12 +131,12 @@ pub(super) fn disk_space(inspection: &mut Inspection) {
     let pipeline = trained * saved + model.frozen_bytes;
     let have = fs::read_dir(&plan.output.dir)
         .map(|entries| {
-            entries.flatten().filter(|entry| checkpoint_number(&entry.file_name().to_string_lossy()).is_some()).count()
+            entries.flatten().filter(|entry| checkpoint::number(&entry.file_name().to_string_lossy()).is_some()).count()
         })
         .unwrap_or(0) as u64;
     let checkpoints = most_checkpoints(inspection, have);
-    let need = checkpoints * checkpoint + pipeline;
-    inspection.facts.checkpoint_bytes = checkpoint;
+    let need = checkpoints.saturating_mul(one).saturating_add(pipeline);
+    inspection.facts.checkpoint_bytes = one;
     inspection.facts.disk_bytes = need;
     let free = free_disk_bytes(&inspection.plan.output.dir);
     if let Ok(free) = free
@@ -150,7 +147,7 @@ pub(super) fn disk_space(inspection: &mut Inspection) {
             "the run will need {} on this disk ({checkpoints} checkpoints of {} and a pipeline folder of {}), and {} are free: \
              make room, name a folder on another disk, or keep fewer checkpoints ([checkpoint] every, keep, on_interrupt = false)",
             size(need),
-            size(checkpoint),
+            size(one),
             size(pipeline),
             size(free)
         );
@@ -166,7 +163,7 @@ fn most_checkpoints(inspection: &Inspection, have: u64) -> u64 {
     let regular = plan.every.map_or(0, |every| (total / every) as u64);
     let written = regular.max(u64::from(plan.on_interrupt));
     match plan.keep {
-        Some(keep) => written.min((keep as u64 + 1).saturating_sub(have).max(1)),
+        Some(keep) => written.min((keep as u64).saturating_add(1).saturating_sub(have).max(1)),
         None => written,
     }
 }
@@ -189,6 +186,7 @@ mod tests {
     #[test]
     fn only_a_runs_own_files_are_taken_for_one() {
         assert!(is_of_a_run("checkpoint-500") && is_of_a_run("metrics.jsonl") && is_of_a_run("model_index.json"));
+        assert!(is_of_a_run("unet"));
         assert!(!is_of_a_run("checkpoint-notes") && !is_of_a_run("notes.txt"));
     }
 }

@@ -21,7 +21,12 @@ const LARGEST: u64 = 2 << 30;
 
 /// Decodes a file. An error's text says what is wrong with the file, without naming it.
 pub(super) fn decode(path: &Path) -> Result<Picture> {
-    let bytes = std::fs::read(path).map_err(|e| anyhow::anyhow!("it cannot be read: {e}"))?;
+    let unreadable = |e| anyhow::anyhow!("it cannot be read: {e}");
+    // A pipe would be waited for.
+    if !std::fs::metadata(path).map_err(unreadable)?.is_file() {
+        bail!("it is not a file");
+    }
+    let bytes = std::fs::read(path).map_err(unreadable)?;
     let (picture, orientation) = match image::guess_format(&bytes) {
         Ok(ImageFormat::Png) => png(&bytes).context("it is a PNG file that is damaged or truncated")?,
         Ok(ImageFormat::Jpeg) => {

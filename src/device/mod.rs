@@ -1,6 +1,7 @@
 //! Row 0: memory and threads. Parameters, gradients and optimizer state live in buffers handed out by budgeted
 //! arenas; ops see them through [`WeightRef`]s into a segment's slots. Knows nothing of layers, ranks or training.
 
+mod allocator;
 mod arena;
 mod buffer;
 mod files;
@@ -8,6 +9,7 @@ mod layout;
 mod slot;
 pub mod threads;
 
+pub use allocator::Keeping;
 pub use arena::{Arena, Usage};
 pub use buffer::{Buffer, Element};
 pub use files::{free_disk_bytes, map_file, peak_rss_bytes};
@@ -22,10 +24,4 @@ pub struct Compute {
     pub device: Device,
     /// Activations and the parameters that ops read; master weights, moments and gradients are always fp32.
     pub dtype: DType,
-}
-
-impl Compute {
-    pub fn cpu_f32() -> Self {
-        Compute { device: Device::Cpu, dtype: DType::F32 }
-    }
 }

@@ -10,6 +10,6 @@ mod schedule;
 
 pub use draws::{Draws, Purpose, Row, Stream};
 pub use objective::{LossValue, RowShape, loss_and_gradient, row_weights};
-pub use record::{MicroRecord, Record, Rows};
+pub use record::{MicroRecord, Record, RecordUse, Rows};
 pub use rows::{add_offset_noise, noisy_and_target, sample_latent};
 pub use schedule::{NoiseSchedule, Prediction, VelocityWeight};

@@ -102,6 +102,20 @@ impl Rows {
     }
 }
 
+/// What a run takes from a record.
+#[derive(Clone, Copy, Debug)]
+pub struct RecordUse {
+    /// Whether items have a class row, too.
+    pub class_rows: bool,
+    /// (C, h, w).
+    pub latent: [usize; 3],
+    /// The side of an image in pixels.
+    pub resolution: usize,
+    /// T: time steps are below it.
+    pub timesteps: usize,
+    pub offset_noise: bool,
+}
+
 impl Record {
     /// Opens and checks a record.
     ///
@@ -130,6 +144,59 @@ impl Record {
 
     pub fn is_empty(&self) -> bool {
         self.micros.is_empty()
+    }
+
+    /// The number of items of micro-batch `k`.
+    pub fn items(&self, k: usize) -> usize {
+        self.micros[k].tensors.get("index").map_or(0, Tensor::len)
+    }
+
+    /// Whether a run can replay all of the record.
+    ///
+    /// # Errors
+    /// A [`Refusal`] that names the first tensor that is of no use to the run, and the remedy.
+    pub fn check(&self, wanted: RecordUse) -> Result<()> {
+        let remedy = "Replay with the model and the settings that were recorded, or name their record.";
+        for k in 0..self.len() {
+            self.check_micro(k, wanted).map_err(|what| {
+                let path = self.source.path.display();
+                Refusal::error(format!("the recorded draws in {path} are not this run's: {what:#}. {remedy}"))
+            })?;
+        }
+        Ok(())
+    }
+
+    fn check_micro(&self, k: usize, wanted: RecordUse) -> Result<()> {
+        let micro = self.micro(k)?;
+        let rows = micro.items() * if wanted.class_rows { 2 } else { 1 };
+        let [channels, height, width] = wanted.latent;
+        let name = |name: &str| format!("{k:06}.{name}");
+        if micro.noise.shape() != [rows, channels, height, width] {
+            let prior = if wanted.class_rows { "with" } else { "without" };
+            anyhow::bail!(
+                "{} has the shape {:?}, and {prior} prior preservation, for this model and resolution, it is {:?}",
+                name("noise"),
+                micro.noise.shape(),
+                [rows, channels, height, width]
+            );
+        }
+        anyhow::ensure!(micro.vae_eps.is_some(), "the tensor {} is missing", name("vae_eps"));
+        let offset = micro.offset_noise.is_some() || !wanted.offset_noise;
+        anyhow::ensure!(offset, "the tensor {} is missing, which train.offset_noise needs", name("offset_noise"));
+        if let Some(pixels) = &micro.pixel_values {
+            let side = wanted.resolution;
+            let (shape, name) = (pixels.shape(), name("pixel_values"));
+            anyhow::ensure!(
+                shape[2..] == [side, side],
+                "{name} has the shape {shape:?}, and data.resolution is {side}"
+            );
+        }
+        let outside = micro.timesteps.iter().find(|&&t| !(0..wanted.timesteps as i64).contains(&t));
+        if let Some(t) = outside {
+            anyhow::bail!("{} holds {t}, and the model has {} time steps", name("timesteps"), wanted.timesteps);
+        }
+        anyhow::ensure!(micro.index.iter().all(|&i| i >= 0), "{} holds a negative number", name("index"));
+        Ok(())
     }
 
     /// The draws of micro-batch `k`, counted from 0 over the whole run; `k` must be below [`Self::len`].
@@ -335,6 +402,28 @@ mod tests {
         assert_eq!(micro.noise.row(2).unwrap(), [12.0, 13.0, 14.0, 15.0, 16.0, 17.0]);
         assert_eq!(micro.offset_noise.unwrap().row(3).unwrap(), [6.0, 7.0]);
         assert_eq!(micro.pixel_values.unwrap().row_len(), 192);
+    }
+
+    #[test]
+    fn a_record_of_another_run_is_told() {
+        let right = RecordUse { class_rows: true, latent: [2, 3, 1], resolution: 8, timesteps: 41, offset_noise: true };
+        let check = |tensors: &[Stored], wanted| Record::open(written(tensors).path()).unwrap().check(wanted);
+        check(&whole(), right).unwrap();
+        for (wanted, words) in [
+            (RecordUse { class_rows: false, ..right }, "without prior preservation"),
+            (RecordUse { latent: [2, 3, 2], ..right }, "000000.noise has the shape [4, 2, 3, 1]"),
+            (RecordUse { resolution: 16, ..right }, "data.resolution is 16"),
+            (RecordUse { timesteps: 40, ..right }, "000000.timesteps holds 40"),
+        ] {
+            let error = check(&whole(), wanted).unwrap_err();
+            assert!(error.is::<Refusal>() && error.to_string().contains(words), "{error}");
+        }
+        let mut tensors = whole();
+        tensors.retain(|tensor| tensor.0 != "000000.offset_noise");
+        check(&tensors, RecordUse { offset_noise: false, ..right }).unwrap();
+        assert!(check(&tensors, right).unwrap_err().to_string().contains("train.offset_noise"));
+        tensors.retain(|tensor| tensor.0 != "000000.vae_eps");
+        assert!(check(&tensors, right).unwrap_err().to_string().contains("000000.vae_eps is missing"));
     }
 
     #[test]

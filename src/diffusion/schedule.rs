@@ -52,6 +52,9 @@ impl NoiseSchedule {
 
     /// The same from the parsed configuration.
     pub fn from_config(config: &Value) -> Result<Self> {
+        if !config.is_object() {
+            return Err(Refusal::error("this is not a JSON object. Restore the file."));
+        }
         let prediction = match text(config, "prediction_type", "epsilon")?.as_str() {
             "epsilon" => Prediction::Epsilon,
             "v_prediction" => Prediction::Velocity,
@@ -150,8 +153,8 @@ fn betas(config: &Value) -> Result<Vec<f32>> {
         let values: Option<Vec<f32>> =
             trained.as_array().and_then(|a| a.iter().map(|v| v.as_f64().map(|f| f as f32)).collect());
         return values
-            .filter(|v| !v.is_empty())
-            .ok_or_else(|| Refusal::error("trained_betas is not a list of numbers. Restore the file."));
+            .filter(|betas| !betas.is_empty() && betas.iter().all(|beta| (0.0..=1.0).contains(beta)))
+            .ok_or_else(|| Refusal::error("trained_betas is not a list of numbers in 0 … 1. Restore the file."));
     }
     let steps = number(config, "num_train_timesteps", 1000.0)?;
     if !(1.0..=1e6).contains(&steps) || steps.fract() != 0.0 {

@@ -23,6 +23,14 @@ const LONGEST_LINE: u64 = 64 << 10;
 /// How long to wait for the pipes of processes that have ended.
 const LINGER: Duration = Duration::from_secs(1);
 
+/// Which generation this is.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Restart {
+    pub count: usize,
+    /// Whether an earlier generation came as far as its first step.
+    pub goes_on: bool,
+}
+
 /// One rank's process.
 pub(super) struct Member {
     pub rank: usize,
@@ -42,9 +50,11 @@ pub(super) struct Ended {
 /// What a rank said.
 #[derive(Default)]
 struct Notes {
+    /// Whether the first step was about to start.
+    begun: bool,
     failure: Option<Failure>,
     last_line: Option<String>,
-    /// The line of a panic and the one after it, which say more than the last ones.
+    /// The line of a panic and the one after it, which say more than the last ones; or what ran out of memory.
     panic: Vec<String>,
 }
 
@@ -57,7 +67,7 @@ pub(super) struct Group {
 
 impl Group {
     /// Starts all ranks, or none.
-    pub fn spawn(request: &LaunchRequest, restart: usize, show: &SyncSender<Show>) -> Result<Group> {
+    pub fn spawn(request: &LaunchRequest, restart: Restart, show: &SyncSender<Show>) -> Result<Group> {
         let shares = cores::shares(request.nproc, request.threads_total);
         let window = (request.nproc > 1).then(|| Window::create(request.nproc)).transpose()?;
         let port = free_port();
@@ -96,6 +106,11 @@ impl Group {
                 process::signal_group(member.child.id(), libc::SIGKILL);
             }
         }
+    }
+
+    /// Whether the run had come as far as its first step.
+    pub fn has_begun(&self) -> bool {
+        self.members.iter().any(|member| member.notes().begun)
     }
 
     pub fn all_ended(&self) -> bool {
@@ -162,6 +177,10 @@ impl Member {
             Ok(Event::Failed(failure)) => {
                 notes.lock().unwrap_or_else(|e| e.into_inner()).failure.get_or_insert(failure);
             }
+            Ok(event @ Event::Start { .. }) => {
+                notes.lock().unwrap_or_else(|e| e.into_inner()).begun = true;
+                drop(show.send(Show::Event(event)));
+            }
             // The next step says it all again, so a step is not worth waiting for the terminal.
             Ok(event @ Event::Step { step, total, .. }) if step < total => drop(show.try_send(Show::Event(event))),
             Ok(event) => drop(show.send(Show::Event(event))),
@@ -175,6 +194,10 @@ impl Notes {
     fn hear(&mut self, line: &str) {
         if line.starts_with("thread '") && line.contains("panicked at") {
             self.panic = vec![line.trim().to_string()];
+        } else if line.starts_with("memory allocation of") {
+            let remedy =
+                "lower train.batch_size or data.resolution, set train.recompute = true, or raise the ZeRO stage";
+            self.panic = vec![format!("{}:", line.trim()), remedy.to_string()];
         } else if self.panic.len() == 1 {
             self.panic.push(line.trim().to_string());
         }
@@ -200,7 +223,7 @@ fn read(pipe: impl Read + Send + 'static, alive: &SyncSender<()>, mut heard: imp
 }
 
 /// The variables that tell a rank its place: torchrun's, ours, and the number of threads for every library that asks.
-fn place(rank: usize, nproc: usize, port: u16, share: &Share, restart: usize) -> Vec<(&'static str, OsString)> {
+fn place(rank: usize, nproc: usize, port: u16, share: &Share, restart: Restart) -> Vec<(&'static str, OsString)> {
     let number = |number: usize| OsString::from(number.to_string());
     vec![
         ("RANK", number(rank)),
@@ -211,7 +234,8 @@ fn place(rank: usize, nproc: usize, port: u16, share: &Share, restart: usize) ->
         ("MASTER_PORT", number(port.into())),
         (variable::RANK, number(rank)),
         (variable::THREADS, number(share.threads)),
-        (variable::RESTART, number(restart)),
+        (variable::RESTART, number(restart.count)),
+        (variable::GOES_ON, number(usize::from(restart.goes_on))),
         ("RAYON_NUM_THREADS", number(share.threads)),
         ("OMP_NUM_THREADS", number(share.threads)),
         ("MKL_NUM_THREADS", number(share.threads)),

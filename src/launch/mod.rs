@@ -40,4 +40,6 @@ mod variable {
     pub const THREADS: &str = "DBLAUNCH_THREADS";
     /// How often the ranks were started again.
     pub const RESTART: &str = "DBLAUNCH_RESTART";
+    /// 1 if the run had come as far as its first step before they were started again.
+    pub const GOES_ON: &str = "DBLAUNCH_GOES_ON";
 }

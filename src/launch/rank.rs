@@ -24,25 +24,26 @@ pub struct Rank {
     pub events: EventSink,
     /// Compute threads, already set.
     pub threads: usize,
-    /// How often the ranks were started again after a failure; above 0 a run resumes from its newest checkpoint, if there
+    /// Whether the ranks were started again after the run had begun: it then goes on from its newest checkpoint, if there
     /// is one.
-    pub restart: usize,
+    pub goes_on: bool,
     pub interrupt: Interrupt,
 }
 
 impl Rank {
     /// Takes this process's place: joins the others, sets the compute threads, and notes SIGINT and SIGTERM from now on.
-    /// `timeout`: how long a collective waits for ranks that do not join. Once per process, before any op runs.
-    pub fn start(timeout: Duration) -> Result<Rank> {
+    /// `timeout`: how long a collective waits for ranks that do not join. `threads_total`: compute threads of all ranks
+    /// together, where the launcher is another program. Once per process, before any op runs.
+    pub fn start(timeout: Duration, threads_total: Option<usize>) -> Result<Rank> {
         let interrupt = Interrupt::install()?;
         let world = World::from_environment()?.unwrap_or_else(World::solo);
         let communicator = communicator(&world, timeout).context("cannot join the other ranks")?;
         *running() = Some(Arc::downgrade(&communicator));
-        let threads = threads(&world, &*communicator)?;
+        let threads = threads(&world, &*communicator, threads_total)?;
         set_threads(threads);
-        let restart = number(variable::RESTART).unwrap_or(0);
+        let goes_on = number(variable::GOES_ON).unwrap_or(0) > 0;
         let events = if world.rank == 0 { launcher() } else { EventSink::none() };
-        Ok(Rank { world, communicator, events, threads, restart, interrupt })
+        Ok(Rank { world, communicator, events, threads, goes_on, interrupt })
     }
 }
 
@@ -132,10 +133,11 @@ fn communicator(world: &World, timeout: Duration) -> Result<Arc<dyn Communicator
     })
 }
 
-/// The launcher's word; else this rank's share of the cores that it and the others may run on.
-fn threads(world: &World, communicator: &dyn Communicator) -> Result<usize> {
+/// The launcher's word; else this rank's share of `total`, or of the cores that it and the others may run on.
+fn threads(world: &World, communicator: &dyn Communicator, total: Option<usize>) -> Result<usize> {
     let given = if world.starter == Starter::Dblaunch { number(variable::THREADS) } else { None };
-    if let Some(threads) = given {
+    let share = total.map(|total| cores::part(total, world.local_world_size, world.local_rank).max(1));
+    if let Some(threads) = given.or(share) {
         return Ok(threads);
     }
     let mine: Vec<u8> = process::allowed_cores().into_iter().flat_map(|core| (core as u32).to_le_bytes()).collect();

@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGKILL, SIGTERM};
 use signal_hook::iterator::Signals;
 
-use super::group::Group;
+use super::group::{Group, Restart};
 use super::progress::Display;
 pub use super::progress::Output;
 use super::report::Verdict;
@@ -40,7 +40,8 @@ pub struct LaunchRequest {
 }
 
 impl LaunchRequest {
-    /// `nproc` ranks of this very program, called with `args`; no restarts, two minutes' grace.
+    /// `nproc` ranks of this very program, called with `args`; no restarts, a quarter of an hour's grace: a step may take
+    /// minutes, and so may its checkpoint, and who cannot wait interrupts again.
     pub fn this_program(nproc: usize, args: Vec<OsString>) -> Result<LaunchRequest> {
         Ok(LaunchRequest {
             nproc,
@@ -48,7 +49,7 @@ impl LaunchRequest {
             args,
             max_restarts: 0,
             threads_total: None,
-            grace: Duration::from_secs(120),
+            grace: Duration::from_secs(15 * 60),
             environment: Vec::new(),
         })
     }
@@ -69,9 +70,10 @@ pub fn run(request: &LaunchRequest, output: Output) -> Result<u8> {
 }
 
 fn run_generations(request: &LaunchRequest, signals: &mut Signals, display: &Display) -> Result<u8> {
-    for restart in 0.. {
+    let mut goes_on = false;
+    for count in 0.. {
         display.begin();
-        let mut group = Group::spawn(request, restart, &display.sender())?;
+        let mut group = Group::spawn(request, Restart { count, goes_on }, &display.sender())?;
         let interrupted = Watch { request, signals, display, group: &mut group }.until_the_end();
         group.hear_out();
         let verdict = Verdict::of(&group);
@@ -82,11 +84,12 @@ fn run_generations(request: &LaunchRequest, signals: &mut Signals, display: &Dis
             }
             return Ok(if interrupted { status::INTERRUPTED } else { status::DONE });
         };
-        if interrupted || !verdict.can_restart() || restart >= request.max_restarts {
+        if interrupted || !verdict.can_restart() || count >= request.max_restarts {
             display.say(&verdict.message);
             return Ok(verdict.status);
         }
-        let (next, most) = (restart + 1, request.max_restarts);
+        goes_on |= group.has_begun();
+        let (next, most) = (count + 1, request.max_restarts);
         display.say(&format!("{}; starting all ranks again (restart {next} of {most})", verdict.message));
     }
     Ok(status::FAILED)

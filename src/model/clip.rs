@@ -129,10 +129,10 @@ impl Segment for Layer {
         let mask = Mask { causal: true, key_lengths: inputs.get(1).map(lengths).transpose()? };
         let h = self.layer_norm1.forward(x)?;
         let (q, k, v) = (self.q.forward(&h)?, self.k.forward(&h)?, self.v.forward(&h)?);
-        let x = (x + self.out.forward(&ops::attention(&q, &k, &v, self.heads, &mask)?)?)?;
+        let x = ops::add(x, &self.out.forward(&ops::attention(&q, &k, &v, self.heads, &mask)?)?)?;
         let h = self.fc1.forward(&self.layer_norm2.forward(&x)?)?;
         let h = self.fc2.forward(&ops::activation(&h, self.activation)?)?;
-        Ok(vec![(x + h)?])
+        Ok(vec![ops::add(&x, &h)?])
     }
 }
 

@@ -50,8 +50,8 @@ impl Resnet {
         }
         let h = self.conv2.forward(&self.norm2.silu(&h)?)?;
         let sum = match &self.shortcut {
-            Some(shortcut) => (shortcut.forward(x)? + h)?,
-            None => (x + h)?,
+            Some(shortcut) => ops::add(&shortcut.forward(x)?, &h)?,
+            None => ops::add(x, &h)?,
         };
         if self.output_scale == 1.0 { Ok(sum) } else { sum.affine(1.0 / self.output_scale, 0.0) }
     }

@@ -53,7 +53,7 @@ impl Transformer {
         for block in &self.blocks {
             h = block.forward(&h, context)?;
         }
-        ops::image_from_tokens(&self.proj_out.forward(&h)?, height, width)? + x
+        ops::add(&ops::image_from_tokens(&self.proj_out.forward(&h)?, height, width)?, x)
     }
 }
 
@@ -89,10 +89,10 @@ impl Block {
     fn forward(&self, x: &Tensor, context: &Tensor) -> Result<Tensor> {
         let h = self.norm1.forward(x)?;
         let own = if self.only_cross_attention { context } else { &h };
-        let x = (self.attn1.forward(&h, own)? + x)?;
-        let x = (self.attn2.forward(&self.norm2.forward(&x)?, context)? + x)?;
+        let x = ops::add(&self.attn1.forward(&h, own)?, x)?;
+        let x = ops::add(&self.attn2.forward(&self.norm2.forward(&x)?, context)?, &x)?;
         let h = ops::geglu(&self.widen.forward(&self.norm3.forward(&x)?)?)?;
-        self.narrow.forward(&h)? + x
+        ops::add(&self.narrow.forward(&h)?, &x)
     }
 }
 

@@ -225,7 +225,7 @@ impl Segment for Layer {
     fn forward(&self, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
         let (x, rest) = if self.skip {
             let (skipped, rest) = inputs.split_at(2);
-            (Tensor::cat(skipped, 1)?, rest)
+            (ops::cat_channels(&[&skipped[0], &skipped[1]])?, rest)
         } else {
             let (x, rest) = inputs.split_at(1);
             (x[0].clone(), rest)

@@ -134,7 +134,7 @@ impl PixelAttention {
         let h = ops::tokens_from_image(&self.norm.forward(x)?)?;
         let (q, k, v) = (self.to_q.forward(&h)?, self.to_k.forward(&h)?, self.to_v.forward(&h)?);
         let h = self.to_out.forward(&ops::attention(&q, &k, &v, 1, &Mask::default())?)?;
-        ops::image_from_tokens(&h, height, width)? + x
+        ops::add(&ops::image_from_tokens(&h, height, width)?, x)
     }
 }
 

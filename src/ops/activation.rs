@@ -5,7 +5,7 @@ use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tenso
 
 use super::cpu::{Held, by_dtype, elements, for_parts, result, rows_per_part, tensor};
 use super::pointwise::{map, map2};
-use super::vector::{PIECE, Real, normal, sigmoid, simd, sum_of, unwritten};
+use super::vector::{PIECE, Real, normal, sigmoid, simd, sums, unwritten};
 
 /// A function of one number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -200,6 +200,7 @@ fn gate_row_backward<T: Real>(da: &mut [T], dg: &mut [T], a: &[T], g: &[T], dy: 
             v,
             #[inline(always)]
             |da| {
+                let (a, g, dy, slope) = (&a[..da.len()], &g[..da.len()], &dy[..da.len()], &mut slope[..da.len()]);
                 for i in 0..da.len() {
                     let (below, density) = normal(g[i]);
                     da[i] = dy[i] * (g[i] * below);
@@ -282,30 +283,30 @@ fn add_planes<T: Real>(x: &[T], t: &[T]) -> Vec<T> {
 /// The sum over each of `planes` planes.
 fn sum_planes<T: Real>(dy: &[T], planes: usize) -> Vec<T> {
     let pixels = dy.len() / planes.max(1);
-    let mut sums = unwritten::<T>(planes);
+    let mut y = unwritten::<T>(planes);
     let rows = rows_per_part(pixels);
-    let parts: Vec<_> = sums.chunks_mut(rows).zip(dy.chunks((rows * pixels).max(1))).collect();
-    for_parts(parts, dy.len(), |_, (sums, dy)| {
+    let parts: Vec<_> = y.chunks_mut(rows).zip(dy.chunks((rows * pixels).max(1))).collect();
+    for_parts(parts, dy.len(), |_, (y, dy)| {
         simd(
             #[inline(always)]
             || {
                 let mut s = [0f32; PIECE];
-                for (sum, dy) in sums.iter_mut().zip(dy.chunks(pixels)) {
+                for (y, dy) in y.iter_mut().zip(dy.chunks(pixels)) {
                     let mut total = 0.0;
                     for piece in dy.chunks(PIECE) {
                         let piece = T::read(piece, &mut s);
-                        total += sum_of(
-                            piece.len(),
+                        total += sums(
+                            [piece],
                             #[inline(always)]
-                            |i| piece[i],
-                        );
+                            |x| x,
+                        )[0];
                     }
-                    *sum = T::from_f32(total as f32);
+                    *y = T::from_f32(total as f32);
                 }
             },
         );
     });
-    sums
+    y
 }
 
 #[cfg(test)]

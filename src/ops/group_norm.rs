@@ -7,7 +7,7 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 
 use super::activation::silu_slope;
 use super::cpu::{Held, by_dtype, elements, for_parts, result, tensor};
-use super::vector::{PIECE, Real, sigmoid, simd, sum_of, unwritten};
+use super::vector::{PIECE, Real, sigmoid, simd, sums, unwritten};
 use crate::device::WeightRef;
 
 /// x (B, C, ...) normalised over C/groups channels and all pixels, times gamma (C) plus beta (C); then SiLU if `silu`.
@@ -126,7 +126,11 @@ impl GroupNorm {
         for_parts(parts, 2 * x.len(), |i, ((dx, sums), (x, dy))| {
             let first = i % self.groups * self.group_channels();
             let weights = (&gamma[first..], &beta[first..]);
-            self.group_backward(moments[i], weights, sums, dx, x, dy);
+            if self.silu {
+                self.group_backward::<T, true>(moments[i], weights, sums, dx, x, dy);
+            } else {
+                self.group_backward::<T, false>(moments[i], weights, sums, dx, x, dy);
+            }
         });
         let over_batch = |which: usize, grad: &mut [f32]| {
             for (c, grad) in grad.iter_mut().enumerate() {
@@ -138,7 +142,7 @@ impl GroupNorm {
         Ok(dx)
     }
 
-    fn group_backward<T: Real>(
+    fn group_backward<T: Real, const SILU: bool>(
         &self,
         Moments { mean, scale }: Moments,
         (gamma, beta): (&[f32], &[f32]),
@@ -154,14 +158,14 @@ impl GroupNorm {
                 let (mut du_mean, mut duh_mean) = (0.0, 0.0);
                 let channels = x.chunks(self.pixels).zip(dy.chunks(self.pixels));
                 for (c, (x, dy)) in channels.clone().enumerate() {
-                    let slope = Slope { mean, scale, gamma: gamma[c], beta: beta[c], silu: self.silu };
-                    sums[c] = slope.sums(x, dy);
+                    let slope = Slope { mean, scale, gamma: gamma[c], beta: beta[c] };
+                    sums[c] = slope.sums::<T, SILU>(x, dy);
                     du_mean += gamma[c] as f64 * sums[c][0] / count;
                     duh_mean += gamma[c] as f64 * sums[c][1] / count;
                 }
                 for (c, (dx, (x, dy))) in dx.chunks_mut(self.pixels).zip(channels).enumerate() {
-                    let slope = Slope { mean, scale, gamma: gamma[c], beta: beta[c], silu: self.silu };
-                    slope.dx(du_mean as f32, duh_mean as f32, dx, x, dy);
+                    let slope = Slope { mean, scale, gamma: gamma[c], beta: beta[c] };
+                    slope.dx::<T, SILU>(du_mean as f32, duh_mean as f32, dx, x, dy);
                 }
             },
         );
@@ -174,20 +178,20 @@ fn measure<T: Real>(x: &[T], eps: f64) -> Moments {
     let (mut sum, mut squares) = (0.0, 0.0);
     for piece in x.chunks(PIECE) {
         let x = T::read(piece, &mut scratch);
-        sum += sum_of(
-            x.len(),
+        sum += sums(
+            [x],
             #[inline(always)]
-            |i| x[i],
-        );
+            |x| x,
+        )[0];
     }
     let mean = (sum / x.len() as f64) as f32;
     for piece in x.chunks(PIECE) {
         let x = T::read(piece, &mut scratch);
-        squares += sum_of(
-            x.len(),
+        squares += sums(
+            [x],
             #[inline(always)]
-            |i| (x[i] - mean) * (x[i] - mean),
-        );
+            |[x]| [(x - mean) * (x - mean)],
+        )[0];
     }
     Moments { mean, scale: (1.0 / (squares / x.len() as f64 + eps).sqrt()) as f32 }
 }
@@ -223,51 +227,37 @@ struct Slope {
     scale: f32,
     gamma: f32,
     beta: f32,
-    silu: bool,
 }
 
 impl Slope {
     /// (h, du).
     #[inline(always)]
-    fn at(self, x: f32, dy: f32, silu: bool) -> (f32, f32) {
+    fn at<const SILU: bool>(self, x: f32, dy: f32) -> (f32, f32) {
         let h = (x - self.mean) * self.scale;
-        (h, if silu { dy * silu_slope(h.mul_add(self.gamma, self.beta)) } else { dy })
+        (h, if SILU { dy * silu_slope(h.mul_add(self.gamma, self.beta)) } else { dy })
     }
 
     /// sum(du), sum(du h).
     #[inline(always)]
-    fn sums<T: Real>(self, x: &[T], dy: &[T]) -> [f64; 2] {
+    fn sums<T: Real, const SILU: bool>(self, x: &[T], dy: &[T]) -> [f64; 2] {
         let (mut s, mut t) = ([0f32; PIECE], [0f32; PIECE]);
-        let (mut dus, mut hs) = ([0f32; PIECE], [0f32; PIECE]);
         let mut totals = [0f64; 2];
         for (x, dy) in x.chunks(PIECE).zip(dy.chunks(PIECE)) {
-            let (x, dy) = (T::read(x, &mut s), T::read(dy, &mut t));
-            let (dus, hs) = (&mut dus[..x.len()], &mut hs[..x.len()]);
-            if self.silu {
-                for i in 0..x.len() {
-                    (hs[i], dus[i]) = self.at(x[i], dy[i], true);
-                }
-            } else {
-                for i in 0..x.len() {
-                    (hs[i], dus[i]) = self.at(x[i], dy[i], false);
-                }
-            }
-            totals[0] += sum_of(
-                x.len(),
+            let [du, duh] = sums(
+                [T::read(x, &mut s), T::read(dy, &mut t)],
                 #[inline(always)]
-                |i| dus[i],
+                |[x, dy]| {
+                    let (h, du) = self.at::<SILU>(x, dy);
+                    [du, du * h]
+                },
             );
-            totals[1] += sum_of(
-                x.len(),
-                #[inline(always)]
-                |i| dus[i] * hs[i],
-            );
+            totals = [totals[0] + du, totals[1] + duh];
         }
         totals
     }
 
     #[inline(always)]
-    fn dx<T: Real>(self, du_mean: f32, duh_mean: f32, dx: &mut [T], x: &[T], dy: &[T]) {
+    fn dx<T: Real, const SILU: bool>(self, du_mean: f32, duh_mean: f32, dx: &mut [T], x: &[T], dy: &[T]) {
         let (mut s, mut t, mut u) = ([0f32; PIECE], [0f32; PIECE], [0f32; PIECE]);
         for (dx, (x, dy)) in dx.chunks_mut(PIECE).zip(x.chunks(PIECE).zip(dy.chunks(PIECE))) {
             let (x, dy) = (T::read(x, &mut s), T::read(dy, &mut t));
@@ -276,9 +266,9 @@ impl Slope {
                 &mut u,
                 #[inline(always)]
                 |dx| {
-                    for i in 0..dx.len() {
-                        let (h, du) = if self.silu { self.at(x[i], dy[i], true) } else { self.at(x[i], dy[i], false) };
-                        dx[i] = self.scale * h.mul_add(-duh_mean, du.mul_add(self.gamma, -du_mean));
+                    for (dx, (&x, &dy)) in dx.iter_mut().zip(x.iter().zip(dy)) {
+                        let (h, du) = self.at::<SILU>(x, dy);
+                        *dx = self.scale * h.mul_add(-duh_mean, du.mul_add(self.gamma, -du_mean));
                     }
                 },
             );

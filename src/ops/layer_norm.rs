@@ -7,7 +7,7 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 
 use super::cpu::{Held, by_dtype, elements, for_parts, result, rows_per_part, tensor};
 use super::group_norm::as_f32;
-use super::vector::{Real, simd, sum_of, unwritten};
+use super::vector::{Real, simd, sums, unwritten};
 use crate::device::WeightRef;
 
 /// x (..., D) normalised over D, times gamma (D) plus beta (D), as torch's `LayerNorm`.
@@ -134,16 +134,16 @@ impl LayerNorm {
 #[inline(always)]
 fn measure(x: &[f32], eps: f64) -> (f32, f32) {
     let count = x.len() as f64;
-    let sum = sum_of(
-        x.len(),
+    let [sum] = sums(
+        [x],
         #[inline(always)]
-        |i| x[i],
+        |x| x,
     );
     let mean = (sum / count) as f32;
-    let squares = sum_of(
-        x.len(),
+    let [squares] = sums(
+        [x],
         #[inline(always)]
-        |i| (x[i] - mean) * (x[i] - mean),
+        |[x]| [(x - mean) * (x - mean)],
     );
     (mean, (1.0 / (squares / count + eps).sqrt()) as f32)
 }
@@ -161,17 +161,12 @@ fn row_backward(
     let width = dx.len();
     let (gamma, x, dy) = (&gamma[..width], &x[..width], &dy[..width]);
     let (dbeta, dgamma) = (&mut dbeta[..width], &mut dgamma[..width]);
-    let dy_mean = sum_of(
-        width,
+    let [dy_sum, dyh_sum] = sums(
+        [x, dy, gamma],
         #[inline(always)]
-        |i| gamma[i] * dy[i],
-    ) / width as f64;
-    let dyh_mean = sum_of(
-        width,
-        #[inline(always)]
-        |i| gamma[i] * dy[i] * ((x[i] - mean) * scale),
-    ) / width as f64;
-    let (dy_mean, dyh_mean) = (dy_mean as f32, dyh_mean as f32);
+        |[x, dy, gamma]| [gamma * dy, gamma * dy * ((x - mean) * scale)],
+    );
+    let (dy_mean, dyh_mean) = ((dy_sum / width as f64) as f32, (dyh_sum / width as f64) as f32);
     for i in 0..width {
         let h = (x[i] - mean) * scale;
         dbeta[i] += dy[i];

@@ -3,7 +3,7 @@
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 
-use super::cpu::{Held, by_dtype, elements, for_parts, result, tensor};
+use super::cpu::{Held, by_dtype, elements, for_parts, result, rows_per_part, tensor};
 use super::vector::{Real, unwritten};
 
 /// (B, C, H, W) -> (B, H*W, C).
@@ -50,9 +50,6 @@ impl CustomOp1 for Transpose {
     }
 }
 
-/// Square tile of the transpose: its rows and columns stay in the first-level cache.
-const TILE: usize = 16;
-
 /// (batch, rows, columns) -> (batch, columns, rows).
 fn transpose<T: Real>(x: &[T], rows: usize, columns: usize) -> Vec<T> {
     let mut y = unwritten::<T>(x.len());
@@ -60,23 +57,13 @@ fn transpose<T: Real>(x: &[T], rows: usize, columns: usize) -> Vec<T> {
         return y;
     }
     // A part is some columns of one matrix, which are whole rows of the result.
-    let strip = (super::cpu::rows_per_part(rows).next_multiple_of(TILE)).min(columns);
+    let strip = rows_per_part(rows).next_multiple_of(16).min(columns);
     let mut parts = Vec::new();
     for (y, x) in y.chunks_mut(rows * columns).zip(x.chunks(rows * columns)) {
         parts.extend(y.chunks_mut(strip * rows).enumerate().map(|(i, y)| (y, x, i * strip)));
     }
     for_parts(parts, x.len(), |_, (y, x, first)| {
-        let wide = y.len() / rows;
-        for row in (0..rows).step_by(TILE) {
-            let high = TILE.min(rows - row);
-            for column in (0..wide).step_by(TILE) {
-                for c in column..(column + TILE).min(wide) {
-                    let from = &x[row * columns + first + c..];
-                    let to = &mut y[c * rows + row..][..high];
-                    to.iter_mut().zip(from.iter().step_by(columns)).for_each(|(to, &from)| *to = from);
-                }
-            }
-        }
+        T::transpose(&x[first..], columns, (rows, y.len() / rows), y, rows);
     });
     y
 }

@@ -4,7 +4,7 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 
 use super::cpu::{Held, by_dtype, elements, for_parts, result, rows_per_part, tensor};
-use super::vector::{Real, unwritten};
+use super::vector::{Real, simd, unwritten};
 
 /// (B, C, H, W) -> (B, C, height, width); pixel (y, x) is the input's (floor(y*H/height), floor(x*W/width)), where the
 /// quotient H/height is rounded to f32 first, as torch does (so y = 41 of 2 -> 82 rows is row 0, not 1).
@@ -81,23 +81,32 @@ impl Resample {
         let planes = rows_per_part(large);
         let parts: Vec<_> = dx.chunks_mut(planes * small).zip(dy.chunks(planes * large)).collect();
         for_parts(parts, dy.len(), |_, (dx, dy)| {
-            let mut sums = vec![0f32; small];
-            for (dx, dy) in dx.chunks_mut(small).zip(dy.chunks(large)) {
-                sums.fill(0.0);
-                for (dy, &row) in dy.chunks(self.columns.len()).zip(&self.rows) {
-                    let sums = &mut sums[row * self.w..][..self.w];
-                    if 2 * self.w == dy.len() {
-                        for (sum, pair) in sums.iter_mut().zip(dy.chunks_exact(2)) {
-                            *sum += pair[0].to_f32() + pair[1].to_f32();
-                        }
-                    } else {
-                        dy.iter().zip(&self.columns).for_each(|(dy, &column)| sums[column] += dy.to_f32());
+            let (mut sums, mut row) = (vec![0f32; small], vec![0f32; self.columns.len()]);
+            simd(
+                #[inline(always)]
+                || {
+                    for (dx, dy) in dx.chunks_mut(small).zip(dy.chunks(large)) {
+                        self.plane_sums(dy, &mut sums, &mut row);
+                        dx.iter_mut().zip(&sums).for_each(|(dx, &sum)| *dx = T::from_f32(sum));
                     }
-                }
-                dx.iter_mut().zip(&sums).for_each(|(dx, &sum)| *dx = T::from_f32(sum));
-            }
+                },
+            );
         });
         dx
+    }
+
+    /// The sums over the pixels that each pixel was the source of.
+    #[inline(always)]
+    fn plane_sums<T: Real>(&self, dy: &[T], sums: &mut [f32], row: &mut [f32]) {
+        sums.fill(0.0);
+        for (dy, &source) in dy.chunks(self.columns.len()).zip(&self.rows) {
+            let (dy, sums) = (T::read(dy, row), &mut sums[source * self.w..][..self.w]);
+            if 2 * self.w == dy.len() {
+                sums.iter_mut().zip(dy.as_chunks::<2>().0).for_each(|(sum, [a, b])| *sum += a + b);
+            } else {
+                dy.iter().zip(&self.columns).for_each(|(dy, &column)| sums[column] += dy);
+            }
+        }
     }
 }
 

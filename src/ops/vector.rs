@@ -55,10 +55,26 @@ pub fn unwritten<T: Element>(len: usize) -> Vec<T> {
     unsafe { Vec::from_raw_parts(values.as_mut_ptr(), len, values.capacity()) }
 }
 
+/// Side of the squares that a transpose goes by.
+const SQUARE: usize = 16;
+
 /// An activation dtype whose numbers can be read and written as f32 in pieces.
 pub trait Real: Element {
     /// `source` as f32: itself if it is, else converted into `scratch`, which is at least as long.
     fn read<'a>(source: &'a [Self], scratch: &'a mut [f32]) -> &'a [f32];
+    /// `source` itself if it is f32.
+    fn direct(source: &[Self]) -> Option<&[f32]>;
+    /// to[column][row] = from[row][column], rows of `from` and of `to` being that many numbers apart.
+    fn transpose(from: &[Self], from_stride: usize, size: (usize, usize), to: &mut [Self], to_stride: usize) {
+        let (rows, columns) = size;
+        for row in (0..rows).step_by(SQUARE) {
+            let high = SQUARE.min(rows - row);
+            for column in 0..columns {
+                let from = from[row * from_stride + column..].iter().step_by(from_stride);
+                to[column * to_stride + row..][..high].iter_mut().zip(from).for_each(|(to, &from)| *to = from);
+            }
+        }
+    }
     /// Lets `fill` write all of `target` as f32, directly or by way of `scratch`, rounding to nearest even.
     fn write(target: &mut [Self], scratch: &mut [f32], fill: impl FnOnce(&mut [f32]));
 }
@@ -67,6 +83,13 @@ impl Real for f32 {
     #[inline(always)]
     fn read<'a>(source: &'a [Self], _scratch: &'a mut [f32]) -> &'a [f32] {
         source
+    }
+    #[inline(always)]
+    fn direct(source: &[Self]) -> Option<&[f32]> {
+        Some(source)
+    }
+    fn transpose(from: &[Self], from_stride: usize, size: (usize, usize), to: &mut [Self], to_stride: usize) {
+        transpose(from, from_stride, size, to, to_stride)
     }
     #[inline(always)]
     fn write(target: &mut [Self], _scratch: &mut [f32], fill: impl FnOnce(&mut [f32])) {
@@ -82,6 +105,10 @@ impl Real for bf16 {
             *to = f32::from_bits((from.to_bits() as u32) << 16);
         }
         scratch
+    }
+    #[inline(always)]
+    fn direct(_source: &[Self]) -> Option<&[f32]> {
+        None
     }
     #[inline(always)]
     fn write(target: &mut [Self], scratch: &mut [f32], fill: impl FnOnce(&mut [f32])) {
@@ -102,6 +129,10 @@ impl Real for f16 {
         let scratch = &mut scratch[..source.len()];
         source.convert_to_f32_slice(scratch);
         scratch
+    }
+    #[inline(always)]
+    fn direct(_source: &[Self]) -> Option<&[f32]> {
+        None
     }
     #[inline(always)]
     fn write(target: &mut [Self], scratch: &mut [f32], fill: impl FnOnce(&mut [f32])) {
@@ -181,30 +212,55 @@ pub fn normal(x: f32) -> (f32, f32) {
     (below, e * 0.398_942_3)
 }
 
-/// Lanes of a sum.
-const LANES: usize = 32;
+/// Lanes of a sum: few enough for short rows, too many to be unrolled into single numbers, which LLVM would not turn
+/// into vectors again.
+const LANES: usize = 64;
 
-/// Adds up `f(i)` for i in 0..len: 32 f32 lanes within each piece of 1,024, the pieces in f64.
+/// N sums over equally long inputs at once: each adds up its part of `f` of the M numbers at a place. 64 f32 lanes within
+/// each piece of 1,024, the pieces in f64.
 #[inline(always)]
-pub fn sum_of(len: usize, f: impl Fn(usize) -> f32) -> f64 {
-    let mut total = 0.0;
-    let mut start = 0;
-    while start < len {
-        let end = (start + PIECE).min(len);
-        let mut lanes = [0f32; LANES];
-        let whole = start + (end - start) / LANES * LANES;
-        for i in (start..whole).step_by(LANES) {
-            for (j, lane) in lanes.iter_mut().enumerate() {
-                *lane += f(i + j);
+pub fn sums<const M: usize, const N: usize>(inputs: [&[f32]; M], f: impl Fn([f32; M]) -> [f32; N]) -> [f64; N] {
+    let len = inputs[0].len();
+    let inputs = inputs.map(
+        #[inline(always)]
+        |x| &x[..len],
+    );
+    let mut totals = [0f64; N];
+    for start in (0..len).step_by(PIECE) {
+        let pieces = inputs.map(
+            #[inline(always)]
+            |x| x[start..(start + PIECE).min(len)].as_chunks::<LANES>(),
+        );
+        let mut lanes = [[0f32; LANES]; N];
+        for i in 0..pieces[0].0.len() {
+            let chunks = pieces.map(
+                #[inline(always)]
+                |(whole, _)| &whole[i],
+            );
+            for j in 0..LANES {
+                let terms = f(chunks.map(
+                    #[inline(always)]
+                    |chunk| chunk[j],
+                ));
+                for n in 0..N {
+                    lanes[n][j] += terms[n];
+                }
             }
         }
-        for i in whole..end {
-            lanes[i - whole] += f(i);
+        for j in 0..pieces[0].1.len() {
+            let terms = f(pieces.map(
+                #[inline(always)]
+                |(_, rest)| rest[j],
+            ));
+            for n in 0..N {
+                lanes[n][j] += terms[n];
+            }
         }
-        total += fold(lanes) as f64;
-        start = end;
+        for (total, lanes) in totals.iter_mut().zip(lanes) {
+            *total += fold(lanes) as f64;
+        }
     }
-    total
+    totals
 }
 
 /// The lanes' sum, in a tree.
@@ -218,6 +274,85 @@ fn fold(mut lanes: [f32; LANES]) -> f32 {
         width /= 2;
     }
     lanes[0]
+}
+
+/// to[column][row] = from[row][column], rows of `from` and of `to` being that many numbers apart.
+pub fn transpose(from: &[f32], from_stride: usize, (rows, columns): (usize, usize), to: &mut [f32], to_stride: usize) {
+    if rows == 0 || columns == 0 {
+        return;
+    }
+    assert!(columns <= from_stride && rows <= to_stride, "rows overlap");
+    assert!(
+        from.len() >= (rows - 1) * from_stride + columns && to.len() >= (columns - 1) * to_stride + rows,
+        "too short"
+    );
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx512f") {
+        for row in (0..rows).step_by(SQUARE) {
+            for column in (0..columns).step_by(SQUARE) {
+                let size = ((rows - row).min(SQUARE), (columns - column).min(SQUARE));
+                // SAFETY: the feature is there, and the square is cut to what the assertions have found.
+                unsafe {
+                    let from = from.as_ptr().add(row * from_stride + column);
+                    square(from, from_stride, size, to.as_mut_ptr().add(column * to_stride + row), to_stride);
+                }
+            }
+        }
+        return;
+    }
+    for row in 0..rows {
+        for column in 0..columns {
+            to[column * to_stride + row] = from[row * from_stride + column];
+        }
+    }
+}
+
+/// Transposes a square of at most 16 by 16, by pairs, then fours, then quarters of vectors.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+unsafe fn square(
+    from: *const f32,
+    from_stride: usize,
+    (rows, columns): (usize, usize),
+    to: *mut f32,
+    to_stride: usize,
+) {
+    use std::arch::x86_64::*;
+    let mask = |count: usize| -> __mmask16 { (0xffff_u32 >> (16 - count)) as u16 };
+    let mut r = [_mm512_setzero_ps(); 16];
+    for (i, r) in r.iter_mut().enumerate().take(rows) {
+        // SAFETY: the mask leaves out what is beyond the columns.
+        *r = unsafe { _mm512_maskz_loadu_ps(mask(columns), from.add(i * from_stride)) };
+    }
+    let mut t = r;
+    for i in 0..8 {
+        t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+    }
+    for g in (0..16).step_by(4) {
+        let [a, b, c, d] = [t[g], t[g + 1], t[g + 2], t[g + 3]].map(
+            #[inline(always)]
+            |x| _mm512_castps_pd(x),
+        );
+        r[g] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
+        r[g + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+        r[g + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
+        r[g + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+    }
+    for j in 0..4 {
+        let (even_low, even_high) =
+            (_mm512_shuffle_f32x4::<0x88>(r[j], r[4 + j]), _mm512_shuffle_f32x4::<0x88>(r[8 + j], r[12 + j]));
+        let (odd_low, odd_high) =
+            (_mm512_shuffle_f32x4::<0xdd>(r[j], r[4 + j]), _mm512_shuffle_f32x4::<0xdd>(r[8 + j], r[12 + j]));
+        t[j] = _mm512_shuffle_f32x4::<0x88>(even_low, even_high);
+        t[4 + j] = _mm512_shuffle_f32x4::<0x88>(odd_low, odd_high);
+        t[8 + j] = _mm512_shuffle_f32x4::<0xdd>(even_low, even_high);
+        t[12 + j] = _mm512_shuffle_f32x4::<0xdd>(odd_low, odd_high);
+    }
+    for (j, t) in t.iter().enumerate().take(columns) {
+        // SAFETY: the mask leaves out what is beyond the rows.
+        unsafe { _mm512_mask_storeu_ps(to.add(j * to_stride), mask(rows), *t) };
+    }
 }
 
 #[cfg(test)]
@@ -291,9 +426,9 @@ mod tests {
         assert_eq!(wide, narrow);
         let sum = simd(
             #[inline(always)]
-            || sum_of(x.len(), |i| x[i] * 0.1),
+            || sums([&x, &wide], |[x, y]| [x * 0.1, x.mul_add(y, 1.0)]),
         );
-        assert_eq!(sum, sum_of(x.len(), |i| std::hint::black_box(x[i]) * 0.1));
+        assert_eq!(sum, sums([&x, &wide], |[x, y]| [std::hint::black_box(x) * 0.1, x.mul_add(y, 1.0)]));
     }
 
     #[test]
@@ -310,5 +445,22 @@ mod tests {
         }
         assert_eq!(bf16::read(&brain, &mut scratch)[7], brain[7].to_f32());
         assert_eq!(f16::read(&half, &mut scratch)[7], half[7].to_f32());
+    }
+
+    #[test]
+    fn matrices_of_all_sizes_are_transposed() {
+        for (rows, columns) in [(1, 1), (16, 16), (5, 40), (64, 17), (33, 31)] {
+            let from: Vec<f32> = (0..rows * (columns + 3)).map(|i| i as f32).collect();
+            let mut to = vec![-1f32; columns * (rows + 2)];
+            transpose(&from, columns + 3, (rows, columns), &mut to, rows + 2);
+            let mut half = vec![f16::NEG_ONE; to.len()];
+            let halves: Vec<f16> = from.iter().map(|&x| f16::from_f32(x)).collect();
+            f16::transpose(&halves, columns + 3, (rows, columns), &mut half, rows + 2);
+            assert!(half.iter().zip(&to).all(|(half, &to)| *half == f16::from_f32(to)));
+            for (i, &x) in to.iter().enumerate() {
+                let (column, row) = (i / (rows + 2), i % (rows + 2));
+                assert_eq!(x, if row < rows { from[row * (columns + 3) + column] } else { -1.0 });
+            }
+        }
     }
 }

@@ -4,6 +4,7 @@ use candle_core::{Result, Tensor, Var, bail};
 
 use super::graph::{SegmentGraph, SlotId};
 use super::pullback::{carries_gradient, leaf, pullback};
+use crate::ops;
 
 /// What a segment leaves behind on the way forward.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -136,7 +137,7 @@ impl<'g> Tape<'g> {
                 && carries_gradient(grad.dtype())
             {
                 self.grads[slot] = Some(match self.grads[slot].take() {
-                    Some(sum) => (sum + grad)?.detach(),
+                    Some(sum) => ops::add(&sum, &grad)?.detach(),
                     None => grad,
                 });
             }

@@ -3,13 +3,14 @@
 use std::fs;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use candle_core::DType;
 use serde_json::{Map, json};
 
 use super::network::Network;
 use super::weights::PipelineWeights;
-use crate::comm::{Communicator, SliceMut};
+use crate::checkpoint::all_finite;
+use crate::comm::{Communicator, CommunicatorExt};
 use crate::config::{OutputPlan, SaveDtype};
 use crate::model::{Component, ComponentWriter, PipelineExport};
 
@@ -25,11 +26,26 @@ pub struct Export<'a> {
 /// that looks like a pipeline and is none.
 pub fn export(network: &Network, weights: &PipelineWeights, comm: &dyn Communicator, export: &Export) -> Result<()> {
     let aside = export.output.dir.join(".writing-pipeline");
+    let written = write(network, weights, comm, export, &aside);
+    if written.is_err() && comm.rank() == 0 {
+        // Best effort: the error that led here is the one to report.
+        let _ = fs::remove_dir_all(&aside);
+    }
+    written
+}
+
+fn write(
+    network: &Network,
+    weights: &PipelineWeights,
+    comm: &dyn Communicator,
+    export: &Export,
+    aside: &Path,
+) -> Result<()> {
     let writers = match comm.rank() {
-        0 => start(weights, export, &aside).map(Some),
+        0 => start(weights, export, aside).map(Some),
         _ => Ok(None),
     };
-    let mut result = agree(comm, writers)?;
+    let mut result = comm.agree(writers)?;
     for i in 0..network.store.len() {
         if !network.store.trains(i) {
             continue;
@@ -39,13 +55,13 @@ pub fn export(network: &Network, weights: &PipelineWeights, comm: &dyn Communica
             Some(writers) => write_segment(writers, network, i, &whole),
             None => Ok(()),
         };
-        agree(comm, written)?;
+        comm.agree(written)?;
     }
     let finished = match result {
-        Some(writers) => finish(writers, export, &aside),
+        Some(writers) => finish(writers, export, aside),
         None => Ok(()),
     };
-    agree(comm, finished)
+    comm.agree(finished)
 }
 
 type Writers = Vec<(Component, ComponentWriter)>;
@@ -71,7 +87,13 @@ fn write_segment(writers: &mut Writers, network: &Network, i: usize, whole: &[f3
         let component = Component::of(&entry.name);
         let writer = writers.iter_mut().find(|(c, _)| Some(*c) == component).map(|(_, w)| w);
         let writer = writer.with_context(|| format!("{} belongs to no trained component", entry.name))?;
-        writer.write(&entry.name, 0, &whole[entry.offset..entry.offset + entry.len])?;
+        let values = &whole[entry.offset..entry.offset + entry.len];
+        ensure!(
+            all_finite(values),
+            "{} is not finite after the last step: lower optimizer.learning_rate, or add warm-up (lr_schedule.warmup_steps)",
+            entry.name
+        );
+        writer.write(&entry.name, 0, values)?;
     }
     Ok(())
 }
@@ -98,15 +120,6 @@ fn finish(writers: Writers, export: &Export, aside: &Path) -> Result<()> {
         fs::rename(entry.path(), &target).with_context(|| format!("writing {}", target.display()))?;
     }
     fs::remove_dir(aside).with_context(|| format!("removing {}", aside.display()))
-}
-
-/// Turns one rank's failure into everyone's, so that nobody waits for a rank that gave up; a collective.
-fn agree<T>(comm: &dyn Communicator, mine: Result<T>) -> Result<T> {
-    let mut failed = [if mine.is_err() { 1f64 } else { 0.0 }];
-    comm.all_reduce(SliceMut::F64(&mut failed))?;
-    let mine = mine?;
-    anyhow::ensure!(failed[0] == 0.0, "another rank could not write its part");
-    Ok(mine)
 }
 
 /// Writes the reduced gradients as fp32 safetensors, by their names in the model's own files; a collective.
@@ -137,7 +150,7 @@ pub fn save_gradients(
         0 => write_safetensors(path, header, &data),
         _ => Ok(()),
     };
-    agree(comm, written)
+    comm.agree(written)
 }
 
 fn write_safetensors(path: &Path, header: Map<String, serde_json::Value>, data: &[u8]) -> Result<()> {

@@ -63,14 +63,14 @@ impl Sampler {
         }
         let order = self.order.as_ref().map_or(&[][..], |(_, order)| order);
         let from = position.items_in_epoch.min(self.epoch_items) as usize;
-        let to = (position.items_in_epoch + self.batch_items).min(self.epoch_items) as usize;
+        let to = position.items_in_epoch.saturating_add(self.batch_items).min(self.epoch_items) as usize;
         order[from..to].to_vec()
     }
 
     fn recorded(&self, record: &Record, micro_step: u64) -> Result<Vec<u64>> {
         if micro_step as usize >= record.len() {
             return Err(Refusal::error(format!(
-                "replay.draws holds {} micro-batches, but the run needs more. Lower train.max_steps to what was recorded.",
+                "replay.draws holds {} micro-batches, and the run needs more: lower train.max_steps to what was recorded",
                 record.len()
             )));
         }

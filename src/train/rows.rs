@@ -8,6 +8,7 @@ use candle_core::{Device, Tensor};
 
 use super::frozen::Frozen;
 use super::items::Item;
+use super::step::listed;
 use crate::config::ReplayPixels;
 use crate::data::{Crop, Dataset};
 use crate::diffusion::{
@@ -33,6 +34,7 @@ pub struct Vae {
     pub network: Frozen,
     pub pixels: SlotId,
     pub moments: SlotId,
+    pub device: Device,
     pub latent_channels: usize,
     /// Pixels along a latent's side.
     pub downscale: usize,
@@ -100,8 +102,7 @@ impl Rows {
 
     /// What to tell when some of the rows came out wrong.
     pub fn describe(&self, bad: impl Iterator<Item = usize>) -> String {
-        let rows = bad.map(|r| format!("{} at time step {}", self.images[r], self.timesteps[r]));
-        rows.collect::<Vec<_>>().join(", ")
+        listed(bad.map(|r| format!("{} at time step {}", self.images[r], self.timesteps[r])).collect())
     }
 }
 
@@ -225,7 +226,7 @@ impl RowMaker {
             }
         }
         let side = self.settings.resolution;
-        let input = Tensor::from_vec(image, (1, 3, side, side), &Device::Cpu)?;
+        let input = Tensor::from_vec(image, (1, 3, side, side), &self.vae.device)?;
         let output = self.vae.network.run(vec![(self.vae.pixels, input)], self.vae.moments)?;
         let moments = output.flatten_all()?.to_vec1::<f32>()?;
         if cacheable {

@@ -8,6 +8,8 @@ use anyhow::{Context, Result};
 use super::export::{self, Export};
 use super::setup;
 use super::trainer::{Ending, Trainer};
+use crate::checkpoint;
+use crate::comm::CommunicatorExt;
 use crate::config::RunPlan;
 use crate::launch::{Event, Rank};
 
@@ -15,9 +17,9 @@ use crate::launch::{Event, Rank};
 /// all that can be refused was looked at.
 pub fn run(plan: &RunPlan, model_dir: &Path, rank: &Rank) -> Result<Ending> {
     let mut trainer = setup::build(plan, model_dir, rank)?;
-    prepare_output(&trainer)?;
-    trainer.comm.barrier()?;
-    trainer.begin()?;
+    trainer.comm.agree(prepare_output(&trainer))?;
+    let begun = trainer.begin();
+    trainer.comm.agree(begun)?;
     let start = Event::Start { total_steps: trainer.total_steps, done_steps: trainer.position.step };
     rank.events.send(&start);
     let ending = trainer.train()?;
@@ -42,16 +44,18 @@ fn prepare_output(trainer: &Trainer) -> Result<()> {
     }
     let dir = &trainer.plan.output.dir;
     fs::create_dir_all(dir).with_context(|| format!("creating {}", dir.display()))?;
-    for entry in fs::read_dir(dir).with_context(|| format!("reading {}", dir.display()))? {
-        let entry = entry?;
-        let name = entry.file_name().to_string_lossy().into_owned();
-        let half_done = name.starts_with(".writing-") || name.starts_with(".deleting-");
-        // Nothing but checkpoints: a folder `checkpoint-notes` is the user's own.
-        let is_checkpoint = name.strip_prefix("checkpoint-").is_some_and(|n| n.parse::<u64>().is_ok());
-        let of_another_run = trainer.position.step == 0 && is_checkpoint;
-        if half_done || of_another_run {
-            fs::remove_dir_all(entry.path()).with_context(|| format!("removing {}", entry.path().display()))?;
-        }
+    let step = trainer.position.step;
+    for path in checkpoint::clear_leftovers(dir, step)? {
+        let what = match step {
+            0 => format!("removed {}, of the run that was here", path.display()),
+            _ => format!("removed {}: the run goes on from step {step}", path.display()),
+        };
+        trainer.rank.events.send(&Event::Message(what));
+    }
+    let index = dir.join("model_index.json");
+    if step == 0 && index.exists() {
+        // What is left of the other run's pipeline is none without its index.
+        fs::remove_file(&index).with_context(|| format!("removing {}", index.display()))?;
     }
     let mut resolved = trainer.plan.clone();
     resolved.train.seed = Some(trainer.seed);

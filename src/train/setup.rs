@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Result;
-use candle_core::DType;
+use candle_core::{DType, Device};
 
 use super::frozen::Frozen;
 use super::items::Sampler;
@@ -18,11 +18,11 @@ use super::weights::PipelineWeights;
 use crate::Refusal;
 use crate::checkpoint::{self, Checkpoint, Position, SegmentRecord};
 use crate::comm::{Communicator, SliceMut};
-use crate::config::{LrKind as PlannedKind, MixedPrecision, ReduceDtype, Resume, RunPlan, Toggle};
+use crate::config::{DeviceKind, LrKind as PlannedKind, MixedPrecision, ReduceDtype, Resume, RunPlan, Steps, Toggle};
 use crate::data::{ClipTokenizer, Dataset, Tokens};
-use crate::device::Arena;
+use crate::device::{Arena, Compute};
 use crate::diffusion::{Draws, NoiseSchedule, Record};
-use crate::launch::Rank;
+use crate::launch::{Event, Rank};
 use crate::model::{self, Component, Denoiser, TextConfig, UnetConfig, VaeConfig};
 use crate::optim::{LrKind, LrSchedule};
 use crate::segment::Keep;
@@ -61,21 +61,30 @@ pub fn build<'a>(plan: &'a RunPlan, model_dir: &Path, rank: &'a Rank) -> Result<
     let dataset = Dataset::open(&plan.dataset_options(false))?;
     let schedule = NoiseSchedule::from_json(&model_dir.join("scheduler").join("scheduler_config.json"))?;
     let arena = Arena::new("frozen network", None);
-    let dtype = compute_dtype(plan);
+    let compute = compute(plan)?;
 
-    let (network, slots) = network(plan, &configs, &weights, resumed.as_ref(), &comm, dtype)?;
-    let prompts = prompts(plan, model_dir, &configs, &weights, &arena, dtype)?;
-    let batch_items = (plan.train.batch_size * comm.world_size()) as u64;
+    let (network, slots) = network(plan, &configs, &weights, resumed.as_ref(), &comm, compute.dtype)?;
+    let prompts = prompts(plan, model_dir, &configs, &weights, &arena, &compute)?;
+    let batch_items = plan.train.batch_size.saturating_mul(comm.world_size()) as u64;
     let epoch_items = dataset.len() as u64;
-    let total_steps = total_steps(plan, epoch_items, batch_items);
-    let position = resumed.as_ref().map_or(Position::default(), |c| c.manifest.position);
-    let draws = Draws::new(seed);
     let replay = match &plan.replay {
         Some(replay) => Some((Record::open(&replay.draws)?, replay.pixels)),
         None => None,
     };
+    let steps = match &replay {
+        Some((record, _)) => Steps::replayed(record, dataset.len(), &plan.train)?,
+        None => Steps::of(dataset.len(), &plan.train, comm.world_size()),
+    };
+    let total_steps = steps.total as u64;
+    let mut position = resumed.as_ref().map_or(Position::default(), |c| c.manifest.position);
+    if position.items_in_epoch >= epoch_items {
+        // There are fewer images than there were.
+        (position.epoch, position.items_in_epoch) = (position.epoch + 1, 0);
+    }
+    let draws = Draws::new(seed);
+    say_where_it_begins(plan, resumed.as_ref(), seed, total_steps, rank);
     let rows = RowMaker {
-        vae: vae(&configs.vae, &weights, &arena)?,
+        vae: vae(&configs.vae, &weights, &arena, &compute)?,
         dataset,
         schedule,
         draws,
@@ -97,7 +106,7 @@ pub fn build<'a>(plan: &'a RunPlan, model_dir: &Path, rank: &'a Rank) -> Result<
         slots,
         unet: configs.unet,
         weights,
-        dtype,
+        compute,
         prompts,
         rows,
         sampler: Sampler::new(draws, epoch_items, batch_items),
@@ -110,11 +119,17 @@ pub fn build<'a>(plan: &'a RunPlan, model_dir: &Path, rank: &'a Rank) -> Result<
     })
 }
 
-fn compute_dtype(plan: &RunPlan) -> DType {
-    match plan.train.mixed_precision {
+/// Where and in what precision the plan computes.
+fn compute(plan: &RunPlan) -> Result<Compute> {
+    let device = match plan.model.device {
+        DeviceKind::Cpu => Device::Cpu,
+        DeviceKind::Cuda => Device::new_cuda_with_stream(0)?,
+    };
+    let dtype = match plan.train.mixed_precision {
         MixedPrecision::No => DType::F32,
         MixedPrecision::Bf16 => DType::BF16,
-    }
+    };
+    Ok(Compute { device, dtype })
 }
 
 /// Which components train.
@@ -204,7 +219,7 @@ fn network(
     Ok((network, slots))
 }
 
-fn vae(config: &VaeConfig, weights: &PipelineWeights, arena: &Arena) -> Result<Vae> {
+fn vae(config: &VaeConfig, weights: &PipelineWeights, arena: &Arena, compute: &Compute) -> Result<Vae> {
     let encoder = model::vae_encoder(config);
     weights.component(Component::Vae).check(&model::wanted(&encoder.graph, Component::Vae))?;
     Ok(Vae {
@@ -212,6 +227,7 @@ fn vae(config: &VaeConfig, weights: &PipelineWeights, arena: &Arena) -> Result<V
         network: Frozen::load(encoder.graph, DType::F32, arena, weights)?,
         pixels: encoder.pixels,
         moments: encoder.moments,
+        device: compute.device.clone(),
         latent_channels: config.latent_channels,
         downscale: config.downscale(),
         scaling_factor: config.scaling_factor as f32,
@@ -231,7 +247,7 @@ fn prompts(
     configs: &Configs,
     weights: &PipelineWeights,
     arena: &Arena,
-    dtype: DType,
+    compute: &Compute,
 ) -> Result<Prompts> {
     let tokens = tokens(plan, model_dir)?;
     if plan.model.train_text_encoder {
@@ -241,14 +257,30 @@ fn prompts(
     let encoder = model::text_encoder(&configs.text, plan.data.text_encoder_use_attention_mask, DType::F32);
     weights.component(Component::TextEncoder).check(&model::wanted(&encoder.graph, Component::TextEncoder))?;
     let frozen = Frozen::load(encoder.graph, DType::F32, arena, weights)?;
-    Prompts::encode(&frozen, &encoder.slots, &tokens, dtype)
+    Prompts::encode(&frozen, &encoder.slots, &tokens, compute)
 }
 
-/// Optimizer steps of the whole run.
-pub fn total_steps(plan: &RunPlan, epoch_items: u64, batch_items: u64) -> u64 {
-    match plan.train.max_steps {
-        Some(steps) => steps as u64,
-        None => plan.train.epochs as u64 * epoch_items.div_ceil(batch_items).div_ceil(plan.train.accumulation as u64),
+/// Tells the user what a resumed run goes on from and what has changed meanwhile.
+fn say_where_it_begins(plan: &RunPlan, resumed: Option<&Checkpoint>, seed: u64, total_steps: u64, rank: &Rank) {
+    let say = |what: String| rank.events.send(&Event::Message(what));
+    let Some(Checkpoint { path, manifest, .. }) = resumed else {
+        if plan.checkpoint.resume != Resume::No {
+            say(format!("no checkpoint in {} yet: the run begins at the first step", plan.output.dir.display()));
+        }
+        return;
+    };
+    let done = manifest.position.step;
+    say(format!("going on from {}, after step {done}", path.display()));
+    let (was, now) = (manifest.learning_rate, plan.optimizer.learning_rate);
+    // Not to the bit: the number has been through a text.
+    if (was - now).abs() > 1e-12 * was.abs() {
+        say(format!("optimizer.learning_rate is {now:e} from here on; it was {was:e}"));
+    }
+    if seed != manifest.seed {
+        say(format!("train.seed is {seed} from here on; it was {}", manifest.seed));
+    }
+    if done >= total_steps {
+        say(format!("all {total_steps} steps are done: only the pipeline is written"));
     }
 }
 

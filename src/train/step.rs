@@ -81,8 +81,8 @@ impl Network {
         if !norm.is_finite() {
             let bad = (0..squares.len()).filter(|&i| !squares[i].is_finite()).map(|i| self.store.name(i));
             bail!(
-                "the gradients of {} are not finite. The last checkpoint is from before this step; lower optimizer.learning_rate or add warm-up.",
-                bad.take(3).collect::<Vec<_>>().join(", ")
+                "the gradients of {} are not finite: lower optimizer.learning_rate, or add warm-up (lr_schedule.warmup_steps)",
+                listed(bad.map(str::to_string).collect())
             );
         }
         Ok(norm)
@@ -104,6 +104,17 @@ impl Network {
         self.reducer.clear();
         Ok(())
     }
+}
+
+/// A list for a message: the first few, and how many more.
+pub(super) fn listed(mut items: Vec<String>) -> String {
+    const SHOWN: usize = 8;
+    let more = items.len().saturating_sub(SHOWN);
+    if more > 0 {
+        items.truncate(SHOWN);
+        items.push(format!("{more} more"));
+    }
+    items.join(", ")
 }
 
 /// The factor that brings a gradient of norm `norm` down to `max_norm` (0: no clipping), as `clip_grad_norm_` does.

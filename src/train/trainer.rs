@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 
 use super::items::{Items, Sampler};
 use super::metrics::{Metrics, MicroRow, StepRow};
@@ -14,9 +14,9 @@ use super::step::{Group, Inputs, clip_factor};
 use super::text::Prompts;
 use super::weights::PipelineWeights;
 use crate::checkpoint::{self, Position};
-use crate::comm::{Communicator, Slice, SliceMut};
-use crate::config::RunPlan;
-use crate::device::peak_rss_bytes;
+use crate::comm::{Communicator, CommunicatorExt, Slice, SliceMut};
+use crate::config::{Resume, RunPlan};
+use crate::device::{Compute, peak_rss_bytes};
 use crate::diffusion::loss_and_gradient;
 use crate::launch::{Event, Rank};
 use crate::model::{DenoiserSlots, UnetConfig, time_features};
@@ -40,7 +40,7 @@ pub struct Trainer<'a> {
     pub slots: DenoiserSlots,
     pub unet: UnetConfig,
     pub weights: PipelineWeights,
-    pub dtype: DType,
+    pub compute: Compute,
     pub prompts: Prompts,
     pub rows: RowMaker,
     pub sampler: Sampler,
@@ -60,8 +60,16 @@ struct MicroReport {
 impl Trainer<'_> {
     /// Opens `metrics.jsonl` on rank 0, once the output folder is there.
     pub fn begin(&mut self) -> Result<()> {
-        self.metrics = Metrics::open(&self.plan.output.dir, self.position.step, self.comm.rank() == 0)?;
+        let kept = if self.goes_on_here() { self.position.step } else { 0 };
+        self.metrics = Metrics::open(&self.plan.output.dir, kept, self.comm.rank() == 0)?;
         Ok(())
+    }
+
+    /// Whether the rows that are there are this run's: where it goes on from a checkpoint beside them.
+    fn goes_on_here(&self) -> bool {
+        let Resume::Folder(folder) = &self.plan.checkpoint.resume else { return true };
+        let beside = folder.join("..").canonicalize();
+        beside.is_ok_and(|beside| self.plan.output.dir.canonicalize().is_ok_and(|own| own == beside))
     }
 
     /// Trains to the last step, or until the user interrupts.
@@ -174,7 +182,7 @@ impl Trainer<'_> {
             if !loss.is_finite() {
                 trouble = rows.describe((0..rows.len()).filter(|&r| !value.row_mse[r].is_finite()));
             }
-            Ok(Tensor::from_vec(gradient, dims, &Device::Cpu)?.to_dtype(prediction.dtype())?)
+            Ok(Tensor::from_vec(gradient, dims, prediction.device())?.to_dtype(prediction.dtype())?)
         })?;
         self.agree(loss, rows.pixels, trouble)
     }
@@ -185,13 +193,13 @@ impl Trainer<'_> {
         let features = time_features(&rows.timesteps, &self.unet);
         let width = features.len() / rows.len();
         let tensor = |values: Vec<f32>, shape: &[usize]| -> Result<Tensor> {
-            Ok(Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(self.dtype)?)
+            Ok(Tensor::from_vec(values, shape, &self.compute.device)?.to_dtype(self.compute.dtype)?)
         };
         let mut slots = vec![
             (self.slots.sample, tensor(rows.sample.clone(), &[rows.len(), channels, h, w])?),
             (self.slots.time_features, tensor(features, &[rows.len(), width])?),
         ];
-        slots.extend(self.prompts.slots(&self.slots.conditioning, &rows.kinds)?);
+        slots.extend(self.prompts.slots(&self.slots.conditioning, &rows.kinds, &self.compute.device)?);
         Ok(Inputs { slots, prediction: self.slots.prediction })
     }
 
@@ -210,25 +218,23 @@ impl Trainer<'_> {
         if report.loss.is_finite() {
             return Ok(report);
         }
-        let mut message = [0u8; 1024];
-        let cut = trouble.len().min(message.len());
-        message[..cut].copy_from_slice(&trouble.as_bytes()[..cut]);
-        let mut messages = vec![0u8; message.len() * self.comm.world_size()];
-        self.comm.all_gather(Slice::U8(&message), SliceMut::U8(&mut messages))?;
-        let text =
-            String::from_utf8_lossy(&messages).split('\0').filter(|s| !s.is_empty()).collect::<Vec<_>>().join(", ");
+        let everyone = self.comm.gather_strings(&trouble)?;
+        let rows = everyone.into_iter().filter(|rows| !rows.is_empty()).collect::<Vec<_>>().join(", ");
         bail!(
-            "the loss of micro-batch {} is {}: {text}. The weights before this step are in the last checkpoint. Lower optimizer.learning_rate, add warm-up, or look at these images.",
+            "the loss of micro-batch {} is {}: {rows}. Lower optimizer.learning_rate, add warm-up \
+             (lr_schedule.warmup_steps), or look at these images; {}",
             self.position.micro_step - 1,
-            report.loss
+            report.loss,
+            match checkpoint::latest(&self.plan.output.dir)? {
+                Some(path) => format!("{} is from before this step", path.display()),
+                None => "there is no checkpoint from before this step".to_string(),
+            }
         );
     }
 
     /// Whether any rank was told to stop; a collective.
     fn anyone_interrupted(&self) -> Result<bool> {
-        let mut flag = [f64::from(u8::from(self.rank.interrupt.interrupted()))];
-        self.comm.all_reduce(SliceMut::F64(&mut flag))?;
-        Ok(flag[0] > 0.0)
+        self.comm.any(self.rank.interrupt.interrupted())
     }
 
     /// `replay.save_gradients`: the reduced gradients of the first step, before clipping. A collective.
@@ -253,11 +259,11 @@ impl Trainer<'_> {
                 position: self.position,
                 seed: self.seed,
                 stage: self.plan.zero.stage,
-                learning_rate: self.rate(),
+                learning_rate: self.plan.optimizer.learning_rate,
                 keep: self.plan.checkpoint.keep,
             },
         )
-        .context("writing a checkpoint")?;
+        .with_context(|| format!("writing the checkpoint of step {}", self.position.step))?;
         self.rank.events.send(&Event::CheckpointWritten { step: self.position.step, path });
         Ok(())
     }

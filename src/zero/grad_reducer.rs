@@ -21,9 +21,10 @@ struct Reduced {
     slot: Arc<GradSlot>,
     name: String,
     padded_len: usize,
-    /// Whole bucket, added to by every micro-batch, where gradients are replicated until the end of the step.
+    /// Whole bucket, added to by every micro-batch, where gradients are replicated until the end of the step. After
+    /// `finish` it holds sums over all ranks: in the owned shard, or everywhere where the optimizer is replicated, too.
     local: Option<Buffer>,
-    /// Sums over all ranks of the part that the optimizer updates; complete after `finish`.
+    /// Sums over all ranks of the owned shard, where gradients are partitioned.
     reduced: Option<Buffer>,
 }
 
@@ -45,7 +46,7 @@ impl GradReducer {
             let shard = ranks.partition().shard(padded_len).len();
             let alloc = |len: usize| arena.alloc(DType::F32, len, &name);
             let local = if ranks.stage.partitions_gradients() { None } else { Some(alloc(padded_len)?) };
-            let reduced = if ranks.stage.partitions_optimizer() { Some(alloc(shard)?) } else { None };
+            let reduced = if ranks.stage.partitions_gradients() { Some(alloc(shard)?) } else { None };
             segments.push(Some(Reduced { slot: slot.clone(), name, padded_len, local, reduced }));
         }
         Ok(GradReducer { ranks: ranks.clone(), arena: arena.clone(), segments })
@@ -67,13 +68,13 @@ impl GradReducer {
         let Some(segment) = &mut self.segments[i] else { return Ok(()) };
         let bucket =
             segment.slot.empty().with_context(|| format!("{}: its gradient bucket is not open", segment.name))?;
-        match self.ranks.stage.partitions_gradients() {
-            true => reduce_scatter(&self.ranks, &self.arena, &bucket, segment.reduced.as_mut(), &segment.name),
-            false => {
-                segment.local = Some(bucket);
-                Ok(())
-            }
-        }
+        let Some(sum) = &mut segment.reduced else {
+            segment.local = Some(bucket);
+            return Ok(());
+        };
+        let mine = reduce_scatter(&self.ranks, &self.arena, &bucket, &segment.name)?;
+        crate::device::threads::add(sum.as_mut_slice(), mine.as_slice());
+        Ok(())
     }
 
     /// Ends the step's last micro-batch: whatever is still local becomes the sum over all ranks.
@@ -83,28 +84,30 @@ impl GradReducer {
         }
         for segment in self.segments.iter_mut().flatten() {
             let Some(local) = &mut segment.local else { continue };
-            match self.ranks.stage.partitions_optimizer() {
-                true => reduce_scatter(&self.ranks, &self.arena, local, segment.reduced.as_mut(), &segment.name)?,
-                false => all_reduce(&self.ranks, local, &segment.name)?,
+            if !self.ranks.stage.partitions_optimizer() {
+                all_reduce(&self.ranks, local, &segment.name)?;
+                continue;
             }
+            let mine = reduce_scatter(&self.ranks, &self.arena, local, &segment.name)?;
+            let shard = self.ranks.partition().shard(segment.padded_len);
+            local.as_mut_slice::<f32>()[shard].copy_from_slice(mine.as_slice());
         }
         Ok(())
     }
 
     /// The reduced gradients that this rank's optimizer uses ([`ParamStore::optimizer_range`]).
     pub fn reduced(&self, i: usize) -> Option<&[f32]> {
-        let segment = self.segments[i].as_ref()?;
-        segment.reduced.as_ref().or(segment.local.as_ref()).map(|b| b.as_slice())
+        match self.ranks.stage.partitions_optimizer() {
+            true => self.shard(i),
+            false => self.segments[i].as_ref()?.local.as_ref().map(Buffer::as_slice),
+        }
     }
 
     /// The part of [`Self::reduced`] that this rank alone answers for: its shard, in every stage.
     pub fn shard(&self, i: usize) -> Option<&[f32]> {
         let segment = self.segments[i].as_ref()?;
-        let reduced = self.reduced(i)?;
-        match segment.reduced.is_some() {
-            true => Some(reduced),
-            false => Some(&reduced[self.partition().shard(segment.padded_len)]),
-        }
+        let local = || Some(&segment.local.as_ref()?.as_slice()[self.partition().shard(segment.padded_len)]);
+        segment.reduced.as_ref().map(Buffer::as_slice).or_else(local)
     }
 
     /// The whole bucket's reduced gradients on every rank; a collective.
@@ -179,21 +182,21 @@ fn all_reduce(ranks: &Ranks, bucket: &mut Buffer, name: &str) -> Result<()> {
     .with_context(|| format!("reducing the gradients of {name}"))
 }
 
-/// Sums `bucket` over the ranks and adds the owned part to `into`.
-fn reduce_scatter(ranks: &Ranks, arena: &Arena, bucket: &Buffer, into: Option<&mut Buffer>, name: &str) -> Result<()> {
-    let into = into.with_context(|| format!("{name}: no place for reduced gradients"))?.as_mut_slice::<f32>();
+/// The sum of `bucket` over the ranks: this rank's shard of it.
+fn reduce_scatter(ranks: &Ranks, arena: &Arena, bucket: &Buffer, name: &str) -> Result<Buffer> {
     let values = bucket.as_slice::<f32>();
-    let mut mine = arena.alloc_dirty(DType::F32, into.len(), name)?;
-    let mine = mine.as_mut_slice::<f32>();
+    let len = ranks.partition().shard(values.len()).len();
+    let mut shard = arena.alloc_dirty(DType::F32, len, name)?;
+    let mine = shard.as_mut_slice::<f32>();
     match ranks.reduce_dtype {
         DType::BF16 => {
-            let mut part = vec![bf16::ZERO; into.len()];
+            let mut part = vec![bf16::ZERO; len];
             ranks.comm.reduce_scatter(Slice::BF16(&rounded::<bf16>(values)), SliceMut::BF16(&mut part))?;
             widen(&part, mine);
             Ok(())
         }
         DType::F16 => {
-            let mut part = vec![f16::ZERO; into.len()];
+            let mut part = vec![f16::ZERO; len];
             ranks.comm.reduce_scatter(Slice::F16(&rounded::<f16>(values)), SliceMut::F16(&mut part))?;
             widen(&part, mine);
             Ok(())
@@ -201,8 +204,7 @@ fn reduce_scatter(ranks: &Ranks, arena: &Arena, bucket: &Buffer, into: Option<&m
         _ => ranks.comm.reduce_scatter(Slice::F32(values), SliceMut::F32(mine)),
     }
     .with_context(|| format!("reducing the gradients of {name}"))?;
-    crate::device::threads::add(into, mine);
-    Ok(())
+    Ok(shard)
 }
 
 fn rounded<T: Element>(values: &[f32]) -> Vec<T> {

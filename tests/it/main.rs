@@ -1,7 +1,13 @@
 //! One integration binary; modules are named by behaviour.
 
+mod bad_input;
 mod config;
 mod equivalence;
+mod harness;
+mod interrupt;
+mod layers;
 mod parity;
 mod ranks;
+mod resume;
+mod sharing;
 mod toy;

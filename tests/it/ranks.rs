@@ -139,7 +139,7 @@ fn a_rank() {
 }
 
 fn play(part: &str) -> anyhow::Result<()> {
-    let rank = Rank::start(Duration::from_secs(60))?;
+    let rank = Rank::start(Duration::from_secs(60), None)?;
     let (me, size) = (rank.world.rank, rank.world.world_size);
     println!("pid {}", std::process::id());
     match part {

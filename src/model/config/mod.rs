@@ -18,6 +18,10 @@ use serde_json::{Map, Value};
 
 use crate::Refusal;
 
+/// Counts beyond these are damage: building what they ask for would take all memory.
+const MOST: usize = 1 << 24;
+const MOST_LAYERS: usize = 1000;
+
 /// A number for all blocks, or one each.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(untagged)]
@@ -68,13 +72,27 @@ impl Reader {
         }
     }
 
-    /// A count that must be at least one.
+    /// A width or a number of entries: at least one, and not more than any model has.
     pub(super) fn count(&mut self, key: &str, default: usize) -> usize {
         let n = self.get(key, default);
-        if n == 0 {
-            self.refuse(key, "must be at least 1");
+        if !(1..=MOST).contains(&n) {
+            self.refuse(key, &format!("must be 1 to {MOST}"));
         }
-        n.max(1)
+        n.clamp(1, MOST)
+    }
+
+    /// A number of layers.
+    pub(super) fn layers(&mut self, key: &str, default: usize) -> usize {
+        self.layers_of(key, default, 1)[0]
+    }
+
+    /// Numbers of layers, for `n` blocks.
+    pub(super) fn layers_of(&mut self, key: &str, default: usize, n: usize) -> Vec<usize> {
+        let layers = self.each(key, default, n);
+        if layers.iter().any(|layers| !(1..=MOST_LAYERS).contains(layers)) {
+            self.refuse(key, &format!("must be 1 to {MOST_LAYERS}"));
+        }
+        layers.into_iter().map(|layers| layers.clamp(1, MOST_LAYERS)).collect()
     }
 
     /// `key` as one value for each of `n` blocks.
@@ -92,10 +110,10 @@ impl Reader {
     /// Counts, each at least one, for `n` blocks.
     pub(super) fn counts(&mut self, key: &str, default: usize, n: usize) -> Vec<usize> {
         let counts = self.each(key, default, n);
-        if counts.contains(&0) {
-            self.refuse(key, "must be at least 1");
+        if counts.iter().any(|count| !(1..=MOST).contains(count)) {
+            self.refuse(key, &format!("must be 1 to {MOST}"));
         }
-        counts.into_iter().map(|c| c.max(1)).collect()
+        counts.into_iter().map(|count| count.clamp(1, MOST)).collect()
     }
 
     /// Refuses any value of `key` but the `supported` ones. An absent key is supported; null is if `supported` has it.
@@ -134,17 +152,19 @@ pub(super) mod tests {
 
     #[test]
     fn every_problem_names_file_key_and_value() {
-        let dir = folder(serde_json::json!({"layers": 0, "heads": [1, 2], "kind": "fancy", "scale": 1.0}));
+        let dir =
+            folder(serde_json::json!({"layers": 0, "heads": [1, 2], "kind": "fancy", "scale": 1.0, "deep": 1_000_000}));
         let mut reader = Reader::open(dir.path()).unwrap();
         reader.count("layers", 2);
         reader.counts("heads", 1, 3);
         reader.only("kind", &["plain".into()]);
         reader.only("scale", &[1.into()]);
         reader.only("absent", &[1.into()]);
+        reader.layers("deep", 1);
         let refusal = reader.finish(()).unwrap_err().downcast::<Refusal>().unwrap();
-        assert_eq!(refusal.problems.len(), 3, "{refusal}");
+        assert_eq!(refusal.problems.len(), 4, "{refusal}");
         for (problem, (key, value)) in
-            refusal.problems.iter().zip([("layers", "0"), ("heads", "[1,2]"), ("kind", "fancy")])
+            refusal.problems.iter().zip([("layers", "0"), ("heads", "[1,2]"), ("kind", "fancy"), ("deep", "1000000")])
         {
             assert!(problem.contains("config.json") && problem.contains(key) && problem.contains(value), "{problem}");
         }

@@ -42,7 +42,7 @@ impl TextConfig {
             max_positions: r.count("max_position_embeddings", 77),
             hidden_size: r.count("hidden_size", 512),
             intermediate_size: r.count("intermediate_size", 2048),
-            layers: r.count("num_hidden_layers", 12),
+            layers: r.layers("num_hidden_layers", 12),
             heads: r.count("num_attention_heads", 8),
             activation,
             layer_norm_eps: r.get("layer_norm_eps", 1e-5),

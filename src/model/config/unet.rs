@@ -76,11 +76,11 @@ impl UnetConfig {
         if (0..n).any(|i| attends(i) && channels[i] % heads[i] != 0) {
             r.refuse("attention_head_dim", "the number of heads must divide the block's channels");
         }
-        let layers = r.counts("layers_per_block", 2, n);
-        let depth = r.counts("transformer_layers_per_block", 1, n);
+        let layers = r.layers_of("layers_per_block", 2, n);
+        let depth = r.layers_of("transformer_layers_per_block", 1, n);
         let mut up_depth = depth.clone();
         if r.optional::<Value>("reverse_transformer_layers_per_block").is_some() {
-            up_depth = r.counts("reverse_transformer_layers_per_block", 1, n);
+            up_depth = r.layers_of("reverse_transformer_layers_per_block", 1, n);
             up_depth.reverse();
         }
         let only_cross = r.each("only_cross_attention", false, n);
@@ -212,6 +212,7 @@ fn refuse_unsupported(r: &mut Reader) {
     // SiLU's two names.
     r.only("act_fn", &[json!("silu"), json!("swish")]);
     r.only("dropout", &[json!(0)]);
+    r.only("downsample_padding", &[null.clone(), json!(0), json!(1)]);
 }
 
 fn sample_size(r: &mut Reader) -> Option<(usize, usize)> {

@@ -45,7 +45,7 @@ impl VaeConfig {
             in_channels: r.count("in_channels", 3),
             latent_channels: r.count("latent_channels", 4),
             channels,
-            layers: r.count("layers_per_block", 1),
+            layers: r.layers("layers_per_block", 1),
             norm_num_groups: groups,
             mid_attention: r.get("mid_block_add_attention", true),
             use_quant_conv: r.get("use_quant_conv", true),

@@ -4,11 +4,12 @@
 //! With P the probabilities, dP = dy v^T and D the row sums of dy * y: dS = P * (dP - D), dq = dS k / sqrt(D),
 //! dk = dS^T q / sqrt(D), dv = P^T dy.
 
-use super::softmax::{exp2_block, hide_later};
-use super::tile::{LANES, Rows, Size, Strided, multiply};
-use super::{KEY_BLOCK, Plan, QUERY_BLOCK, by_head, gather, transpose};
+use super::lanes::LANES;
+use super::softmax::{hide_later, probabilities_and_slopes};
+use super::tile::{Rows, Size, Strided, multiply};
+use super::{KEY_BLOCK, Plan, QUERY_BLOCK, by_head, gather, head_rows, into_blocks, scatter};
 use crate::ops::cpu::for_parts;
-use crate::ops::vector::{Real, sum_of, unwritten};
+use crate::ops::vector::{Real, simd, sums, transpose, unwritten};
 
 pub(super) struct Given<'a, T> {
     pub plan: &'a Plan,
@@ -20,43 +21,37 @@ pub(super) struct Given<'a, T> {
     pub log_sums: &'a [f32],
 }
 
-/// Gradients of one head's keys and values by some of its queries, in f32, rows of whole vectors.
-struct KeyGradients {
-    dk: Vec<f32>,
-    dv: Vec<f32>,
-}
-
 /// Pieces that a backward should have at least, so that threads find work when there are few heads.
-const PIECES: usize = 16;
-/// Bytes that the pieces' gradients of keys and values may take.
+const PIECES: usize = 8;
+/// Bytes that the pieces' gradients of keys and values may take together.
 const PIECES_BYTES: usize = 64 << 20;
 
 impl<T: Real> Given<'_, T> {
     /// dq, dk, dv.
     pub fn backward(&self) -> [Vec<T>; 3] {
         let plan = self.plan;
-        let (mut dq, mut dk) = (unwritten::<T>(self.q.len()), unwritten::<T>(self.k.len()));
-        let mut dv = unwritten::<T>(self.v.len());
+        let mut dq = unwritten::<T>(self.q.len());
+        let (mut dk, mut dv) = (unwritten::<T>(self.k.len()), unwritten::<T>(self.v.len()));
         let (pieces, size) = self.cut();
-        let padded = plan.head_width.next_multiple_of(LANES);
-        let heads = plan.batch * plan.heads;
-        let mut sums: Vec<KeyGradients> = (0..heads * pieces)
-            .map(|_| KeyGradients { dk: vec![0.0; plan.keys * padded], dv: vec![0.0; plan.keys * padded] })
-            .collect();
-        let blocks = super::into_blocks(by_head(plan, &mut dq, plan.queries), size);
-        for_parts(blocks.into_iter().zip(&mut sums).collect(), 3 * plan.cost(), |i, (dq, sums)| {
+        let queries = into_blocks(by_head(plan, &mut dq, plan.queries), size);
+        let keys = by_head(plan, &mut dk, plan.keys).into_iter().zip(by_head(plan, &mut dv, plan.keys));
+        if pieces == 1 && plan.queries > 0 {
+            for_parts(queries.into_iter().zip(keys).collect(), 3 * plan.cost(), |head, (dq, (dk, dv))| {
+                let mut sums = KeyGradients::new(plan);
+                self.piece(head, 0, dq, &mut sums);
+                sums.write(plan, dk, dv);
+            });
+            return [dq, dk, dv];
+        }
+        let mut sums: Vec<_> = (0..plan.batch * plan.heads * pieces).map(|_| KeyGradients::new(plan)).collect();
+        for_parts(queries.into_iter().zip(&mut sums).collect(), 3 * plan.cost(), |i, (dq, sums)| {
             self.piece(i / pieces, i % pieces * size, dq, sums);
         });
-        let rows = by_head(plan, &mut dk, plan.keys).into_iter().zip(by_head(plan, &mut dv, plan.keys));
-        let parts: Vec<_> = rows.zip(sums.chunks(pieces)).collect();
+        let parts: Vec<_> = keys.zip(sums.chunks_mut(pieces)).collect();
         for_parts(parts, pieces * (self.k.len() + self.v.len()), |_, ((dk, dv), sums)| {
-            let factor = 1.0 / (plan.head_width as f32).sqrt();
-            for (key, (dk, dv)) in dk.into_iter().zip(dv).enumerate() {
-                for (c, (dk, dv)) in dk.iter_mut().zip(dv).enumerate() {
-                    let at = key * padded + c;
-                    *dk = T::from_f32(sums.iter().map(|s| s.dk[at]).sum::<f32>() * factor);
-                    *dv = T::from_f32(sums.iter().map(|s| s.dv[at]).sum::<f32>());
-                }
+            if let Some((sum, rest)) = sums.split_first_mut() {
+                rest.iter().for_each(|other| sum.add(other));
+                sum.write(plan, dk, dv);
             }
         });
         [dq, dk, dv]
@@ -77,136 +72,199 @@ impl<T: Real> Given<'_, T> {
     fn piece(&self, head: usize, first: usize, dq: Vec<&mut [T]>, sums: &mut KeyGradients) {
         let plan = self.plan;
         let (row, column) = (head / plan.heads, head % plan.heads);
+        let mut group = Group::new(plan, dq.len());
         let mut dq = dq.into_iter();
-        let mut block = Block::new(plan.head_width);
         let mut from = first;
         while dq.len() > 0 {
-            let count = QUERY_BLOCK.min(dq.len());
+            let count = dq.len().min(group.blocks.len() * QUERY_BLOCK);
             let at = plan.start(row, column, plan.queries) + from * plan.stride();
             let log_sums = &self.log_sums[head * plan.queries + from..][..count];
-            block.load(self, at, log_sums);
+            let blocks = &mut group.blocks[..count.div_ceil(QUERY_BLOCK)];
+            for (i, (block, log_sums)) in blocks.iter_mut().zip(log_sums.chunks(QUERY_BLOCK)).enumerate() {
+                let at = at + i * QUERY_BLOCK * plan.stride();
+                block.start(plan, from + i * QUERY_BLOCK, [&self.q[at..], &self.y[at..], &self.dy[at..]], log_sums);
+            }
             let visible = plan.visible(row, from, count);
             let at = plan.start(row, column, plan.keys);
             for key in (0..visible).step_by(KEY_BLOCK) {
                 let keys = KEY_BLOCK.min(visible - key);
                 let at = at + key * plan.stride();
-                block.against(plan, (from, key, keys), &self.k[at..], &self.v[at..], sums);
+                let k = head_rows(plan, &self.k[at..], keys, &mut group.k);
+                let v = head_rows(plan, &self.v[at..], keys, &mut group.v);
+                for block in blocks.iter_mut() {
+                    let keys = keys.min(plan.visible(row, block.first, block.count).saturating_sub(key));
+                    if keys > 0 {
+                        block.against(plan, key, keys, [k, v], &mut group.scores, sums);
+                    }
+                }
             }
-            block.store(&mut dq, count);
+            for block in blocks.iter_mut() {
+                block.finish(plan);
+                scatter(&block.q, block.padded, dq.by_ref().take(block.count));
+            }
             from += count;
         }
     }
 }
 
-/// A block of queries, and scratch for its scores against a block of keys.
+/// Gradients of one head's keys and values by some of its queries, (T, D) with rows of whole vectors.
+struct KeyGradients {
+    /// Without the factor 1/sqrt(D).
+    dk: Vec<f32>,
+    dv: Vec<f32>,
+}
+
+impl KeyGradients {
+    fn new(plan: &Plan) -> Self {
+        let len = plan.keys * plan.head_width.next_multiple_of(LANES);
+        KeyGradients { dk: vec![0.0; len], dv: vec![0.0; len] }
+    }
+
+    fn add(&mut self, other: &KeyGradients) {
+        simd(
+            #[inline(always)]
+            || {
+                self.dk.iter_mut().zip(&other.dk).for_each(|(a, b)| *a += b);
+                self.dv.iter_mut().zip(&other.dv).for_each(|(a, b)| *a += b);
+            },
+        );
+    }
+
+    fn write<T: Real>(&mut self, plan: &Plan, dk: Vec<&mut [T]>, dv: Vec<&mut [T]>) {
+        let factor = 1.0 / (plan.head_width as f32).sqrt();
+        self.dk.iter_mut().for_each(|x| *x *= factor);
+        let padded = plan.head_width.next_multiple_of(LANES);
+        scatter(&self.dk, padded, dk.into_iter());
+        scatter(&self.dv, padded, dv.into_iter());
+    }
+}
+
+/// Blocks of queries of one head, and what they share.
+struct Group {
+    blocks: Vec<Block>,
+    /// (keys, queries): probabilities, and their gradients.
+    scores: [Vec<f32>; 2],
+    k: Vec<f32>,
+    v: Vec<f32>,
+}
+
+impl Group {
+    fn new(plan: &Plan, queries: usize) -> Self {
+        let count = plan.group(5).min(queries.div_ceil(QUERY_BLOCK));
+        let (scores, rows) = (vec![0f32; KEY_BLOCK * QUERY_BLOCK], vec![0f32; KEY_BLOCK * plan.head_width]);
+        let blocks = (0..count).map(|_| Block::new(plan.head_width)).collect();
+        Group { blocks, scores: [scores.clone(), scores], k: rows.clone(), v: rows }
+    }
+}
+
+/// A block of queries.
 struct Block {
-    d: usize,
-    /// d rounded up to whole vectors.
-    padded: usize,
+    first: usize,
     count: usize,
+    /// `count` rounded up to whole vectors.
     width: usize,
+    /// D rounded up to whole vectors.
+    padded: usize,
+    /// (queries, padded): the queries, in the end their gradients.
     q: Vec<f32>,
     dy: Vec<f32>,
+    /// (D, queries).
     q_columns: Vec<f32>,
     dy_columns: Vec<f32>,
+    dq_columns: Vec<f32>,
     /// Row sums of dy * y.
     delta: Vec<f32>,
     log_sums: Vec<f32>,
-    dq_columns: Vec<f32>,
-    probabilities: Vec<f32>,
-    slopes: Vec<f32>,
-    k: Vec<f32>,
-    v: Vec<f32>,
 }
 
 impl Block {
     fn new(d: usize) -> Self {
         let padded = d.next_multiple_of(LANES);
-        let (rows, columns) = (vec![0f32; QUERY_BLOCK * padded], vec![0f32; d * QUERY_BLOCK]);
-        let (scores, keys) = (vec![0f32; KEY_BLOCK * QUERY_BLOCK], vec![0f32; KEY_BLOCK * d]);
+        let zeros = |len: usize| vec![0f32; len];
         Block {
-            d,
-            padded,
+            first: 0,
             count: 0,
             width: 0,
-            q: rows.clone(),
-            dy: rows,
-            q_columns: columns.clone(),
-            dy_columns: columns.clone(),
-            delta: vec![0.0; QUERY_BLOCK],
-            log_sums: vec![0.0; QUERY_BLOCK],
-            dq_columns: columns,
-            probabilities: scores.clone(),
-            slopes: scores,
-            k: keys.clone(),
-            v: keys,
+            padded,
+            q: zeros(QUERY_BLOCK * padded),
+            dy: zeros(QUERY_BLOCK * padded),
+            q_columns: zeros(d * QUERY_BLOCK),
+            dy_columns: zeros(d * QUERY_BLOCK),
+            dq_columns: zeros(d * QUERY_BLOCK),
+            delta: zeros(QUERY_BLOCK),
+            log_sums: zeros(QUERY_BLOCK),
         }
     }
 
-    /// Takes in the queries that begin at element `at`; there are as many as `log_sums`.
-    fn load<T: Real>(&mut self, given: &Given<T>, at: usize, log_sums: &[f32]) {
-        let (plan, d) = (given.plan, self.d);
-        self.count = log_sums.len();
-        self.width = self.count.next_multiple_of(LANES);
-        gather(&given.q[at..], plan.stride(), self.count, d, 1.0, &mut self.q, self.padded);
-        gather(&given.dy[at..], plan.stride(), self.count, d, 1.0, &mut self.dy, self.padded);
-        // Lanes beyond the queries: nothing flows through them, as their probabilities are 2^-inf.
-        self.q_columns.fill(0.0);
-        self.dy_columns.fill(0.0);
+    /// Takes in queries from `first` on, as many as `log_sums`.
+    fn start<T: Real>(&mut self, plan: &Plan, first: usize, [q, y, dy]: [&[T]; 3], log_sums: &[f32]) {
+        let (d, count) = (plan.head_width, log_sums.len());
+        (self.first, self.count, self.width) = (first, count, count.next_multiple_of(LANES));
         self.dq_columns.fill(0.0);
-        self.delta.fill(0.0);
-        self.log_sums.fill(f32::INFINITY);
-        transpose(&self.q, self.padded, self.count, d, &mut self.q_columns, self.width);
-        self.q_columns.iter_mut().for_each(|x| *x *= plan.scale());
-        transpose(&self.dy, self.padded, self.count, d, &mut self.dy_columns, self.width);
-        self.log_sums[..self.count].copy_from_slice(log_sums);
-        for i in 0..self.count {
-            let (y, dy) = (&given.y[at + i * plan.stride()..][..d], &self.dy[i * self.padded..][..d]);
-            self.delta[i] = sum_of(d, |c| y[c].to_f32() * dy[c]) as f32;
+        if count < self.width {
+            // Lanes beyond the queries: nothing flows through them, as their probabilities are 2^-inf.
+            for columns in [&mut self.q_columns, &mut self.dy_columns, &mut self.delta] {
+                columns.fill(0.0);
+            }
+            self.log_sums.fill(f32::INFINITY);
         }
+        self.log_sums[..count].copy_from_slice(log_sums);
+        gather(plan, y, count, &mut self.q, self.padded);
+        gather(plan, dy, count, &mut self.dy, self.padded);
+        simd(
+            #[inline(always)]
+            || {
+                let rows = self.q.chunks_exact(self.padded).zip(self.dy.chunks_exact(self.padded));
+                for (delta, (y, dy)) in self.delta.iter_mut().zip(rows).take(count) {
+                    *delta = sums(
+                        [&y[..d], &dy[..d]],
+                        #[inline(always)]
+                        |[y, dy]| [y * dy],
+                    )[0] as f32;
+                }
+            },
+        );
+        gather(plan, q, count, &mut self.q, self.padded);
+        transpose(&self.q, self.padded, (count, d), &mut self.q_columns, self.width);
+        self.q_columns.iter_mut().for_each(|x| *x *= plan.scale());
+        transpose(&self.dy, self.padded, (count, d), &mut self.dy_columns, self.width);
     }
 
     /// Adds what flows between these queries and `keys` keys from `key` on.
-    fn against<T: Real>(
+    fn against(
         &mut self,
         plan: &Plan,
-        (first, key, keys): (usize, usize, usize),
-        k: &[T],
-        v: &[T],
+        key: usize,
+        keys: usize,
+        [k, v]: [Rows; 2],
+        [probabilities, slopes]: &mut [Vec<f32>; 2],
         sums: &mut KeyGradients,
     ) {
-        let (d, width, padded) = (self.d, self.width, self.padded);
-        gather(k, plan.stride(), keys, d, 1.0, &mut self.k, d);
-        gather(v, plan.stride(), keys, d, 1.0, &mut self.v, d);
+        let (d, width, padded) = (plan.head_width, self.width, self.padded);
         let scores = Size { rows: keys, width, depth: d };
-        let probabilities = &mut self.probabilities[..keys * width];
-        let slopes = &mut self.slopes[..keys * width];
-        let by_key = Strided { data: &self.k, row_stride: d, k_stride: 1 };
-        multiply(scores, by_key, Rows { data: &self.q_columns, stride: width }, probabilities, width, false);
+        let (probabilities, slopes) = (&mut probabilities[..keys * width], &mut slopes[..keys * width]);
+        let q_columns = Rows { data: &self.q_columns, stride: width };
+        multiply(scores, k.by_row(), q_columns, probabilities, width, false);
         if plan.causal {
-            hide_later(probabilities, width, key, first);
+            hide_later(probabilities, width, key, self.first);
         }
-        let by_value = Strided { data: &self.v, row_stride: d, k_stride: 1 };
-        multiply(scores, by_value, Rows { data: &self.dy_columns, stride: width }, slopes, width, false);
-        exp2_block(probabilities, &self.log_sums[..width], slopes, &self.delta[..width]);
+        let dy_columns = Rows { data: &self.dy_columns, stride: width };
+        multiply(scores, v.by_row(), dy_columns, slopes, width, false);
+        probabilities_and_slopes(probabilities, &self.log_sums[..width], slopes, &self.delta[..width]);
 
-        let by_feature = Strided { data: &self.k, row_stride: 1, k_stride: d };
         let slope_rows = Rows { data: slopes, stride: width };
-        multiply(Size { rows: d, width, depth: keys }, by_feature, slope_rows, &mut self.dq_columns, width, true);
+        multiply(Size { rows: d, width, depth: keys }, k.by_column(), slope_rows, &mut self.dq_columns, width, true);
         let to_keys = Size { rows: keys, width: padded, depth: self.count };
-        let (dk, dv) = (&mut sums.dk[key * padded..], &mut sums.dv[key * padded..]);
-        let by_query = Strided { data: slopes, row_stride: width, k_stride: 1 };
-        multiply(to_keys, by_query, Rows { data: &self.q, stride: padded }, dk, padded, true);
-        let by_query = Strided { data: probabilities, row_stride: width, k_stride: 1 };
-        multiply(to_keys, by_query, Rows { data: &self.dy, stride: padded }, dv, padded, true);
+        let by_query = |data| Strided { data, row_stride: width, k_stride: 1 };
+        let (q, dy) = (Rows { data: &self.q, stride: padded }, Rows { data: &self.dy, stride: padded });
+        multiply(to_keys, by_query(slopes), q, &mut sums.dk[key * padded..], padded, true);
+        multiply(to_keys, by_query(probabilities), dy, &mut sums.dv[key * padded..], padded, true);
     }
 
-    /// Hands out the queries' gradients.
-    fn store<'a, T: Real>(&self, dq: &mut impl Iterator<Item = &'a mut [T]>, count: usize) {
-        let factor = 1.0 / (self.d as f32).sqrt();
-        for (i, dq) in dq.take(count).enumerate() {
-            let column = self.dq_columns[i..].iter().step_by(self.width);
-            dq.iter_mut().zip(column).for_each(|(dq, s)| *dq = T::from_f32(s * factor));
-        }
+    /// Leaves the queries' gradients in `q`.
+    fn finish(&mut self, plan: &Plan) {
+        let (d, factor) = (plan.head_width, 1.0 / (plan.head_width as f32).sqrt());
+        self.dq_columns.iter_mut().for_each(|x| *x *= factor);
+        transpose(&self.dq_columns, self.width, (d, self.count), &mut self.q, self.padded);
     }
 }

@@ -6,6 +6,7 @@
 
 mod backward;
 mod forward;
+mod lanes;
 mod softmax;
 #[cfg(test)]
 mod tests;
@@ -17,7 +18,8 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 
 use super::cpu::{Held, by_dtype, elements, result, tensor};
-use super::vector::{PIECE, Real};
+use super::vector::{PIECE, Real, simd};
+use tile::Rows;
 
 /// Which keys a query may see.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -65,6 +67,9 @@ struct Plan {
 const QUERY_BLOCK: usize = 64;
 /// Keys between two corrections of the running maximum. Scores of a block then take 24 KiB.
 const KEY_BLOCK: usize = 96;
+/// Bytes of the blocks of queries that one read of the keys and values serves: they should stay in the second-level
+/// cache.
+const GROUP_BYTES: usize = 3 << 18;
 
 impl Plan {
     /// Elements between one token and the next.
@@ -85,6 +90,11 @@ impl Plan {
     /// Factor of the scores, for powers of two: log2(e) / sqrt(D).
     fn scale(&self) -> f32 {
         (std::f64::consts::LOG2_E / (self.head_width as f64).sqrt()) as f32
+    }
+
+    /// Blocks of queries that are worked on together, if each needs `vectors` numbers for each query and feature.
+    fn group(&self, vectors: usize) -> usize {
+        (GROUP_BYTES / (4 * vectors * QUERY_BLOCK * self.head_width)).clamp(1, 8)
     }
 
     /// Rough count of elementary operations.
@@ -149,31 +159,54 @@ impl CustomOp3 for Attention {
     }
 }
 
-/// Copies one head of `count` tokens as f32 times `factor` into rows of `to_stride`; what is beyond stays.
-#[inline(always)]
-fn gather<T: Real>(
-    from: &[T],
-    stride: usize,
-    count: usize,
-    width: usize,
-    factor: f32,
-    to: &mut [f32],
-    to_stride: usize,
-) {
-    let mut scratch = [0f32; PIECE];
-    for token in 0..count {
-        let row = T::read(&from[token * stride..][..width], &mut scratch);
-        to[token * to_stride..][..width].iter_mut().zip(row).for_each(|(to, x)| *to = x * factor);
+/// One head of `count` tokens as f32 in rows of D: where it lies, or copied to `scratch` (strides of a power of two, and
+/// heads that share pages, would cost more in the caches than the copy, which several blocks of queries share).
+fn head_rows<'a, T: Real>(plan: &Plan, from: &'a [T], count: usize, scratch: &'a mut [f32]) -> Rows<'a> {
+    match T::direct(from) {
+        Some(data) if plan.heads == 1 => Rows { data, stride: plan.stride() },
+        _ => {
+            gather(plan, from, count, scratch, plan.head_width);
+            Rows { data: scratch, stride: plan.head_width }
+        }
     }
 }
 
-/// Copies `count` rows of `width` into columns: to[column][row], rows of `to` being `to_stride` apart.
-#[inline(always)]
-fn transpose(from: &[f32], from_stride: usize, count: usize, width: usize, to: &mut [f32], to_stride: usize) {
-    for column in 0..width {
-        let to = &mut to[column * to_stride..][..count];
-        to.iter_mut().enumerate().for_each(|(row, to)| *to = from[row * from_stride + column]);
-    }
+/// Copies one head of `count` tokens as f32 into rows of `to_stride`; what lies between stays.
+fn gather<T: Real>(plan: &Plan, from: &[T], count: usize, to: &mut [f32], to_stride: usize) {
+    let d = plan.head_width;
+    simd(
+        #[inline(always)]
+        || {
+            for token in 0..count {
+                let (from, to) = (&from[token * plan.stride()..][..d], &mut to[token * to_stride..][..d]);
+                match T::direct(from) {
+                    Some(from) => to.copy_from_slice(from),
+                    None => _ = T::read(from, to),
+                }
+            }
+        },
+    );
+}
+
+/// Writes f32 rows of `from_stride` as rows of a result.
+fn scatter<'a, T: Real>(from: &[f32], from_stride: usize, to: impl Iterator<Item = &'a mut [T]>) {
+    simd(
+        #[inline(always)]
+        || {
+            let mut scratch = [0f32; PIECE];
+            for (i, to) in to.enumerate() {
+                let from = &from[i * from_stride..][..to.len()];
+                for (to, from) in to.chunks_mut(PIECE).zip(from.chunks(PIECE)) {
+                    T::write(
+                        to,
+                        &mut scratch,
+                        #[inline(always)]
+                        |to| to.copy_from_slice(from),
+                    );
+                }
+            }
+        },
+    );
 }
 
 /// The rows of a result (B, tokens, heads*D) by (batch row, head), so that each can be written by itself.

@@ -1,28 +1,6 @@
-//! The running softmax over blocks of transposed scores (keys by queries), in powers of two.
+//! The softmax over blocks of transposed scores (keys by queries), in powers of two.
 
-use crate::ops::vector::simd;
-
-use super::tile::LANES;
-
-/// 2^x for x <= 0 (or NaN), to 1 ulp; zero below 2^-126.
-///
-/// x = n + r with |r| <= 1/2; 2^r by a polynomial of degree 6 (minimax in relative error).
-#[inline(always)]
-pub fn exp2(x: f32) -> f32 {
-    const ROUND: f32 = 12_582_912.0;
-    let floored = if x < -126.0 { -126.0 } else { x };
-    let shifted = floored + ROUND;
-    let r = floored - (shifted - ROUND);
-    let mut p = 1.535_334_2e-4f32;
-    p = p.mul_add(r, 1.339_890_1e-3);
-    p = p.mul_add(r, 9.618_438e-3);
-    p = p.mul_add(r, 5.550_332_4e-2);
-    p = p.mul_add(r, 2.402_264_8e-1);
-    p = p.mul_add(r, std::f32::consts::LN_2);
-    p = p.mul_add(r, 1.0);
-    let scaled = f32::from_bits((p.to_bits() as i32).wrapping_add((shifted.to_bits() as i32) << 23) as u32);
-    if x < -126.0 { 0.0 } else { scaled }
-}
+use super::lanes::{Kernel, LANES, Vector, on_vectors};
 
 /// Maximum and sum so far, of each query.
 pub struct Running {
@@ -33,53 +11,96 @@ pub struct Running {
 }
 
 impl Running {
-    pub fn new(width: usize) -> Self {
-        Running { max: vec![f32::NEG_INFINITY; width], sum: vec![0.0; width], correction: vec![0.0; width] }
+    pub fn new() -> Self {
+        Running { max: Vec::new(), sum: Vec::new(), correction: Vec::new() }
+    }
+
+    /// Begins anew with `width` queries, a multiple of 16.
+    pub fn start(&mut self, width: usize) {
+        for (values, start) in [(&mut self.max, f32::NEG_INFINITY), (&mut self.sum, 0.0), (&mut self.correction, 0.0)] {
+            values.clear();
+            values.resize(width, start);
+        }
     }
 
     /// Scores (keys, width) become 2^(score - maximum); returns whether sums made earlier need the correction.
     pub fn block(&mut self, scores: &mut [f32]) -> bool {
         let width = self.max.len();
-        let mut corrected = false;
-        simd(
-            #[inline(always)]
-            || {
-                for lane in (0..width).step_by(LANES) {
-                    corrected |= self.lanes(scores, lane, width);
-                }
-            },
-        );
-        corrected
+        assert!(width.is_multiple_of(LANES) && scores.len().is_multiple_of(width.max(1)), "rows of whole vectors");
+        let block = Block {
+            scores: scores.as_mut_ptr(),
+            keys: scores.len() / width.max(1),
+            width,
+            max: self.max.as_mut_ptr(),
+            sum: self.sum.as_mut_ptr(),
+            correction: self.correction.as_mut_ptr(),
+        };
+        // SAFETY: `scores` has keys * width numbers, the three others `width`.
+        unsafe { on_vectors(block) };
+        self.correction.iter().any(|&c| c != 1.0)
     }
+}
 
+struct Block {
+    scores: *mut f32,
+    keys: usize,
+    width: usize,
+    max: *mut f32,
+    sum: *mut f32,
+    correction: *mut f32,
+}
+
+impl Kernel for Block {
     #[inline(always)]
-    fn lanes(&mut self, scores: &mut [f32], lane: usize, width: usize) -> bool {
-        let old: [f32; LANES] = std::array::from_fn(|i| self.max[lane + i]);
-        let mut max = old;
-        for row in scores.chunks_exact(width) {
-            let row = &row[lane..][..LANES];
-            for i in 0..LANES {
-                max[i] = if row[i] > max[i] { row[i] } else { max[i] };
+    unsafe fn run<V: Vector>(self) {
+        // SAFETY: N vectors from `lane` on are within the width.
+        unsafe {
+            let mut lane = 0;
+            while lane + 4 * LANES <= self.width {
+                self.lanes::<V, 4>(lane);
+                lane += 4 * LANES;
+            }
+            while lane < self.width {
+                self.lanes::<V, 1>(lane);
+                lane += LANES;
             }
         }
-        let mut sum = [0f32; LANES];
-        for row in scores.chunks_exact_mut(width) {
-            let row = &mut row[lane..][..LANES];
-            for i in 0..LANES {
-                let p = exp2(row[i] - max[i]);
-                row[i] = p;
-                sum[i] += p;
+    }
+}
+
+impl Block {
+    /// N vectors of queries: several at a time, as each maximum and sum waits for the one before.
+    #[inline(always)]
+    unsafe fn lanes<V: Vector, const N: usize>(&self, lane: usize) {
+        // SAFETY: as promised by `Running::block`.
+        unsafe {
+            let at = |row: usize, j: usize| self.scores.add(row * self.width + lane + j * LANES);
+            let mut old = [V::splat(0.0); N];
+            for (j, old) in old.iter_mut().enumerate() {
+                *old = V::load(self.max.add(lane + j * LANES));
+            }
+            let mut max = old;
+            for row in 0..self.keys {
+                for (j, max) in max.iter_mut().enumerate() {
+                    *max = V::load(at(row, j)).max(*max);
+                }
+            }
+            let mut sum = [V::splat(0.0); N];
+            for row in 0..self.keys {
+                for j in 0..N {
+                    let p = V::load(at(row, j)).sub(max[j]).exp2();
+                    p.store(at(row, j));
+                    sum[j] = sum[j].add(p);
+                }
+            }
+            for j in 0..N {
+                let correction = old[j].sub(max[j]).exp2();
+                let total = V::load(self.sum.add(lane + j * LANES)).mul_add(correction, sum[j]);
+                correction.store(self.correction.add(lane + j * LANES));
+                total.store(self.sum.add(lane + j * LANES));
+                max[j].store(self.max.add(lane + j * LANES));
             }
         }
-        let mut corrected = false;
-        for i in 0..LANES {
-            let correction = exp2(old[i] - max[i]);
-            self.correction[lane + i] = correction;
-            self.sum[lane + i] = self.sum[lane + i].mul_add(correction, sum[i]);
-            self.max[lane + i] = max[i];
-            corrected |= correction != 1.0;
-        }
-        corrected
     }
 }
 
@@ -92,17 +113,88 @@ pub fn hide_later(scores: &mut [f32], width: usize, first_key: usize, first_quer
 }
 
 /// Scores (keys, width) become probabilities 2^(score - log_sum), and `slopes`, which hold dP, become dS.
-pub fn exp2_block(scores: &mut [f32], log_sums: &[f32], slopes: &mut [f32], delta: &[f32]) {
+pub fn probabilities_and_slopes(scores: &mut [f32], log_sums: &[f32], slopes: &mut [f32], delta: &[f32]) {
     let width = log_sums.len();
-    simd(
-        #[inline(always)]
-        || {
-            for (p, ds) in scores.chunks_exact_mut(width).zip(slopes.chunks_exact_mut(width)) {
-                for i in 0..width {
-                    p[i] = exp2(p[i] - log_sums[i]);
-                    ds[i] = p[i] * (ds[i] - delta[i]);
+    assert!(width.is_multiple_of(LANES) && delta.len() == width, "rows of whole vectors");
+    assert!(scores.len() == slopes.len() && scores.len().is_multiple_of(width.max(1)), "scores and slopes alike");
+    let slope = Slope {
+        scores: scores.as_mut_ptr(),
+        slopes: slopes.as_mut_ptr(),
+        keys: scores.len() / width.max(1),
+        width,
+        log_sums: log_sums.as_ptr(),
+        delta: delta.as_ptr(),
+    };
+    // SAFETY: `scores` and `slopes` have keys * width numbers, the two others `width`.
+    unsafe { on_vectors(slope) }
+}
+
+struct Slope {
+    scores: *mut f32,
+    slopes: *mut f32,
+    keys: usize,
+    width: usize,
+    log_sums: *const f32,
+    delta: *const f32,
+}
+
+impl Kernel for Slope {
+    #[inline(always)]
+    unsafe fn run<V: Vector>(self) {
+        // SAFETY: as promised by `probabilities_and_slopes`.
+        unsafe {
+            for row in 0..self.keys {
+                for lane in (0..self.width).step_by(LANES) {
+                    let (s, ds) = (self.scores.add(row * self.width + lane), self.slopes.add(row * self.width + lane));
+                    let p = V::load(s).sub(V::load(self.log_sums.add(lane))).exp2();
+                    p.store(s);
+                    p.mul(V::load(ds).sub(V::load(self.delta.add(lane)))).store(ds);
                 }
             }
-        },
-    );
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn exp2(x: f32) -> f32 {
+        struct One(*mut f32);
+        impl Kernel for One {
+            #[inline(always)]
+            unsafe fn run<V: Vector>(self) {
+                // SAFETY: the pointer is to sixteen f32 below.
+                unsafe { V::load(self.0).exp2().store(self.0) }
+            }
+        }
+        let (mut all, mut plain) = ([x; LANES], [x; LANES]);
+        // SAFETY: both are sixteen f32; plain arrays need no features.
+        unsafe {
+            on_vectors(One(all.as_mut_ptr()));
+            One(plain.as_mut_ptr()).run::<[f32; LANES]>();
+        }
+        #[cfg(target_arch = "x86_64")]
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            let mut half = [x; LANES];
+            // SAFETY: sixteen f32; the features are there.
+            unsafe { crate::ops::attention::lanes::narrow(One(half.as_mut_ptr())) };
+            assert_eq!(half.map(f32::to_bits), plain.map(f32::to_bits), "half vectors differ at {x}");
+        }
+        assert_eq!(all[5].to_bits(), plain[5].to_bits(), "the processor's vectors differ at {x}");
+        all[3]
+    }
+
+    #[test]
+    fn powers_are_right_to_an_ulp_and_alike_on_all_vectors() {
+        for i in 0..=300_000 {
+            let x = -125.9 * (i as f32 / 3e5);
+            let want = (x as f64).exp2();
+            let unit = (want.log2().floor() - 23.0).exp2();
+            assert!((exp2(x) as f64 - want).abs() <= 1.1 * unit, "2^{x} = {}, not {want}", exp2(x));
+        }
+        assert_eq!((exp2(0.0), exp2(-126.0), exp2(-126.01)), (1.0, f32::MIN_POSITIVE, 0.0));
+        assert_eq!((exp2(-1e30), exp2(f32::NEG_INFINITY)), (0.0, 0.0));
+        assert!(exp2(f32::NAN).is_nan());
+    }
 }
