@@ -16,6 +16,7 @@ mod pointwise;
 #[cfg(test)]
 mod testing;
 mod tokens;
+mod transpose;
 mod upsample;
 mod vector;
 

@@ -9,7 +9,8 @@ use super::softmax::{hide_later, probabilities_and_slopes};
 use super::tile::{Rows, Size, Strided, multiply};
 use super::{KEY_BLOCK, Plan, QUERY_BLOCK, by_head, gather, head_rows, into_blocks, scatter};
 use crate::ops::cpu::for_parts;
-use crate::ops::vector::{Real, simd, sums, transpose, unwritten};
+use crate::ops::transpose::transpose;
+use crate::ops::vector::{Real, simd, sums, unwritten};
 
 pub(super) struct Given<'a, T> {
     pub plan: &'a Plan,

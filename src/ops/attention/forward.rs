@@ -5,7 +5,8 @@ use super::softmax::{Running, hide_later};
 use super::tile::{Rows, Size, multiply};
 use super::{KEY_BLOCK, Plan, QUERY_BLOCK, by_head, gather, head_rows, into_blocks, scatter};
 use crate::ops::cpu::for_parts;
-use crate::ops::vector::{Real, transpose, unwritten};
+use crate::ops::transpose::transpose;
+use crate::ops::vector::{Real, unwritten};
 
 /// The result (B, S, heads*D), and log2 of the softmax's denominators (B, heads, S).
 pub(super) fn forward<T: Real>(plan: &Plan, q: &[T], k: &[T], v: &[T]) -> (Vec<T>, Vec<f32>) {
