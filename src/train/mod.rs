@@ -1,7 +1,6 @@
 //! Row 4: training. Start with `step.rs`.
 
 mod export;
-mod frozen;
 mod items;
 mod metrics;
 pub mod network;
@@ -9,9 +8,7 @@ mod rows;
 mod run;
 mod setup;
 pub mod step;
-mod text;
 mod trainer;
-mod weights;
 
 pub use run::run;
 pub use trainer::{Ending, Trainer};

@@ -6,7 +6,6 @@ use std::collections::HashMap;
 use anyhow::{Context, Result};
 use candle_core::{Device, Tensor};
 
-use super::frozen::Frozen;
 use super::items::Item;
 use super::step::listed;
 use crate::config::ReplayPixels;
@@ -15,6 +14,7 @@ use crate::diffusion::{
     Draws, MicroRecord, NoiseSchedule, Purpose, Record, Row, RowShape, VelocityWeight, add_offset_noise,
     noisy_and_target, row_weights, sample_latent,
 };
+use crate::pipeline::Frozen;
 use crate::segment::SlotId;
 
 /// What the rows of a run have in common.

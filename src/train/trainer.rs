@@ -11,16 +11,15 @@ use super::metrics::{Metrics, MicroRow, StepRow};
 use super::network::Network;
 use super::rows::{PixelDifference, RowMaker, Rows};
 use super::step::{Group, Inputs, clip_factor};
-use super::text::Prompts;
-use super::weights::PipelineWeights;
 use crate::checkpoint::{self, Position};
 use crate::comm::{Communicator, CommunicatorExt, Slice, SliceMut};
 use crate::config::{Resume, RunPlan};
 use crate::device::{Compute, peak_rss_bytes};
-use crate::diffusion::loss_and_gradient;
+use crate::diffusion::{Row, loss_and_gradient};
 use crate::launch::{Event, Rank};
 use crate::model::{DenoiserSlots, UnetConfig, time_features};
 use crate::optim::{AdamW, LrSchedule};
+use crate::pipeline::{PipelineWeights, Prompts};
 use crate::zero::Partition;
 
 /// How a run ended, errors aside.
@@ -190,7 +189,7 @@ impl Trainer<'_> {
     /// The graph's inputs for these rows.
     fn inputs(&self, rows: &Rows) -> Result<Inputs> {
         let (channels, h, w) = rows.latent;
-        let features = time_features(&rows.timesteps, &self.unet);
+        let features = time_features(rows.timesteps.iter().map(|&t| t as f32), &self.unet);
         let width = features.len() / rows.len();
         let tensor = |values: Vec<f32>, shape: &[usize]| -> Result<Tensor> {
             Ok(Tensor::from_vec(values, shape, &self.compute.device)?.to_dtype(self.compute.dtype)?)
@@ -199,7 +198,12 @@ impl Trainer<'_> {
             (self.slots.sample, tensor(rows.sample.clone(), &[rows.len(), channels, h, w])?),
             (self.slots.time_features, tensor(features, &[rows.len(), width])?),
         ];
-        slots.extend(self.prompts.slots(&self.slots.conditioning, &rows.kinds, &self.compute.device)?);
+        let prompt = |kind: &Row| match kind {
+            Row::Instance => 0,
+            Row::Class => 1,
+        };
+        let prompts: Vec<usize> = rows.kinds.iter().map(prompt).collect();
+        slots.extend(self.prompts.slots(&self.slots.conditioning, &prompts, &self.compute.device)?);
         Ok(Inputs { slots, prediction: self.slots.prediction })
     }
 

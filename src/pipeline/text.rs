@@ -1,5 +1,5 @@
-//! What the prompts become: with a frozen text encoder, states that are computed once; with a trained one, token ids
-//! that run through the graph in every micro-batch.
+//! What prompts become: with a frozen text encoder, states that are computed once; with a trained one, token ids that
+//! run through the graph.
 
 use anyhow::Result;
 use candle_core::{Device, Tensor};
@@ -7,11 +7,10 @@ use candle_core::{Device, Tensor};
 use super::frozen::Frozen;
 use crate::data::Tokens;
 use crate::device::Compute;
-use crate::diffusion::Row;
 use crate::model::{Conditioning, TextSlots};
 use crate::segment::SlotId;
 
-/// The run's prompts: the instance prompt and, under prior preservation, the class prompt.
+/// Prompts, by number: a training run's instance prompt and class prompt, or what pictures are to show.
 pub enum Prompts {
     /// (tokens, width) for each prompt.
     Encoded(Vec<Tensor>),
@@ -48,19 +47,26 @@ impl Prompts {
         Ok(Prompts::Encoded((0..prompts.len()).map(|i| states.get(i)).collect::<Result<_, _>>()?))
     }
 
-    /// The text inputs of rows of these kinds.
-    pub fn slots(&self, conditioning: &Conditioning, kinds: &[Row], device: &Device) -> Result<Vec<(SlotId, Tensor)>> {
-        let number = |kind: &Row| match kind {
-            Row::Instance => 0,
-            Row::Class => 1,
-        };
+    pub fn len(&self) -> usize {
+        match self {
+            Prompts::Encoded(states) => states.len(),
+            Prompts::Tokens(prompts) => prompts.len(),
+        }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The text inputs of a batch whose image i belongs to prompt `rows[i]`.
+    pub fn slots(&self, conditioning: &Conditioning, rows: &[usize], device: &Device) -> Result<Vec<(SlotId, Tensor)>> {
         match (self, conditioning) {
             (Prompts::Encoded(states), Conditioning::Context(slot)) => {
-                let rows: Vec<&Tensor> = kinds.iter().map(|kind| &states[number(kind)]).collect();
+                let rows: Vec<&Tensor> = rows.iter().map(|&prompt| &states[prompt]).collect();
                 Ok(vec![(*slot, Tensor::stack(&rows, 0)?)])
             }
             (Prompts::Tokens(prompts), Conditioning::Prompts(slots)) => {
-                token_slots(slots, prompts, kinds.iter().map(|kind| number(kind) as u32).collect(), device)
+                token_slots(slots, prompts, rows.iter().map(|&prompt| prompt as u32).collect(), device)
             }
             _ => anyhow::bail!("encoded prompts for a graph with a text encoder, or the reverse"),
         }
