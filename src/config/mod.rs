@@ -24,6 +24,7 @@ use std::path::Path;
 use anyhow::Result;
 
 pub use check::{Facts, Inspection, Report, check};
+pub(crate) use output_folder::can_write;
 
 pub use plan::*;
 pub use steps::Steps;

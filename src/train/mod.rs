@@ -11,4 +11,5 @@ pub mod step;
 mod trainer;
 
 pub use run::run;
+pub(crate) use setup::fresh_seed;
 pub use trainer::{Ending, Trainer};
