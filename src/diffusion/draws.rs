@@ -30,6 +30,8 @@ pub enum Purpose {
     Crop,
     /// Horizontal flip.
     Flip,
+    /// Whether a row is trained with the empty prompt.
+    CaptionDropout,
     /// Dropout of an adapter; `layer` counts them in running order.
     Dropout { layer: u32 },
 }
@@ -45,6 +47,7 @@ impl Purpose {
             Purpose::Crop => (5, 0),
             Purpose::Flip => (6, 0),
             Purpose::Dropout { layer } => (7, layer),
+            Purpose::CaptionDropout => (8, 0),
         }
     }
 }
@@ -93,6 +96,12 @@ impl Draws {
     /// Whether a row is mirrored, with probability ½.
     pub fn flip(&self, row: Row, item: u64) -> bool {
         self.stream(Purpose::Flip, row, item).next_u64() >> 63 == 1
+    }
+
+    /// Whether the prompt of a row is dropped, which happens at this rate.
+    pub fn drops_prompt(&self, row: Row, item: u64, rate: f64) -> bool {
+        // 53 bits, as many as the rate has.
+        ((self.stream(Purpose::CaptionDropout, row, item).next_u64() >> 11) as f64) < rate * (1u64 << 53) as f64
     }
 
     /// The order of `n` items in an epoch: a uniform permutation of 0 … n−1 (Fisher–Yates).

@@ -1,27 +1,87 @@
 //! What the prompts become: with a frozen text encoder, states that are computed once; with a trained one, token ids
 //! that run through the graph in every micro-batch.
 
+use std::collections::HashMap;
+
 use anyhow::Result;
 use candle_core::{Device, Tensor};
 
 use super::frozen::Frozen;
+use crate::config::RunPlan;
 use crate::data::Tokens;
 use crate::device::Compute;
 use crate::diffusion::Row;
 use crate::model::{Conditioning, TextSlots};
 use crate::segment::SlotId;
 
-/// The run's prompts: the instance prompt and, under prior preservation, the class prompt.
+/// Which of the run's prompts a row is trained with.
+#[derive(Clone, Debug, Default)]
+pub struct PromptNumbers {
+    /// Of each instance image, file by file; one for all where they have no captions.
+    instances: Vec<u32>,
+    class: u32,
+    /// The empty prompt and how often it replaces the row's own.
+    dropped: Option<(u32, f64)>,
+}
+
+impl PromptNumbers {
+    /// The run's prompts, each once (the class prompt always by itself), and who has which. `captions`: of each instance
+    /// image, or none.
+    pub fn list(plan: &RunPlan, captions: &[String]) -> (Vec<String>, PromptNumbers) {
+        let own = match captions {
+            [] => std::slice::from_ref(&plan.data.instance_prompt),
+            captions => captions,
+        };
+        let mut prompts: Vec<String> = Vec::new();
+        let mut known: HashMap<&str, u32> = HashMap::new();
+        let mut instances = Vec::with_capacity(own.len());
+        for text in own {
+            instances.push(*known.entry(text).or_insert_with(|| {
+                prompts.push(text.clone());
+                prompts.len() as u32 - 1
+            }));
+        }
+        let mut add = |text: &str| {
+            prompts.push(text.to_string());
+            prompts.len() as u32 - 1
+        };
+        let class = plan.prior.as_ref().map_or(0, |prior| add(&prior.class_prompt));
+        let rate = plan.data.caption_dropout;
+        let dropped = (rate > 0.0).then(|| (add(""), rate));
+        (prompts, PromptNumbers { instances, class, dropped })
+    }
+
+    /// The number of the prompt of a row of this kind whose image is file number `file`; `drops` draws whether
+    /// something happens that does at a rate.
+    pub fn of(&self, kind: Row, file: u64, drops: impl FnOnce(f64) -> bool) -> u32 {
+        match (self.dropped, kind) {
+            (Some((empty, rate)), _) if drops(rate) => empty,
+            (_, Row::Instance) => self.instances[file as usize % self.instances.len().max(1)],
+            (_, Row::Class) => self.class,
+        }
+    }
+}
+
+/// The run's prompts.
 pub enum Prompts {
     /// (tokens, width) for each prompt.
     Encoded(Vec<Tensor>),
+    /// Token ids of each prompt; the text encoder is part of the trained graph.
     Tokens(Vec<Tokens>),
+    /// Too many to keep their states: a micro-batch's prompts are encoded when it comes.
+    Live { encoder: Box<Frozen>, slots: TextSlots, tokens: Vec<Tokens>, compute: Compute },
 }
+
+/// Bytes of encoded prompts that are kept on a rank; beyond that they are encoded when they are needed.
+const KEEP_BYTES: usize = 1 << 30;
+
+/// A frozen text encoder runs over this many prompts at a time.
+const AT_ONCE: usize = 32;
 
 /// Fills a text encoder's input slots for these prompts; image i belongs to prompt `rows[i]`.
 fn token_slots(
     slots: &TextSlots,
-    prompts: &[Tokens],
+    prompts: &[&Tokens],
     rows: Vec<u32>,
     device: &Device,
 ) -> Result<Vec<(SlotId, Tensor)>> {
@@ -39,30 +99,84 @@ fn token_slots(
     Ok(filled)
 }
 
+/// The numbers that occur, each once and in order, and for each row where its number stands among them.
+fn each_once(numbers: &[u32]) -> (Vec<u32>, Vec<u32>) {
+    let mut sorted = numbers.to_vec();
+    sorted.sort_unstable();
+    sorted.dedup();
+    let places = numbers.iter().map(|n| sorted.partition_point(|known| known < n) as u32).collect();
+    (sorted, places)
+}
+
+/// The states of these prompts (prompts, tokens, width), in the dtype of the run.
+fn encode(encoder: &Frozen, slots: &TextSlots, prompts: &[&Tokens], compute: &Compute) -> Result<Tensor> {
+    let rows = (0..prompts.len() as u32).collect();
+    let inputs = token_slots(slots, prompts, rows, &compute.device)?;
+    Ok(encoder.run(inputs, slots.context)?.to_dtype(compute.dtype)?)
+}
+
 impl Prompts {
-    /// Runs a frozen text encoder over the prompts, once.
-    pub fn encode(encoder: &Frozen, slots: &TextSlots, prompts: &[Tokens], compute: &Compute) -> Result<Self> {
-        let rows = (0..prompts.len() as u32).collect();
-        let states =
-            encoder.run(token_slots(slots, prompts, rows, &compute.device)?, slots.context)?.to_dtype(compute.dtype)?;
-        Ok(Prompts::Encoded((0..prompts.len()).map(|i| states.get(i)).collect::<Result<_, _>>()?))
+    /// Prompts for a frozen text encoder of this width: encoded now, or as they come if there are very many.
+    pub fn frozen(
+        encoder: Frozen,
+        slots: TextSlots,
+        width: usize,
+        tokens: Vec<Tokens>,
+        compute: &Compute,
+    ) -> Result<Self> {
+        let bytes = tokens.iter().map(|t| t.ids.len()).sum::<usize>() * width * compute.dtype.size_in_bytes();
+        if bytes > KEEP_BYTES {
+            return Ok(Prompts::Live { encoder: Box::new(encoder), slots, tokens, compute: compute.clone() });
+        }
+        let mut encoded = Vec::with_capacity(tokens.len());
+        for some in tokens.chunks(AT_ONCE) {
+            let states = encode(&encoder, &slots, &some.iter().collect::<Vec<_>>(), compute)?;
+            for i in 0..some.len() {
+                // A copy of its own, not a view that keeps all of them alive.
+                encoded.push(states.get(i)?.copy()?);
+            }
+        }
+        Ok(Prompts::Encoded(encoded))
     }
 
-    /// The text inputs of rows of these kinds.
-    pub fn slots(&self, conditioning: &Conditioning, kinds: &[Row], device: &Device) -> Result<Vec<(SlotId, Tensor)>> {
-        let number = |kind: &Row| match kind {
-            Row::Instance => 0,
-            Row::Class => 1,
-        };
+    /// The text inputs of rows with these prompts, by number.
+    pub fn slots(&self, conditioning: &Conditioning, rows: &[u32], device: &Device) -> Result<Vec<(SlotId, Tensor)>> {
         match (self, conditioning) {
             (Prompts::Encoded(states), Conditioning::Context(slot)) => {
-                let rows: Vec<&Tensor> = kinds.iter().map(|kind| &states[number(kind)]).collect();
+                let rows: Vec<&Tensor> = rows.iter().map(|&number| &states[number as usize]).collect();
                 Ok(vec![(*slot, Tensor::stack(&rows, 0)?)])
             }
             (Prompts::Tokens(prompts), Conditioning::Prompts(slots)) => {
-                token_slots(slots, prompts, kinds.iter().map(|kind| number(kind) as u32).collect(), device)
+                let (wanted, places) = each_once(rows);
+                let wanted: Vec<&Tokens> = wanted.iter().map(|&number| &prompts[number as usize]).collect();
+                token_slots(slots, &wanted, places, device)
+            }
+            (Prompts::Live { encoder, slots, tokens, compute }, Conditioning::Context(slot)) => {
+                let (wanted, places) = each_once(rows);
+                let wanted: Vec<&Tokens> = wanted.iter().map(|&number| &tokens[number as usize]).collect();
+                let states = encode(encoder, slots, &wanted, compute)?;
+                Ok(vec![(*slot, states.index_select(&Tensor::new(places, device)?, 0)?)])
             }
             _ => anyhow::bail!("encoded prompts for a graph with a text encoder, or the reverse"),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_micro_batch_encodes_each_of_its_prompts_once() {
+        assert_eq!(each_once(&[7, 2, 7, 9, 2]), (vec![2, 7, 9], vec![1, 0, 1, 2, 0]));
+        assert_eq!(each_once(&[0, 0, 1, 1]), (vec![0, 1], vec![0, 0, 1, 1]));
+    }
+
+    #[test]
+    fn every_row_has_its_prompt() {
+        let numbers = PromptNumbers { instances: vec![0, 1, 0], class: 2, dropped: Some((3, 0.25)) };
+        let of = |kind, file, dropped| numbers.of(kind, file, |rate| dropped && rate == 0.25);
+        assert_eq!([0, 1, 2, 3].map(|file| of(Row::Instance, file, false)), [0, 1, 0, 0]);
+        assert_eq!((of(Row::Class, 5, false), of(Row::Instance, 1, true)), (2, 3));
     }
 }

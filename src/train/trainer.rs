@@ -199,7 +199,7 @@ impl Trainer<'_> {
             (self.slots.sample, tensor(rows.sample.clone(), &[rows.len(), channels, h, w])?),
             (self.slots.time_features, tensor(features, &[rows.len(), width])?),
         ];
-        slots.extend(self.prompts.slots(&self.slots.conditioning, &rows.kinds, &self.compute.device)?);
+        slots.extend(self.prompts.slots(&self.slots.conditioning, &rows.prompts, &self.compute.device)?);
         Ok(Inputs { slots, prediction: self.slots.prediction })
     }
 
