@@ -319,7 +319,8 @@ pub fn list_pictures(dir: &Path, captioned: bool) -> std::io::Result<Vec<PathBuf
     for entry in std::fs::read_dir(dir)? {
         let path = entry?.path();
         let hidden = path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
-        if !hidden && !path.is_dir() && !(captioned && is_caption_file(&path)) {
+        let of_captions = captioned && is_caption_file(&path);
+        if !hidden && !of_captions && !path.is_dir() {
             paths.push(path);
         }
     }
