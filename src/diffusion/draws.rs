@@ -1,6 +1,7 @@
 //! Stateless random draws. Every draw is a pure function of (seed, purpose, instance or class row, running number of
-//! the item since the start of the run), and the order of the images one of (seed, epoch): so a run's numbers depend
-//! neither on ranks nor on batch size or accumulation, and a resumed run needs no generator state. All arithmetic is
+//! the item since the start of the run; where pictures are made, the picture's number), and the order of the images one
+//! of (seed, epoch): so a run's numbers depend neither on ranks nor on batch size or accumulation, and a resumed run
+//! needs no generator state. All arithmetic is
 //! integer or correctly rounded, or comes from `libm`'s software functions: the same values on every machine.
 
 use rand_chacha::ChaCha8Rng;
@@ -34,10 +35,14 @@ pub enum Purpose {
     CaptionDropout,
     /// Dropout of an adapter; `layer` counts them in running order.
     Dropout { layer: u32 },
+    /// The noise that a picture's sampling starts from; the item is the picture's number.
+    SamplingStart,
+    /// The noise of a sampler's `step`-th stochastic step.
+    SamplingStep { step: u32 },
 }
 
 impl Purpose {
-    /// (purpose number, layer) in the key. The numbers are part of what a seed means: never reuse or reorder them.
+    /// (purpose number, layer or step) in the key. The numbers are part of what a seed means: never reuse or reorder them.
     fn key(self) -> (u32, u32) {
         match self {
             Purpose::Noise => (1, 0),
@@ -47,7 +52,9 @@ impl Purpose {
             Purpose::Crop => (5, 0),
             Purpose::Flip => (6, 0),
             Purpose::Dropout { layer } => (7, layer),
-            Purpose::CaptionDropout => (8, 0),
+            Purpose::SamplingStart => (8, 0),
+            Purpose::SamplingStep { step } => (9, step),
+            Purpose::CaptionDropout => (10, 0),
         }
     }
 }
@@ -200,6 +207,9 @@ mod tests {
                 Purpose::Flip,
                 Purpose::Dropout { layer: 0 },
                 Purpose::Dropout { layer: 1 },
+                Purpose::SamplingStart,
+                Purpose::SamplingStep { step: 0 },
+                Purpose::SamplingStep { step: 1 },
             ] {
                 for row in [Row::Instance, Row::Class] {
                     for item in [0, 1, u64::MAX] {

@@ -1,12 +1,14 @@
 //! The mathematics of diffusion: noise schedules, random draws, recorded draws, the noisy input of a row and the
-//! closed-form loss with its gradient. Plain slices of f32 in and out; knows no networks, ranks, devices or files but
-//! the scheduler's configuration and the record.
+//! closed-form loss with its gradient; the way back: samplers and guidance. Plain slices of f32 in and out; knows no
+//! networks, ranks, devices or files but the scheduler's configuration and the record.
 
 mod draws;
 mod objective;
 mod record;
 mod rows;
+pub mod sampler;
 mod schedule;
+mod scheduler_file;
 
 pub use draws::{Draws, Purpose, Row, Stream};
 pub use objective::{LossValue, RowShape, loss_and_gradient, row_weights};

@@ -22,6 +22,7 @@ mod time;
 mod transformer;
 mod unet;
 mod vae;
+mod vae_decoder;
 mod weight_files;
 mod weights;
 
@@ -33,5 +34,6 @@ pub use names::Component;
 pub use pipeline::PipelineExport;
 pub use time::time_features;
 pub use vae::{VaeEncoder, vae_encoder};
+pub use vae_decoder::{VaeDecoder, vae_decoder};
 pub(crate) use weight_files::{WeightName, is_pickle};
 pub use weights::{ComponentWeights, wanted};

@@ -1,5 +1,5 @@
-//! The encoder of the VAE (`AutoencoderKL`) as frozen segments, so that a large one streams too. The decoder's tensors
-//! are accepted in the file and not built.
+//! The encoder of the VAE (`AutoencoderKL`) as frozen segments, so that a large one streams too, and the layers that it
+//! has in common with the decoder, which is `vae_decoder.rs`.
 
 use candle_core::{Result, Tensor};
 
@@ -10,7 +10,7 @@ use crate::ops::{self, Mask};
 use crate::segment::{GraphBuilder, Params, Segment, SegmentGraph, SlotId};
 
 /// Every norm of the VAE has this eps, whatever the configuration says.
-const EPS: f64 = 1e-6;
+pub(super) const EPS: f64 = 1e-6;
 
 /// Pixels -> mean and log-variance of the latents.
 pub struct VaeEncoder {
@@ -71,7 +71,7 @@ impl Segment for Convolution {
     }
 }
 
-struct Layer(Resnet);
+pub(super) struct Layer(pub(super) Resnet);
 
 impl Segment for Layer {
     fn forward(&self, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
@@ -80,14 +80,14 @@ impl Segment for Layer {
     }
 }
 
-struct Mid {
+pub(super) struct Mid {
     first: Resnet,
     attention: Option<PixelAttention>,
     second: Resnet,
 }
 
 impl Mid {
-    fn new(p: &Params, channels: usize, config: &VaeConfig, shape: ResnetShape) -> Self {
+    pub(super) fn new(p: &Params, channels: usize, config: &VaeConfig, shape: ResnetShape) -> Self {
         Mid {
             first: Resnet::new(&p.pp("resnets.0"), channels, channels, shape),
             attention: config.mid_attention.then(|| PixelAttention::new(&p.pp("attentions.0"), channels, shape.groups)),
@@ -138,10 +138,10 @@ impl PixelAttention {
     }
 }
 
-struct Output {
-    norm: GroupNorm,
-    conv: Conv,
-    quant: Option<Conv>,
+pub(super) struct Output {
+    pub(super) norm: GroupNorm,
+    pub(super) conv: Conv,
+    pub(super) quant: Option<Conv>,
 }
 
 impl Segment for Output {

@@ -6,16 +6,17 @@ use std::collections::HashMap;
 use anyhow::{Context, Result};
 use candle_core::{Device, Tensor};
 
-use super::frozen::Frozen;
 use super::items::Item;
+use super::prompts::PromptNumbers;
 use super::step::listed;
-use super::text::PromptNumbers;
+
 use crate::config::ReplayPixels;
 use crate::data::{Crop, Dataset};
 use crate::diffusion::{
     Draws, MicroRecord, NoiseSchedule, Purpose, Record, Row, RowShape, VelocityWeight, add_offset_noise,
     noisy_and_target, row_weights, sample_latent,
 };
+use crate::pipeline::Frozen;
 use crate::segment::SlotId;
 
 /// What the rows of a run have in common.
@@ -66,7 +67,7 @@ pub struct Rows {
     /// Of the loss, each divided by the number of items already.
     pub weights: Vec<f64>,
     /// The number of each row's prompt in the run's list.
-    pub prompts: Vec<u32>,
+    pub prompts: Vec<usize>,
     /// File of each row, for messages.
     pub images: Vec<String>,
     pub pixels: PixelDifference,

@@ -7,14 +7,12 @@ use std::sync::Arc;
 use anyhow::Result;
 use candle_core::{DType, Device};
 
-use super::frozen::Frozen;
 use super::items::Sampler;
 use super::metrics::Metrics;
 use super::network::{Memory, Network};
+use super::prompts::PromptNumbers;
 use super::rows::{RowMaker, RowSettings, Vae};
-use super::text::{PromptNumbers, Prompts};
 use super::trainer::Trainer;
-use super::weights::PipelineWeights;
 use crate::Refusal;
 use crate::checkpoint::{self, Checkpoint, Position, SegmentRecord};
 use crate::comm::{Communicator, SliceMut};
@@ -23,30 +21,14 @@ use crate::data::{ClipTokenizer, Dataset, Tokens};
 use crate::device::{Arena, Compute};
 use crate::diffusion::{Draws, NoiseSchedule, Record};
 use crate::launch::{Event, Rank};
-use crate::model::{self, Component, Denoiser, TextConfig, UnetConfig, VaeConfig};
+use crate::model::{self, Component, Denoiser, VaeConfig};
 use crate::optim::{LrKind, LrSchedule};
+use crate::pipeline::{Configs, Frozen, PipelineWeights, Prompts};
 use crate::segment::Keep;
 use crate::zero::{Ranks, Stage};
 
 /// A network with fewer parameters keeps its graphs under `recompute = "auto"`: they fit wherever its states do.
 const RECOMPUTE_FROM: usize = 100_000_000;
-
-/// The configurations of a pipeline's components.
-pub struct Configs {
-    pub unet: UnetConfig,
-    pub text: TextConfig,
-    pub vae: VaeConfig,
-}
-
-impl Configs {
-    pub fn read(model_dir: &Path) -> Result<Self> {
-        let unet = UnetConfig::read(&model_dir.join("unet"))?;
-        let text = TextConfig::read(&model_dir.join("text_encoder"))?;
-        let vae = VaeConfig::read(&model_dir.join("vae"))?;
-        model::check_text_width(&unet, &text)?;
-        Ok(Configs { unet, text, vae })
-    }
-}
 
 /// Builds a trainer that stands where the run begins or resumes. Collective.
 pub fn build<'a>(plan: &'a RunPlan, model_dir: &Path, rank: &'a Rank) -> Result<Trainer<'a>> {

@@ -11,8 +11,6 @@ use super::metrics::{Metrics, MicroRow, StepRow};
 use super::network::Network;
 use super::rows::{PixelDifference, RowMaker, Rows};
 use super::step::{Group, Inputs, clip_factor};
-use super::text::Prompts;
-use super::weights::PipelineWeights;
 use crate::checkpoint::{self, Position};
 use crate::comm::{Communicator, CommunicatorExt, Slice, SliceMut};
 use crate::config::{Resume, RunPlan};
@@ -21,6 +19,7 @@ use crate::diffusion::loss_and_gradient;
 use crate::launch::{Event, Rank};
 use crate::model::{DenoiserSlots, UnetConfig, time_features};
 use crate::optim::{AdamW, LrSchedule};
+use crate::pipeline::{PipelineWeights, Prompts};
 use crate::zero::Partition;
 
 /// How a run ended, errors aside.
@@ -190,7 +189,7 @@ impl Trainer<'_> {
     /// The graph's inputs for these rows.
     fn inputs(&self, rows: &Rows) -> Result<Inputs> {
         let (channels, h, w) = rows.latent;
-        let features = time_features(&rows.timesteps, &self.unet);
+        let features = time_features(rows.timesteps.iter().map(|&t| t as f32), &self.unet);
         let width = features.len() / rows.len();
         let tensor = |values: Vec<f32>, shape: &[usize]| -> Result<Tensor> {
             Ok(Tensor::from_vec(values, shape, &self.compute.device)?.to_dtype(self.compute.dtype)?)

@@ -108,6 +108,8 @@ fn modules_import_what_lies_below_them() {
         "optim",
         "checkpoint",
         "train",
+        "sample",
+        "pipeline",
         "config",
         "launch",
         "cli",

@@ -1,68 +1,16 @@
-//! What the prompts become: with a frozen text encoder, states that are computed once; with a trained one, token ids
-//! that run through the graph in every micro-batch.
-
-use std::collections::HashMap;
+//! What prompts become: with a frozen text encoder, states that are computed once; with a trained one, token ids that
+//! run through the graph.
 
 use anyhow::Result;
 use candle_core::{Device, Tensor};
 
 use super::frozen::Frozen;
-use crate::config::RunPlan;
 use crate::data::Tokens;
 use crate::device::Compute;
-use crate::diffusion::Row;
 use crate::model::{Conditioning, TextSlots};
 use crate::segment::SlotId;
 
-/// Which of the run's prompts a row is trained with.
-#[derive(Clone, Debug, Default)]
-pub struct PromptNumbers {
-    /// Of each instance image, file by file; one for all where they have no captions.
-    instances: Vec<u32>,
-    class: u32,
-    /// The empty prompt and how often it replaces the row's own.
-    dropped: Option<(u32, f64)>,
-}
-
-impl PromptNumbers {
-    /// The run's prompts, each once (the class prompt always by itself), and who has which. `captions`: of each instance
-    /// image, or none.
-    pub fn list(plan: &RunPlan, captions: &[String]) -> (Vec<String>, PromptNumbers) {
-        let own = match captions {
-            [] => std::slice::from_ref(&plan.data.instance_prompt),
-            captions => captions,
-        };
-        let mut prompts: Vec<String> = Vec::new();
-        let mut known: HashMap<&str, u32> = HashMap::new();
-        let mut instances = Vec::with_capacity(own.len());
-        for text in own {
-            instances.push(*known.entry(text).or_insert_with(|| {
-                prompts.push(text.clone());
-                prompts.len() as u32 - 1
-            }));
-        }
-        let mut add = |text: &str| {
-            prompts.push(text.to_string());
-            prompts.len() as u32 - 1
-        };
-        let class = plan.prior.as_ref().map_or(0, |prior| add(&prior.class_prompt));
-        let rate = plan.data.caption_dropout;
-        let dropped = (rate > 0.0).then(|| (add(""), rate));
-        (prompts, PromptNumbers { instances, class, dropped })
-    }
-
-    /// The number of the prompt of a row of this kind whose image is file number `file`; `drops` draws whether
-    /// something happens that does at a rate.
-    pub fn of(&self, kind: Row, file: u64, drops: impl FnOnce(f64) -> bool) -> u32 {
-        match (self.dropped, kind) {
-            (Some((empty, rate)), _) if drops(rate) => empty,
-            (_, Row::Instance) => self.instances[file as usize % self.instances.len().max(1)],
-            (_, Row::Class) => self.class,
-        }
-    }
-}
-
-/// The run's prompts.
+/// Prompts, by number: a training run's instance prompt and class prompt, or what pictures are to show.
 pub enum Prompts {
     /// (tokens, width) for each prompt.
     Encoded(Vec<Tensor>),
@@ -100,7 +48,7 @@ fn token_slots(
 }
 
 /// The numbers that occur, each once and in order, and for each row where its number stands among them.
-fn each_once(numbers: &[u32]) -> (Vec<u32>, Vec<u32>) {
+fn each_once(numbers: &[usize]) -> (Vec<usize>, Vec<u32>) {
     let mut sorted = numbers.to_vec();
     sorted.sort_unstable();
     sorted.dedup();
@@ -139,21 +87,32 @@ impl Prompts {
         Ok(Prompts::Encoded(encoded))
     }
 
-    /// The text inputs of rows with these prompts, by number.
-    pub fn slots(&self, conditioning: &Conditioning, rows: &[u32], device: &Device) -> Result<Vec<(SlotId, Tensor)>> {
+    pub fn len(&self) -> usize {
+        match self {
+            Prompts::Encoded(states) => states.len(),
+            Prompts::Tokens(tokens) | Prompts::Live { tokens, .. } => tokens.len(),
+        }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The text inputs of a batch whose image i belongs to prompt `rows[i]`.
+    pub fn slots(&self, conditioning: &Conditioning, rows: &[usize], device: &Device) -> Result<Vec<(SlotId, Tensor)>> {
         match (self, conditioning) {
             (Prompts::Encoded(states), Conditioning::Context(slot)) => {
-                let rows: Vec<&Tensor> = rows.iter().map(|&number| &states[number as usize]).collect();
+                let rows: Vec<&Tensor> = rows.iter().map(|&number| &states[number]).collect();
                 Ok(vec![(*slot, Tensor::stack(&rows, 0)?)])
             }
             (Prompts::Tokens(prompts), Conditioning::Prompts(slots)) => {
                 let (wanted, places) = each_once(rows);
-                let wanted: Vec<&Tokens> = wanted.iter().map(|&number| &prompts[number as usize]).collect();
+                let wanted: Vec<&Tokens> = wanted.iter().map(|&number| &prompts[number]).collect();
                 token_slots(slots, &wanted, places, device)
             }
             (Prompts::Live { encoder, slots, tokens, compute }, Conditioning::Context(slot)) => {
                 let (wanted, places) = each_once(rows);
-                let wanted: Vec<&Tokens> = wanted.iter().map(|&number| &tokens[number as usize]).collect();
+                let wanted: Vec<&Tokens> = wanted.iter().map(|&number| &tokens[number]).collect();
                 let states = encode(encoder, slots, &wanted, compute)?;
                 Ok(vec![(*slot, states.index_select(&Tensor::new(places, device)?, 0)?)])
             }
@@ -170,13 +129,5 @@ mod tests {
     fn a_micro_batch_encodes_each_of_its_prompts_once() {
         assert_eq!(each_once(&[7, 2, 7, 9, 2]), (vec![2, 7, 9], vec![1, 0, 1, 2, 0]));
         assert_eq!(each_once(&[0, 0, 1, 1]), (vec![0, 1], vec![0, 0, 1, 1]));
-    }
-
-    #[test]
-    fn every_row_has_its_prompt() {
-        let numbers = PromptNumbers { instances: vec![0, 1, 0], class: 2, dropped: Some((3, 0.25)) };
-        let of = |kind, file, dropped| numbers.of(kind, file, |rate| dropped && rate == 0.25);
-        assert_eq!([0, 1, 2, 3].map(|file| of(Row::Instance, file, false)), [0, 1, 0, 0]);
-        assert_eq!((of(Row::Class, 5, false), of(Row::Instance, 1, true)), (2, 3));
     }
 }
