@@ -12,7 +12,7 @@ use super::model_folder::{self, ModelFacts};
 use super::output_folder;
 use super::{Draft, ModelSource, Resume, RunPlan, Steps};
 use crate::checkpoint::{self, Checkpoint};
-use crate::data::{Dataset, DatasetOptions};
+use crate::data::{self, Dataset, DatasetOptions};
 use crate::diffusion::{NoiseSchedule, Record, RecordUse};
 use crate::model::{Component, VaeConfig};
 use crate::{Refusal, hub};
@@ -181,8 +181,9 @@ fn count_images(inspection: &mut Inspection, section: &str, key: &str, dir: &Pat
     if dir.as_os_str().is_empty() {
         return None;
     }
-    let names = match std::fs::read_dir(dir) {
-        Ok(entries) => entries.flatten().map(|entry| entry.path()),
+    let captioned = section == "data" && inspection.plan.data.captions;
+    let count = match data::list_pictures(dir, captioned) {
+        Ok(pictures) => pictures.len(),
         Err(error) => {
             let why = match error.kind() {
                 std::io::ErrorKind::NotFound => "there is no such folder".to_string(),
@@ -194,12 +195,6 @@ fn count_images(inspection: &mut Inspection, section: &str, key: &str, dir: &Pat
             return None;
         }
     };
-    // As the data set lists them: hidden files and folders are passed over, everything else is to be a picture.
-    let is_image = |path: &PathBuf| {
-        let hidden = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.'));
-        !hidden && path.is_file()
-    };
-    let count = names.filter(is_image).count();
     if count == 0 {
         inspection.problem(
             section,
@@ -325,11 +320,11 @@ impl fmt::Display for Report {
         let (side, crop) = (plan.data.resolution, if plan.data.center_crop { "centre" } else { "random" });
         let flip = if plan.data.random_flip { ", mirrored at random" } else { "" };
         let dir = plan.data.instance_dir.display();
-        writeln!(
-            f,
-            "  images      {} in {dir}, {side}x{side}, {crop} crop{flip}: {:?}",
-            facts.instance_images, plan.data.instance_prompt
-        )?;
+        let prompt = match plan.data.captions {
+            true => "with their captions".to_string(),
+            false => format!("{:?}", plan.data.instance_prompt),
+        };
+        writeln!(f, "  images      {} in {dir}, {side}x{side}, {crop} crop{flip}: {prompt}", facts.instance_images)?;
         if let Some(prior) = &plan.prior {
             let dir = prior.class_dir.display();
             writeln!(

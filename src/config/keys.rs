@@ -10,6 +10,9 @@ pub(super) const SECTIONS: &[(&str, &[&str])] = &[
         &[
             "instance_dir",
             "instance_prompt",
+            "captions",
+            "caption_column",
+            "caption_dropout",
             "resolution",
             "center_crop",
             "random_flip",
@@ -80,6 +83,7 @@ const ELSEWHERE: &[(&str, &str)] = &[
     ("pretrained_model_name_or_path", "model.path"),
     ("instance_data_dir", "data.instance_dir"),
     ("class_data_dir", "prior.class_dir"),
+    ("train_data_dir", "data.instance_dir"),
     ("with_prior_preservation", "prior.class_dir"),
     ("prior_loss_weight", "prior.loss_weight"),
     ("image_interpolation_mode", "data.image_interpolation"),

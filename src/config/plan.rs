@@ -3,7 +3,7 @@
 
 use anyhow::Result;
 
-use crate::data::{DatasetOptions, KEEP_BYTES};
+use crate::data::{CaptionOptions, DatasetOptions, KEEP_BYTES};
 
 pub use super::data::{DataPlan, PriorPlan};
 pub use super::model::{DeviceKind, ModelPlan, ModelSource};
@@ -84,6 +84,10 @@ impl RunPlan {
     pub fn dataset_options(&self, verify: bool) -> DatasetOptions {
         DatasetOptions {
             instance_dir: self.data.instance_dir.clone(),
+            captions: self.data.captions.then(|| CaptionOptions {
+                column: self.data.caption_column.clone(),
+                fallback: Some(self.data.instance_prompt.clone()).filter(|prompt| !prompt.is_empty()),
+            }),
             class: self.prior.as_ref().map(|prior| (prior.class_dir.clone(), prior.num_class_images)),
             resolution: self.data.resolution,
             center_crop: self.data.center_crop,

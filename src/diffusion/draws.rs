@@ -31,6 +31,8 @@ pub enum Purpose {
     Crop,
     /// Horizontal flip.
     Flip,
+    /// Whether a row is trained with the empty prompt.
+    CaptionDropout,
     /// Dropout of an adapter; `layer` counts them in running order.
     Dropout { layer: u32 },
     /// The noise that a picture's sampling starts from; the item is the picture's number.
@@ -52,6 +54,7 @@ impl Purpose {
             Purpose::Dropout { layer } => (7, layer),
             Purpose::SamplingStart => (8, 0),
             Purpose::SamplingStep { step } => (9, step),
+            Purpose::CaptionDropout => (10, 0),
         }
     }
 }
@@ -100,6 +103,12 @@ impl Draws {
     /// Whether a row is mirrored, with probability ½.
     pub fn flip(&self, row: Row, item: u64) -> bool {
         self.stream(Purpose::Flip, row, item).next_u64() >> 63 == 1
+    }
+
+    /// Whether the prompt of a row is dropped, which happens at this rate.
+    pub fn drops_prompt(&self, row: Row, item: u64, rate: f64) -> bool {
+        // 53 bits, as many as the rate has.
+        ((self.stream(Purpose::CaptionDropout, row, item).next_u64() >> 11) as f64) < rate * (1u64 << 53) as f64
     }
 
     /// The order of `n` items in an epoch: a uniform permutation of 0 … n−1 (Fisher–Yates).

@@ -6,6 +6,7 @@
 //! model's files whatever spelling these use, [`ComponentWriter`] writes them back as they were read.
 //! Nothing here knows ranks, noise schedules or tokenizers.
 
+mod autoencoder;
 mod clip;
 mod codec;
 pub mod config;
@@ -26,6 +27,7 @@ mod vae_decoder;
 mod weight_files;
 mod weights;
 
+pub use autoencoder::{Autoencoder, autoencoder};
 pub use clip::{TextEncoder, TextSlots, text_encoder};
 pub use config::{Level, TextConfig, UnetConfig, VaeConfig};
 pub use denoiser::{Conditioning, Denoiser, DenoiserSlots, check_text_width, denoiser};

@@ -24,9 +24,15 @@ pub struct VaeEncoder {
 pub fn vae_encoder(config: &VaeConfig) -> VaeEncoder {
     let mut b = GraphBuilder::new();
     let pixels = b.input("pixels");
+    let moments = append_encoder(&mut b, config, pixels, false);
+    VaeEncoder { graph: b.finish(), pixels, moments }
+}
+
+/// Appends the encoder, which reads `pixels`; returns the slot of the moments.
+pub(super) fn append_encoder(b: &mut GraphBuilder, config: &VaeConfig, pixels: SlotId, trainable: bool) -> SlotId {
     let mut segment = |name: &str, input: SlotId, build: &dyn Fn(&Params) -> Box<dyn Segment>| {
         let name = format!("vae.encoder.{name}");
-        let [output] = b.segment(name.clone(), "vae", false, &[input], [name.as_str()], build);
+        let [output] = b.segment(name.clone(), "vae", trainable, &[input], [name.as_str()], build);
         output
     };
     let shape = ResnetShape { groups: config.norm_num_groups, eps: EPS, time_width: None, output_scale: 1.0 };
@@ -51,15 +57,14 @@ pub fn vae_encoder(config: &VaeConfig) -> VaeEncoder {
         }
     }
     x = segment("mid_block", x, &|p| Box::new(Mid::new(&p.pp("encoder.mid_block"), channels, config, shape)));
-    let moments = segment("out", x, &|p| {
+    segment("out", x, &|p| {
         let latents = 2 * config.latent_channels;
         Box::new(Output {
             norm: GroupNorm::new(&p.pp("encoder.conv_norm_out"), channels, config.norm_num_groups, EPS),
             conv: Conv::same(&p.pp("encoder.conv_out"), channels, latents, 3),
             quant: config.use_quant_conv.then(|| Conv::same(&p.pp("quant_conv"), latents, latents, 1)),
         })
-    });
-    VaeEncoder { graph: b.finish(), pixels, moments }
+    })
 }
 
 struct Convolution(Conv);

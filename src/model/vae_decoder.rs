@@ -21,9 +21,15 @@ pub struct VaeDecoder {
 pub fn vae_decoder(config: &VaeConfig) -> VaeDecoder {
     let mut b = GraphBuilder::new();
     let latents = b.input("latents");
+    let pixels = append_decoder(&mut b, config, latents, false);
+    VaeDecoder { graph: b.finish(), latents, pixels }
+}
+
+/// Appends the decoder, which reads `latents`; returns the slot of the pixels.
+pub(super) fn append_decoder(b: &mut GraphBuilder, config: &VaeConfig, latents: SlotId, trainable: bool) -> SlotId {
     let mut segment = |name: &str, input: SlotId, build: &dyn Fn(&Params) -> Box<dyn Segment>| {
         let name = format!("vae.decoder.{name}");
-        let [output] = b.segment(name.clone(), "vae", false, &[input], [name.as_str()], build);
+        let [output] = b.segment(name.clone(), "vae", trainable, &[input], [name.as_str()], build);
         output
     };
     let shape = ResnetShape { groups: config.norm_num_groups, eps: EPS, time_width: None, output_scale: 1.0 };
@@ -53,14 +59,13 @@ pub fn vae_decoder(config: &VaeConfig) -> VaeDecoder {
             });
         }
     }
-    let pixels = segment("out", x, &|p| {
+    segment("out", x, &|p| {
         Box::new(Output {
             norm: GroupNorm::new(&p.pp("decoder.conv_norm_out"), channels, config.norm_num_groups, EPS),
             conv: Conv::same(&p.pp("decoder.conv_out"), channels, 3, 3),
             quant: None,
         })
-    });
-    VaeDecoder { graph: b.finish(), latents, pixels }
+    })
 }
 
 struct Input {

@@ -4,6 +4,7 @@ mod export;
 mod items;
 mod metrics;
 pub mod network;
+mod prompts;
 mod rows;
 mod run;
 mod setup;

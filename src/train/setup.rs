@@ -10,6 +10,7 @@ use candle_core::{DType, Device};
 use super::items::Sampler;
 use super::metrics::Metrics;
 use super::network::{Memory, Network};
+use super::prompts::PromptNumbers;
 use super::rows::{RowMaker, RowSettings, Vae};
 use super::trainer::Trainer;
 use crate::Refusal;
@@ -45,7 +46,8 @@ pub fn build<'a>(plan: &'a RunPlan, model_dir: &Path, rank: &'a Rank) -> Result<
     let compute = compute(plan)?;
 
     let (network, slots) = network(plan, &configs, &weights, resumed.as_ref(), &comm, compute.dtype)?;
-    let prompts = prompts(plan, model_dir, &configs, &weights, &arena, &compute)?;
+    let (texts, numbers) = PromptNumbers::list(plan, dataset.captions());
+    let prompts = prompts(plan, model_dir, &texts, &configs, &weights, &arena, &compute)?;
     let batch_items = plan.train.batch_size.saturating_mul(comm.world_size()) as u64;
     let epoch_items = dataset.len() as u64;
     let replay = match &plan.replay {
@@ -69,6 +71,7 @@ pub fn build<'a>(plan: &'a RunPlan, model_dir: &Path, rank: &'a Rank) -> Result<
         dataset,
         schedule,
         draws,
+        prompts: numbers,
         replay,
         settings: RowSettings {
             prior_weight: plan.prior.as_ref().map(|p| p.loss_weight),
@@ -215,30 +218,25 @@ fn vae(config: &VaeConfig, weights: &PipelineWeights, arena: &Arena, compute: &C
     })
 }
 
-/// The tokens of the instance prompt and, under prior preservation, of the class prompt.
-fn tokens(plan: &RunPlan, model_dir: &Path) -> Result<Vec<Tokens>> {
-    let tokenizer = ClipTokenizer::open(&model_dir.join("tokenizer"), plan.data.tokenizer_max_length)?;
-    let prompts = std::iter::once(&plan.data.instance_prompt).chain(plan.prior.as_ref().map(|p| &p.class_prompt));
-    prompts.map(|prompt| tokenizer.encode(prompt)).collect()
-}
-
 fn prompts(
     plan: &RunPlan,
     model_dir: &Path,
+    texts: &[String],
     configs: &Configs,
     weights: &PipelineWeights,
     arena: &Arena,
     compute: &Compute,
 ) -> Result<Prompts> {
-    let tokens = tokens(plan, model_dir)?;
+    let tokenizer = ClipTokenizer::open(&model_dir.join("tokenizer"), plan.data.tokenizer_max_length)?;
+    let tokens = texts.iter().map(|text| tokenizer.encode(text)).collect::<Result<Vec<Tokens>>>()?;
     if plan.model.train_text_encoder {
         return Ok(Prompts::Tokens(tokens));
     }
-    // Encoded once, in fp32, and then dropped: a frozen encoder gives the same states every time.
+    // In fp32: a frozen encoder gives the same states every time, and they are computed once.
     let encoder = model::text_encoder(&configs.text, plan.data.text_encoder_use_attention_mask, DType::F32);
     weights.component(Component::TextEncoder).check(&model::wanted(&encoder.graph, Component::TextEncoder))?;
     let frozen = Frozen::load(encoder.graph, DType::F32, arena, weights)?;
-    Prompts::encode(&frozen, &encoder.slots, &tokens, compute)
+    Prompts::frozen(frozen, encoder.slots, configs.text.hidden_size, tokens, compute)
 }
 
 /// Tells the user what a resumed run goes on from and what has changed meanwhile.

@@ -15,7 +15,7 @@ use crate::checkpoint::{self, Position};
 use crate::comm::{Communicator, CommunicatorExt, Slice, SliceMut};
 use crate::config::{Resume, RunPlan};
 use crate::device::{Compute, peak_rss_bytes};
-use crate::diffusion::{Row, loss_and_gradient};
+use crate::diffusion::loss_and_gradient;
 use crate::launch::{Event, Rank};
 use crate::model::{DenoiserSlots, UnetConfig, time_features};
 use crate::optim::{AdamW, LrSchedule};
@@ -198,12 +198,7 @@ impl Trainer<'_> {
             (self.slots.sample, tensor(rows.sample.clone(), &[rows.len(), channels, h, w])?),
             (self.slots.time_features, tensor(features, &[rows.len(), width])?),
         ];
-        let prompt = |kind: &Row| match kind {
-            Row::Instance => 0,
-            Row::Class => 1,
-        };
-        let prompts: Vec<usize> = rows.kinds.iter().map(prompt).collect();
-        slots.extend(self.prompts.slots(&self.slots.conditioning, &prompts, &self.compute.device)?);
+        slots.extend(self.prompts.slots(&self.slots.conditioning, &rows.prompts, &self.compute.device)?);
         Ok(Inputs { slots, prediction: self.slots.prediction })
     }
 
