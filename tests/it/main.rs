@@ -10,5 +10,6 @@ mod layers;
 mod parity;
 mod ranks;
 mod resume;
+mod sample;
 mod sharing;
 mod toy;
