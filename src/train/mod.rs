@@ -1,5 +1,6 @@
 //! Row 4: training. Start with `step.rs`.
 
+mod class_images;
 mod export;
 mod items;
 mod metrics;
@@ -7,9 +8,12 @@ pub mod network;
 mod prompts;
 mod rows;
 mod run;
+mod samples;
+mod scores;
 mod setup;
 pub mod step;
 mod trainer;
+mod validation;
 
 pub use run::run;
 pub use trainer::{Ending, Trainer};

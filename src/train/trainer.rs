@@ -10,7 +10,9 @@ use super::items::{Items, Sampler};
 use super::metrics::{Metrics, MicroRow, StepRow};
 use super::network::Network;
 use super::rows::{PixelDifference, RowMaker, Rows};
+use super::samples::Samples;
 use super::step::{Group, Inputs, clip_factor};
+use super::validation::Validation;
 use crate::checkpoint::{self, Position};
 use crate::comm::{Communicator, CommunicatorExt, Slice, SliceMut};
 use crate::config::{Resume, RunPlan};
@@ -20,6 +22,7 @@ use crate::launch::{Event, Rank};
 use crate::model::{DenoiserSlots, UnetConfig, time_features};
 use crate::optim::{AdamW, LrSchedule};
 use crate::pipeline::{PipelineWeights, Prompts};
+use crate::sample;
 use crate::zero::Partition;
 
 /// How a run ended, errors aside.
@@ -41,6 +44,7 @@ pub struct Trainer<'a> {
     pub weights: PipelineWeights,
     pub compute: Compute,
     pub prompts: Prompts,
+    pub validation: Option<Validation>,
     pub rows: RowMaker,
     pub sampler: Sampler,
     pub metrics: Metrics,
@@ -60,6 +64,9 @@ impl Trainer<'_> {
     /// Opens `metrics.jsonl` on rank 0, once the output folder is there.
     pub fn begin(&mut self) -> Result<()> {
         let kept = if self.goes_on_here() { self.position.step } else { 0 };
+        if self.comm.rank() == 0 {
+            Samples::of(&self.plan.output.dir).begin((kept > 0).then_some(kept))?;
+        }
         self.metrics = Metrics::open(&self.plan.output.dir, kept, self.comm.rank() == 0)?;
         Ok(())
     }
@@ -73,6 +80,9 @@ impl Trainer<'_> {
 
     /// Trains to the last step, or until the user interrupts.
     pub fn train(&mut self) -> Result<Ending> {
+        if self.validate()? == sample::Ending::Interrupted {
+            return Ok(Ending::Interrupted);
+        }
         while self.position.step < self.total_steps {
             self.step().with_context(|| format!("step {}", self.position.step + 1))?;
             if self.anyone_interrupted()? {
@@ -82,8 +92,15 @@ impl Trainer<'_> {
                 return Ok(Ending::Interrupted);
             }
             let every = self.plan.checkpoint.every.map_or(0, |n| n as u64);
-            if every > 0 && self.position.step.is_multiple_of(every) {
+            let saves = every > 0 && self.position.step.is_multiple_of(every);
+            if saves {
                 self.save()?;
+            }
+            if self.validate()? == sample::Ending::Interrupted {
+                if self.plan.checkpoint.on_interrupt && !saves {
+                    self.save()?;
+                }
+                return Ok(Ending::Interrupted);
             }
         }
         Ok(Ending::Done)
