@@ -8,6 +8,7 @@ mod harness;
 mod interrupt;
 mod layers;
 mod parity;
+mod pictures;
 mod ranks;
 mod resume;
 mod sharing;
