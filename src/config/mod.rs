@@ -25,6 +25,7 @@ use std::path::Path;
 use anyhow::Result;
 
 pub use check::{Facts, Inspection, Report, check};
+pub(crate) use output_folder::can_write;
 
 pub use plan::*;
 pub use steps::Steps;

@@ -3,6 +3,7 @@
 //! networks, ranks, devices or files but the scheduler's configuration and the record.
 
 mod draws;
+mod guidance;
 mod objective;
 mod record;
 mod rows;
@@ -11,6 +12,7 @@ mod schedule;
 mod scheduler_file;
 
 pub use draws::{Draws, Purpose, Row, Stream};
+pub use guidance::guide;
 pub use objective::{LossValue, RowShape, loss_and_gradient, row_weights};
 pub use record::{MicroRecord, Record, RecordUse, Rows};
 pub use rows::{add_offset_noise, noisy_and_target, sample_latent};

@@ -164,7 +164,7 @@ fn betas(config: &Value) -> Result<Vec<f32>> {
 
 /// `torch.linspace` in float32: from both ends to the middle, with fused multiply-add, as its AVX2 and AVX-512 kernels
 /// are compiled. Other orders of rounding differ in the last bit of every fifth value.
-fn linspace(start: f64, end: f64, steps: usize) -> Vec<f32> {
+pub(super) fn linspace(start: f64, end: f64, steps: usize) -> Vec<f32> {
     let (start, end) = (start as f32, end as f32);
     if steps == 1 {
         return vec![start];

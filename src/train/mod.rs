@@ -16,4 +16,5 @@ mod trainer;
 mod validation;
 
 pub use run::run;
+pub(crate) use setup::fresh_seed;
 pub use trainer::{Ending, Trainer};

@@ -2,6 +2,10 @@
 
 use super::ddim::Ddim;
 use super::ddpm::Ddpm;
+use super::dpm_solver::DpmSolver;
+use super::euler::Euler;
+use super::pndm::Pndm;
+use super::unipc::UniPc;
 use super::{Sampler, SamplerKind};
 use crate::Refusal;
 use crate::diffusion::scheduler_file;
@@ -97,7 +101,12 @@ impl SamplerConfig {
         Ok(match kind {
             SamplerKind::Ddpm => Box::new(Ddpm::new(config, steps)?),
             SamplerKind::Ddim => Box::new(Ddim::new(config, steps, self.eta)?),
-            other => return Err(Refusal::error(format!("the sampler {other} is not built in yet."))),
+            SamplerKind::Pndm => Box::new(Pndm::new(config, steps)?),
+            SamplerKind::Euler => Box::new(Euler::new(config, steps)?),
+            SamplerKind::EulerAncestral => Box::new(Euler::ancestral(config, steps)?),
+            SamplerKind::Dpmpp2m => Box::new(DpmSolver::new(config, steps, false)?),
+            SamplerKind::Dpmpp2mSde => Box::new(DpmSolver::new(config, steps, true)?),
+            SamplerKind::UniPc => Box::new(UniPc::new(config, steps)?),
         })
     }
 }

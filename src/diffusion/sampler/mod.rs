@@ -3,12 +3,21 @@
 //! numbers and knows nothing of guidance. Arithmetic is in f32 in PyTorch's order of operations, on plain slices; every
 //! element's chain of operations depends on its own picture alone, so a picture's bits do not depend on the batch.
 
+mod beta_quantile;
 mod config;
 mod ddim;
 mod ddpm;
+mod dpm_solver;
+mod euler;
 mod kind;
+mod multistep;
 mod output;
+mod pndm;
+mod sigmas;
 mod spacing;
+#[cfg(test)]
+mod tests;
+mod unipc;
 
 pub use config::SamplerConfig;
 pub use kind::SamplerKind;
@@ -103,4 +112,12 @@ fn check_step(
         Some(noise) if noise.len() != numbers => bail!("{} numbers of noise for {numbers} latents", noise.len()),
         _ => Ok(()),
     }
+}
+
+/// Multistep samplers remember earlier calls, so these must come in order.
+fn check_order(call: usize, expected: usize) -> Result<()> {
+    if call != expected {
+        bail!("call {call} of a sampler that was at call {expected}");
+    }
+    Ok(())
 }

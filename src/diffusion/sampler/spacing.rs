@@ -94,7 +94,7 @@ impl Time {
     /// n time steps, falling, not rounded in the case of [`Spacing::Linspace`].
     pub(super) fn spread(&self, n: usize) -> Vec<f64> {
         match self.spacing {
-            Spacing::Linspace => rising(self.train_steps - 1, n).into_iter().rev().collect(),
+            Spacing::Linspace => linspace(0.0, (self.train_steps - 1) as f64, n).into_iter().rev().collect(),
             Spacing::Leading => {
                 let ratio = self.train_steps / n;
                 (0..n).rev().map(|i| (i * ratio + self.offset) as f64).collect()
@@ -113,8 +113,8 @@ impl Time {
     }
 }
 
-/// `numpy.linspace(0, last, n)`.
-pub(super) fn rising(last: usize, n: usize) -> Vec<f64> {
-    let stride = last as f64 / (n.max(2) - 1) as f64;
-    (0..n).map(|i| if i + 1 == n && n > 1 { last as f64 } else { i as f64 * stride }).collect()
+/// `numpy.linspace(start, stop, n)`.
+pub(super) fn linspace(start: f64, stop: f64, n: usize) -> Vec<f64> {
+    let stride = (stop - start) / (n.max(2) - 1) as f64;
+    (0..n).map(|i| if i + 1 == n && n > 1 { stop } else { i as f64 * stride + start }).collect()
 }
