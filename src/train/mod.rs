@@ -3,7 +3,6 @@
 mod export;
 mod frozen;
 mod items;
-mod metrics;
 pub mod network;
 mod rows;
 mod run;

@@ -9,7 +9,6 @@ use candle_core::{DType, Device};
 
 use super::frozen::Frozen;
 use super::items::Sampler;
-use super::metrics::Metrics;
 use super::network::{Memory, Network};
 use super::rows::{RowMaker, RowSettings, Vae};
 use super::text::Prompts;
@@ -26,6 +25,7 @@ use crate::launch::{Event, Rank};
 use crate::model::{self, Component, Denoiser, TextConfig, UnetConfig, VaeConfig};
 use crate::optim::{LrKind, LrSchedule};
 use crate::segment::Keep;
+use crate::track::Trackers;
 use crate::zero::{Ranks, Stage};
 
 /// A network with fewer parameters keeps its graphs under `recompute = "auto"`: they fit wherever its states do.
@@ -110,7 +110,7 @@ pub fn build<'a>(plan: &'a RunPlan, model_dir: &Path, rank: &'a Rank) -> Result<
         prompts,
         rows,
         sampler: Sampler::new(draws, epoch_items, batch_items),
-        metrics: Metrics::closed(),
+        trackers: Trackers::closed(),
         position,
         total_steps,
         schedule: lr_schedule(plan, total_steps),
