@@ -23,7 +23,7 @@
 //! ```text
 //!     5  asked for    main  cli  config  launch  hub
 //!     4  together     train  sample  pipeline  checkpoint  bench  the only place where all the others meet
-//!     3  content      data  diffusion  model  optim
+//!     3  content      data  diffusion  model  optim  track
 //!     2  machinery    segment (layers, no ranks)    zero (ranks, no layers)
 //!     1  ground       ops  comm
 //!     0  hardware     device                              candle-core below
@@ -63,6 +63,7 @@ pub mod pipeline;
 mod refusal;
 pub mod sample;
 pub mod segment;
+pub mod track;
 pub mod train;
 pub mod zero;
 

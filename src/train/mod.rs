@@ -3,7 +3,6 @@
 mod class_images;
 mod export;
 mod items;
-mod metrics;
 pub mod network;
 mod prompts;
 mod rows;

@@ -62,8 +62,6 @@ fn prepare_output(trainer: &Trainer) -> Result<()> {
         // What is left of the other run's pipeline is none without its index.
         fs::remove_file(&index).with_context(|| format!("removing {}", index.display()))?;
     }
-    let mut resolved = trainer.plan.clone();
-    resolved.train.seed = Some(trainer.seed);
     let path = dir.join("config.toml");
-    fs::write(&path, resolved.to_toml()?).with_context(|| format!("writing {}", path.display()))
+    fs::write(&path, trainer.resolved_config()?).with_context(|| format!("writing {}", path.display()))
 }

@@ -8,7 +8,6 @@ use anyhow::Result;
 use candle_core::{DType, Device};
 
 use super::items::Sampler;
-use super::metrics::Metrics;
 use super::network::{Memory, Network};
 use super::prompts::Texts;
 use super::rows::{RowMaker, RowSettings, Vae};
@@ -28,6 +27,7 @@ use crate::optim::{LrKind, LrSchedule};
 use crate::pipeline::{Configs, Frozen, PipelineWeights, Prompts};
 use crate::sample::Settings;
 use crate::segment::Keep;
+use crate::track::Trackers;
 use crate::zero::{Ranks, Stage};
 
 /// A network with fewer parameters keeps its graphs under `recompute = "auto"`: they fit wherever its states do.
@@ -99,7 +99,7 @@ pub fn build<'a>(plan: &'a RunPlan, model_dir: &Path, rank: &'a Rank) -> Result<
         validation,
         rows,
         sampler: Sampler::new(draws, epoch_items, batch_items),
-        metrics: Metrics::closed(),
+        trackers: Trackers::closed(),
         position,
         total_steps,
         schedule: lr_schedule(plan, total_steps),
