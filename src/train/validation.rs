@@ -15,6 +15,7 @@ use crate::launch::Event;
 use crate::model::VaeConfig;
 use crate::pipeline::Prompts;
 use crate::sample::{self, Decoder, Noise, Picture, Request, Sampling, Settings, Tiling};
+use crate::track;
 
 /// What a run's validations have in common.
 pub struct Validation {
@@ -44,20 +45,21 @@ fn pictures(validation: &Validation, plan: &ValidationPlan) -> Vec<Picture> {
 
 impl Trainer<'_> {
     /// Makes the pictures of this step if they are due and not there yet. A collective.
-    pub(super) fn validate(&self) -> Result<sample::Ending> {
-        let (Some(validation), Some(plan)) = (&self.validation, &self.plan.validation) else {
-            return Ok(sample::Ending::Done);
-        };
+    pub(super) fn validate(&mut self) -> Result<sample::Ending> {
+        let Some(plan) = &self.plan.validation else { return Ok(sample::Ending::Done) };
         let step = self.position.step;
         let due = step == 0 || step >= self.total_steps || plan.every.is_some_and(|every| step % every as u64 == 0);
         let samples = Samples::of(&self.plan.output.dir);
         if !self.comm.any(due && self.comm.rank() == 0 && !samples.has(step))? {
             return Ok(sample::Ending::Done);
         }
-        self.make(validation, plan, &samples).with_context(|| format!("making the pictures of step {step}"))
+        let Some(validation) = self.validation.take() else { return Ok(sample::Ending::Done) };
+        let ending = self.make(&validation, plan, &samples);
+        self.validation = Some(validation);
+        ending.with_context(|| format!("making the pictures of step {step}"))
     }
 
-    fn make(&self, validation: &Validation, plan: &ValidationPlan, samples: &Samples) -> Result<sample::Ending> {
+    fn make(&mut self, validation: &Validation, plan: &ValidationPlan, samples: &Samples) -> Result<sample::Ending> {
         let step = self.position.step;
         let folder = samples.folder(step);
         let made = match self.comm.rank() {
@@ -112,7 +114,7 @@ impl Trainer<'_> {
 
     /// Rank 0's part once all pictures are there: their table and their scores.
     fn note(
-        &self,
+        &mut self,
         validation: &Validation,
         plan: &ValidationPlan,
         samples: &Samples,
@@ -130,6 +132,7 @@ impl Trainer<'_> {
             })
         });
         samples.note(step, &rows.collect::<Vec<_>>())?;
+        self.track(validation, samples, pictures)?;
         if plan.scores.is_none() {
             return Ok(());
         }
@@ -141,12 +144,30 @@ impl Trainer<'_> {
         let before = samples.read(0, of_class).unwrap_or_default();
         let drift = scores::drift(&class, &before);
         samples.note_scores(step, json!({ "step": step, "likeness": likeness, "drift": drift }))?;
+        let known = [("likeness", likeness), ("drift", drift)];
+        let known: Vec<(&str, f64)> = known.into_iter().filter_map(|(name, score)| Some((name, score?))).collect();
+        self.trackers.scalars(step, &known)?;
         let shown = |score: Option<f64>, digits: usize| score.map_or("-".to_string(), |s| format!("{s:.digits$}"));
         self.rank.events.send(&Event::Message(format!(
             "after step {step}: likeness to the subject {} (0 to 1), drift of the class {} (levels of 255)",
             shown(likeness, 3),
             shown(drift, 1)
         )));
+        Ok(())
+    }
+
+    /// Tells the trackers of the pictures.
+    fn track(&mut self, validation: &Validation, samples: &Samples, pictures: &[Picture]) -> Result<()> {
+        let step = self.position.step;
+        let side = self.plan.data.resolution as u32;
+        for picture in pictures {
+            let path = samples.file(step, picture.number);
+            let png = std::fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
+            let prompt = &validation.texts[picture.prompt];
+            let shown =
+                track::Picture { number: picture.number as usize, prompt, png: &png, width: side, height: side };
+            self.trackers.pictures(step, &[shown])?;
+        }
         Ok(())
     }
 
