@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! samples/step-000100/00003.png     picture number 3 after step 100; step 0 is before training
+//! samples/before-after.png           all of them before training, and under each the same after the last step
 //! samples/index.jsonl               a row for each: step, number, prompt, negative_prompt, seed, file
 //! samples/scores.jsonl              a row for each scored step: step, likeness, drift
 //! ```
@@ -12,6 +13,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use image::RgbImage;
 use serde_json::Value;
+
+use crate::sample::write_png;
 
 pub struct Samples {
     dir: PathBuf,
@@ -75,6 +78,31 @@ impl Samples {
         numbers.map(read).collect()
     }
 
+    /// The scores of a step, if it has any.
+    pub fn scores(&self, step: u64) -> Option<Value> {
+        self.rows(TABLES[1]).into_iter().find(|row| row["step"] == step)
+    }
+
+    /// Puts the pictures 0 to `count` from before training over those after `step`.
+    pub fn write_before_after(&self, step: u64, count: u64) -> Result<PathBuf> {
+        const GAP: u32 = 2;
+        let rows = [self.read(0, 0..count)?, self.read(step, 0..count)?];
+        let widths = rows.iter().map(|row| row.iter().map(|image| image.width() + GAP).sum::<u32>());
+        let heights = rows.each_ref().map(|row| row.iter().map(|image| image.height()).max().unwrap_or(0) + GAP);
+        let size = (widths.max().unwrap_or(0).max(GAP + 1) - GAP, heights[0] + heights[1].max(GAP + 1) - GAP);
+        let mut sheet = RgbImage::from_pixel(size.0, size.1, image::Rgb([255; 3]));
+        for (row, top) in rows.iter().zip([0, heights[0]]) {
+            let mut left = 0;
+            for image in row {
+                image::imageops::replace(&mut sheet, image, left, top.into());
+                left += i64::from(image.width() + GAP);
+            }
+        }
+        let path = self.dir.join("before-after.png");
+        write_png(&path, &sheet, None)?;
+        Ok(path)
+    }
+
     fn rows(&self, table: &str) -> Vec<Value> {
         let text = fs::read_to_string(self.dir.join(table)).unwrap_or_default();
         text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
@@ -119,6 +147,9 @@ mod tests {
         assert!(samples.folder(5).is_dir() && !samples.folder(10).exists());
         assert_eq!(samples.read(5, 0..1).unwrap().len(), 1);
         assert_eq!(samples.rows("scores.jsonl").len(), 2);
+        assert_eq!(samples.scores(5).unwrap()["drift"], 1.0);
+        let sheet = image::open(samples.write_before_after(5, 1).unwrap()).unwrap();
+        assert_eq!((sheet.width(), sheet.height()), (2, 6));
         samples.begin(None).unwrap();
         assert!(!samples.has(0) && !samples.folder(0).exists());
     }

@@ -133,6 +133,11 @@ impl Trainer<'_> {
         });
         samples.note(step, &rows.collect::<Vec<_>>())?;
         self.track(validation, samples, pictures)?;
+        if step >= self.total_steps && samples.has(0) {
+            let path = samples.write_before_after(step, pictures.len() as u64)?;
+            let said = format!("before and after, side by side: {}", path.display());
+            self.rank.events.send(&Event::Message(said));
+        }
         if plan.scores.is_none() {
             return Ok(());
         }
@@ -148,11 +153,17 @@ impl Trainer<'_> {
         let known: Vec<(&str, f64)> = known.into_iter().filter_map(|(name, score)| Some((name, score?))).collect();
         self.trackers.scalars(step, &known)?;
         let shown = |score: Option<f64>, digits: usize| score.map_or("-".to_string(), |s| format!("{s:.digits$}"));
-        self.rank.events.send(&Event::Message(format!(
+        let mut told = format!(
             "after step {step}: likeness to the subject {} (0 to 1), drift of the class {} (levels of 255)",
             shown(likeness, 3),
             shown(drift, 1)
-        )));
+        );
+        if step >= self.total_steps
+            && let Some(before) = samples.scores(0)
+        {
+            told += &format!("; before training the likeness was {}", shown(before["likeness"].as_f64(), 3));
+        }
+        self.rank.events.send(&Event::Message(told));
         Ok(())
     }
 
