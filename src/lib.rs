@@ -22,7 +22,7 @@
 //!
 //! ```text
 //!     5  asked for    main  cli  config  launch  hub
-//!     4  together     train  checkpoint  bench            the only place where all the others meet
+//!     4  together     train  checkpoint  bench  report    train is the only place where all the others meet
 //!     3  content      data  diffusion  model  optim  track
 //!     2  machinery    segment (layers, no ranks)    zero (ranks, no layers)
 //!     1  ground       ops  comm
@@ -60,6 +60,7 @@ pub mod model;
 pub mod ops;
 pub mod optim;
 mod refusal;
+pub mod report;
 pub mod segment;
 pub mod track;
 pub mod train;

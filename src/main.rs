@@ -12,7 +12,7 @@ use dblaunch::config::{self, Resume};
 use dblaunch::device::Keeping;
 use dblaunch::launch::{self, LaunchRequest, Output, Rank, World, status};
 use dblaunch::zero::Stage;
-use dblaunch::{bench, checkpoint, hub, train};
+use dblaunch::{bench, checkpoint, hub, report, train};
 
 /// Activations come and go by the megabyte; the same pages are handed out again instead of asking the system.
 #[global_allocator]
@@ -27,6 +27,11 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = match &cli.command {
         Some(Command::Check(check)) => self::check(&check.request).map(|()| status::DONE),
+        Some(Command::Report(args)) => report::write(&args.dirs, args.out.as_deref()).map(|path| {
+            println!("{}", path.display());
+            status::DONE
+        }),
+        Some(Command::Watch(args)) => report::watch(&args.dir, args.port).map(|()| status::DONE),
         Some(Command::Bench(command)) => self::bench(*command),
         Some(Command::Completions { shell }) => {
             cli::write_completions(*shell, &mut std::io::stdout());

@@ -11,3 +11,4 @@ mod ranks;
 mod resume;
 mod sharing;
 mod toy;
+mod tracking;
