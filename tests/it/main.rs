@@ -13,3 +13,4 @@ mod ranks;
 mod resume;
 mod sharing;
 mod toy;
+mod tracking;
