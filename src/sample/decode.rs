@@ -140,7 +140,76 @@ fn largest_activation(config: &VaeConfig, height: usize, width: usize, dtype: DT
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashMap;
+    use std::path::{Path, PathBuf};
+
     use super::*;
+
+    fn data(path: &str) -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(path)
+    }
+
+    fn cpu(dtype: DType) -> Compute {
+        Compute { device: Device::Cpu, dtype }
+    }
+
+    /// What the peer made of latents: (latents, pixels), one picture each.
+    fn recorded(file: &str, latents: &str, pixels: &str) -> Vec<(Plane, Plane)> {
+        let tensors: HashMap<String, Tensor> =
+            candle_core::safetensors::load(data(&format!("vae/{file}.safetensors")), &Device::Cpu).unwrap();
+        let planes = |name: &str| -> Vec<Plane> {
+            let (pictures, channels, height, width) = tensors[name].dims4().unwrap();
+            let values = |i: usize| tensors[name].get(i).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+            (0..pictures).map(|i| Plane { channels, height, width, values: values(i) }).collect()
+        };
+        planes(latents).into_iter().zip(planes(pixels)).collect()
+    }
+
+    fn apart(got: &Plane, want: &Plane) -> f32 {
+        assert_eq!((got.channels, got.height, got.width), (want.channels, want.height, want.width));
+        got.values.iter().zip(&want.values).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+    }
+
+    #[test]
+    fn pixels_are_the_peers_whole_and_in_tiles() {
+        let cases = [
+            ("sd15", "latents", "pixels", Tiling::Auto),
+            ("sd21v", "latents", "pixels", Tiling::On),
+            ("sd15", "large_latents", "tiled_pixels", Tiling::On),
+        ];
+        for (model, latents, pixels, tiling) in cases {
+            let folder = data(&format!("models/{model}"));
+            let config = VaeConfig::read(&folder.join("vae")).unwrap();
+            let weights = PipelineWeights::open(&folder, "").unwrap();
+            let mut decoder = Decoder::load(&config, &weights, &cpu(DType::BF16), tiling).unwrap();
+            assert_eq!(decoder.network.dtype, DType::F32, "the configuration says so");
+            for (latents, pixels) in recorded(model, latents, pixels) {
+                let got = decoder.decode(&latents.values, (latents.height, latents.width)).unwrap();
+                let apart = apart(&got, &pixels);
+                println!("{model}: {apart:.1e}");
+                assert!(apart < 2e-5, "{model}, {tiling:?}: {apart}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_overflows_in_half_precision_is_decoded_in_fp32_and_nothing_else() {
+        let folder = data("models/sd15");
+        let config = VaeConfig { force_upcast: false, ..VaeConfig::read(&folder.join("vae")).unwrap() };
+        let weights = PipelineWeights::open(&folder, "").unwrap();
+        let load = |dtype| Decoder::load(&config, &weights, &cpu(dtype), Tiling::Auto).unwrap();
+        let (mut half, mut wide) = (load(DType::F16), load(DType::F32));
+        let (latents, _) = recorded("sd15", "latents", "pixels").remove(0);
+        let size = (latents.height, latents.width);
+        let small = half.decode(&latents.values, size).unwrap();
+        assert!(
+            half.wide.is_none() && (1e-6..0.1).contains(&apart(&small, &wide.decode(&latents.values, size).unwrap()))
+        );
+        let large: Vec<f32> = latents.values.iter().map(|x| x * 1e5).collect();
+        assert_eq!(half.decode(&large, size).unwrap(), wide.decode(&large, size).unwrap());
+        assert_eq!(half.decode(&latents.values, size).unwrap(), small);
+        assert!(wide.decode(&[f32::NAN; 140], size).unwrap_err().to_string().contains("latents are not finite"));
+    }
 
     #[test]
     fn only_pictures_beyond_a_megapixel_are_tiled_by_themselves() {

@@ -127,7 +127,7 @@ mod tests {
             let image = RgbImage::from_pixel(4, 2, image::Rgb([picture.number as u8; 3]));
             write_png(&file(dir.path(), picture), &image, None).unwrap();
         }
-        let mut grid = |pictures: &[Picture], prompts| {
+        let grid = |pictures: &[Picture], prompts| {
             write_grid(dir.path(), pictures, prompts).unwrap();
             image::open(dir.path().join(GRID)).unwrap().into_rgb8()
         };

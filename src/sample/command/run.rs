@@ -3,19 +3,19 @@
 use std::fs;
 
 use anyhow::{Context, Result};
-use candle_core::{DType, Tensor};
+use candle_core::DType;
 
 use super::latents;
 use super::output;
 use super::plan::Plan;
 use crate::comm::{Communicator, CommunicatorExt, SliceMut};
-use crate::device::{Arena, Compute};
+use crate::device::Arena;
 use crate::launch::{Event, Rank};
 use crate::model;
 use crate::pipeline::{Frozen, Prompts};
 use crate::sample::{Decoder, Ending, Noise, Request, Sampling};
 use crate::train::fresh_seed;
-use crate::zero::{ParamStore, Partition, Ranks};
+use crate::zero::{ParamStore, Ranks};
 
 /// Makes this rank's share of the pictures. A collective, like everything in it.
 pub fn run(plan: &Plan, rank: &Rank) -> Result<Ending> {
@@ -27,7 +27,7 @@ pub fn run(plan: &Plan, rank: &Rank) -> Result<Ending> {
     };
     comm.agree(made)?;
     let opened = &plan.opened;
-    let prompts = encode(plan, comm)?;
+    let prompts = encode(plan)?;
     let denoiser = model::denoiser(&opened.configs.unet, None, false, plan.compute.dtype);
     let ranks = Ranks { comm: rank.communicator.clone(), stage: plan.stage, reduce_dtype: DType::F32 };
     let segments = denoiser.graph.nodes.iter().map(|n| (&n.params, None));
@@ -76,31 +76,13 @@ fn agree_on_seed(asked: Option<u64>, comm: &dyn Communicator) -> Result<u64> {
     Ok(u64::from_le_bytes(bytes))
 }
 
-/// Encodes every prompt once, in fp32: the ranks share them and then tell each other. One at a time, so that a prompt's
-/// states do not depend on the others. The encoder is dropped afterwards. A collective.
-fn encode(plan: &Plan, comm: &dyn Communicator) -> Result<Prompts> {
+/// The prompts as a text encoder in fp32 has them; it is dropped afterwards unless there are very many.
+fn encode(plan: &Plan) -> Result<Prompts> {
     let opened = &plan.opened;
     let encoder = model::text_encoder(&opened.configs.text, false, DType::F32);
     let frozen = Frozen::load(encoder.graph, DType::F32, &Arena::new("text encoder", None), &opened.weights)?;
-    let fp32 = Compute { device: plan.compute.device.clone(), dtype: DType::F32 };
-    let mut mine: Vec<u8> = Vec::new();
-    for i in Partition::new(comm.rank(), comm.world_size()).items(plan.tokens.len()) {
-        let Prompts::Encoded(states) =
-            Prompts::encode(&frozen, &encoder.slots, std::slice::from_ref(&plan.tokens[i]), &fp32)?
-        else {
-            continue;
-        };
-        for state in states {
-            mine.extend_from_slice(bytemuck::cast_slice(&state.flatten_all()?.to_vec1::<f32>()?));
-        }
-    }
-    let shape = (opened.tokenizer.max_length(), opened.configs.text.hidden_size);
-    let all = comm.gather_bytes(&mine)?.concat();
-    let states = all.chunks_exact(4 * shape.0 * shape.1).map(|bytes| {
-        let values: Vec<f32> = bytes.as_chunks::<4>().0.iter().map(|x| f32::from_le_bytes(*x)).collect();
-        Ok(Tensor::from_vec(values, shape, &plan.compute.device)?.to_dtype(plan.compute.dtype)?)
-    });
-    Ok(Prompts::Encoded(states.collect::<Result<_>>()?))
+    let width = opened.configs.text.hidden_size;
+    Prompts::frozen(frozen, encoder.slots, width, plan.tokens.clone(), &plan.compute)
 }
 
 /// The files that hold all pictures, written by rank 0. A collective.
