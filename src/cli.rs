@@ -40,6 +40,10 @@ pub enum Command {
     Check(CheckArgs),
     /// Make pictures with a trained model: a finished pipeline, one on the Hub, or a run's checkpoint
     Sample(Box<SampleArgs>),
+    /// Show runs as one HTML file that needs no network and no other file
+    Report(ReportArgs),
+    /// Show a run live in the browser, to this machine alone
+    Watch(WatchArgs),
     /// Measure memory or speed on networks of published shapes with made-up weights; nothing is written
     #[command(subcommand)]
     Bench(BenchCommand),
@@ -87,6 +91,26 @@ pub enum BenchDtype {
 pub struct CheckArgs {
     #[command(flatten)]
     pub request: RequestArgs,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct ReportArgs {
+    /// Output folders of runs
+    #[arg(value_name = "OUTPUT_DIR", required = true)]
+    pub dirs: Vec<PathBuf>,
+    /// Where the report goes [default: report.html in the first folder]
+    #[arg(long, value_name = "FILE")]
+    pub out: Option<PathBuf>,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct WatchArgs {
+    /// Output folder of a run
+    #[arg(value_name = "OUTPUT_DIR")]
+    pub dir: PathBuf,
+    /// Port of 127.0.0.1; 0 for any that is free
+    #[arg(long, value_name = "N", default_value_t = crate::report::DEFAULT_PORT)]
+    pub port: u16,
 }
 
 /// A configuration, and how many ranks are to run it.
@@ -274,6 +298,18 @@ mod tests {
         for line in ["sample", "sample model", "sample model --prompt a --num 0", "sample model --prompt a --stage 4"] {
             assert_eq!(parse(line).unwrap_err().exit_code(), 2, "{line}");
         }
+    }
+
+    #[test]
+    fn runs_are_shown_from_their_folders() {
+        let Some(Command::Report(report)) = parse("report a b --out c.html").unwrap().command else {
+            panic!("not a report");
+        };
+        assert_eq!((report.dirs.len(), report.out), (2, Some(PathBuf::from("c.html"))));
+        let Some(Command::Watch(watch)) = parse("watch a").unwrap().command else { panic!("not a watch") };
+        assert_eq!((watch.dir, watch.port), (PathBuf::from("a"), crate::report::DEFAULT_PORT));
+        assert_eq!(parse("report").unwrap_err().exit_code(), 2);
+        assert_eq!(parse("watch a --port 70000").unwrap_err().exit_code(), 2);
     }
 
     #[test]

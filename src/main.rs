@@ -13,7 +13,7 @@ use dblaunch::device::Keeping;
 use dblaunch::launch::{self, LaunchRequest, Output, Rank, World, status};
 use dblaunch::sample::{self, command as sampling};
 use dblaunch::zero::Stage;
-use dblaunch::{bench, checkpoint, hub, train};
+use dblaunch::{bench, checkpoint, hub, report, train};
 
 /// Activations come and go by the megabyte; the same pages are handed out again instead of asking the system.
 #[global_allocator]
@@ -32,6 +32,11 @@ fn main() -> ExitCode {
     let result = match &cli.command {
         Some(Command::Check(check)) => self::check(&check.request).map(|()| status::DONE),
         Some(Command::Sample(args)) => self::sample(args),
+        Some(Command::Report(args)) => report::write(&args.dirs, args.out.as_deref()).map(|path| {
+            println!("{}", path.display());
+            status::DONE
+        }),
+        Some(Command::Watch(args)) => report::watch(&args.dir, args.port).map(|()| status::DONE),
         Some(Command::Bench(command)) => self::bench(*command),
         Some(Command::Completions { shell }) => {
             cli::write_completions(*shell, &mut std::io::stdout());

@@ -4,7 +4,9 @@ use std::path::PathBuf;
 
 use super::plan::{Toggle, Writer};
 use super::reader::Reader;
+use super::validation::read_sampler;
 use crate::data::Interpolation;
+use crate::diffusion::sampler::SamplerKind;
 
 #[derive(Clone, Debug, PartialEq)]
 pub struct DataPlan {
@@ -127,6 +129,10 @@ pub struct PriorPlan {
     pub sample_batch_size: usize,
     /// Weight of the class images' loss.
     pub loss_weight: f64,
+    /// How missing class images are made: steps of the sampler, guidance, and the sampler if not the model's own.
+    pub steps: usize,
+    pub guidance_scale: f64,
+    pub sampler: Option<SamplerKind>,
 }
 
 impl PriorPlan {
@@ -144,6 +150,9 @@ impl PriorPlan {
             num_class_images: section.count("num_class_images", 1).unwrap_or(100),
             sample_batch_size: section.count("sample_batch_size", 1).unwrap_or(4),
             loss_weight: section.at_least_zero("loss_weight").unwrap_or(1.0),
+            steps: section.count("steps", 1).unwrap_or(50),
+            guidance_scale: section.at_least_zero("guidance_scale").unwrap_or(7.5),
+            sampler: read_sampler(section),
         })
     }
 
@@ -154,6 +163,9 @@ impl PriorPlan {
             .put_count("num_class_images", self.num_class_images)
             .put_count("sample_batch_size", self.sample_batch_size)
             .put("loss_weight", self.loss_weight)
+            .put_count("steps", self.steps)
+            .put("guidance_scale", self.guidance_scale)
+            .put_some("sampler", self.sampler.map(SamplerKind::name))
             .finish()
     }
 }

@@ -23,7 +23,19 @@ pub(super) const SECTIONS: &[(&str, &[&str])] = &[
             "cache_latents",
         ],
     ),
-    ("prior", &["class_dir", "class_prompt", "num_class_images", "sample_batch_size", "loss_weight"]),
+    (
+        "prior",
+        &[
+            "class_dir",
+            "class_prompt",
+            "num_class_images",
+            "sample_batch_size",
+            "loss_weight",
+            "steps",
+            "guidance_scale",
+            "sampler",
+        ],
+    ),
     (
         "train",
         &[
@@ -73,7 +85,22 @@ pub(super) const SECTIONS: &[(&str, &[&str])] = &[
     ),
     ("memory", &["vram", "ram"]),
     ("checkpoint", &["every", "keep", "resume", "on_interrupt"]),
-    ("validation", &["prompt", "negative_prompt", "num_images", "every", "steps", "guidance_scale", "seed", "images"]),
+    (
+        "validation",
+        &[
+            "prompt",
+            "negative_prompt",
+            "num_images",
+            "every",
+            "steps",
+            "guidance_scale",
+            "seed",
+            "sampler",
+            "scores",
+            "class_prompt",
+            "images",
+        ],
+    ),
     ("output", &["dir", "overwrite", "save_dtype", "skip_save_text_encoder", "trackers", "push_to_hub"]),
     ("replay", &["draws", "pixels", "save_gradients"]),
 ];

@@ -10,6 +10,7 @@ pub use super::model::{DeviceKind, ModelPlan, ModelSource};
 pub use super::optimizer::{LrKind, LrSchedulePlan, OptimizerKind, OptimizerPlan};
 pub use super::output::{CheckpointPlan, OutputPlan, ReplayPixels, ReplayPlan, Resume, SaveDtype};
 pub use super::train::{MixedPrecision, TrainPlan};
+pub use super::validation::{ScoresPlan, ValidationPlan};
 pub use super::zero::{ReduceDtype, ZeroPlan};
 
 /// A validated run. Values are final: `"auto"` is resolved wherever the configuration alone can, and learning rates
@@ -25,6 +26,8 @@ pub struct RunPlan {
     pub lr_schedule: LrSchedulePlan,
     pub zero: ZeroPlan,
     pub checkpoint: CheckpointPlan,
+    /// Present if pictures are made during the run.
+    pub validation: Option<ValidationPlan>,
     pub output: OutputPlan,
     /// Present when every draw comes from a record.
     pub replay: Option<ReplayPlan>,
@@ -113,6 +116,9 @@ impl RunPlan {
         add("lr_schedule", self.lr_schedule.write());
         add("zero", self.zero.write());
         add("checkpoint", self.checkpoint.write());
+        if let Some(validation) = &self.validation {
+            add("validation", validation.write()?);
+        }
         add("output", self.output.write());
         if let Some(replay) = &self.replay {
             add("replay", replay.write());

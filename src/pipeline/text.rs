@@ -76,9 +76,14 @@ impl Prompts {
         if bytes > KEEP_BYTES {
             return Ok(Prompts::Live { encoder: Box::new(encoder), slots, tokens, compute: compute.clone() });
         }
+        Prompts::encode(&encoder, &slots, &tokens, compute)
+    }
+
+    /// Runs a frozen text encoder over the prompts, once.
+    pub fn encode(encoder: &Frozen, slots: &TextSlots, tokens: &[Tokens], compute: &Compute) -> Result<Self> {
         let mut encoded = Vec::with_capacity(tokens.len());
         for some in tokens.chunks(AT_ONCE) {
-            let states = encode(&encoder, &slots, &some.iter().collect::<Vec<_>>(), compute)?;
+            let states = encode(encoder, slots, &some.iter().collect::<Vec<_>>(), compute)?;
             for i in 0..some.len() {
                 // A copy of its own, not a view that keeps all of them alive.
                 encoded.push(states.get(i)?.copy()?);

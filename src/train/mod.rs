@@ -1,15 +1,18 @@
 //! Row 4: training. Start with `step.rs`.
 
+mod class_images;
 mod export;
 mod items;
-mod metrics;
 pub mod network;
 mod prompts;
 mod rows;
 mod run;
+mod samples;
+mod scores;
 mod setup;
 pub mod step;
 mod trainer;
+mod validation;
 
 pub use run::run;
 pub(crate) use setup::fresh_seed;

@@ -1,10 +1,74 @@
-//! Which prompt each row of a micro-batch is trained with: its picture's caption or the instance prompt, the class
-//! prompt, or none.
+//! The run's prompts, and which of them each row of a micro-batch is trained with: its picture's caption or the
+//! instance prompt, the class prompt, or none.
 
 use std::collections::HashMap;
+use std::path::Path;
 
+use anyhow::Result;
+use candle_core::DType;
+
+use super::validation::Validation;
 use crate::config::RunPlan;
+use crate::data::{ClipTokenizer, Tokens};
+use crate::device::{Arena, Compute};
 use crate::diffusion::Row;
+use crate::model::{self, Component};
+use crate::pipeline::{Configs, Frozen, PipelineWeights, Prompts};
+
+/// All that a run says to the text encoder.
+pub struct Texts {
+    pub prompts: Prompts,
+    pub numbers: PromptNumbers,
+    /// As the network takes them, too: tokens if its text encoder trains.
+    pub of_validation: Option<Prompts>,
+}
+
+impl Texts {
+    /// Tokenises, and encodes what a frozen text encoder can encode now; it is dropped if nothing is left to do.
+    pub fn read(
+        plan: &RunPlan,
+        captions: &[String],
+        model_dir: &Path,
+        configs: &Configs,
+        weights: &PipelineWeights,
+        arena: &Arena,
+        compute: &Compute,
+    ) -> Result<Self> {
+        let (texts, numbers) = PromptNumbers::list(plan, captions);
+        let folder = model_dir.join("tokenizer");
+        let tokens = tokens(&folder, plan.data.tokenizer_max_length, &texts)?;
+        // As a pipeline takes them, whatever length and mask the training has.
+        let shown = match &plan.validation {
+            Some(validation) => Some(tokens_of(&folder, &Validation::texts(validation))?),
+            None => None,
+        };
+        if plan.model.train_text_encoder {
+            return Ok(Texts { prompts: Prompts::Tokens(tokens), numbers, of_validation: shown.map(Prompts::Tokens) });
+        }
+        // In fp32: a frozen encoder gives the same states every time, and they are computed once.
+        let encoder = model::text_encoder(&configs.text, plan.data.text_encoder_use_attention_mask, DType::F32);
+        weights.component(Component::TextEncoder).check(&model::wanted(&encoder.graph, Component::TextEncoder))?;
+        let frozen = Frozen::load(encoder.graph, DType::F32, arena, weights)?;
+        let of_validation = match shown {
+            Some(tokens) => Some(Prompts::encode(&frozen, &encoder.slots, &tokens, compute)?),
+            None => None,
+        };
+        let prompts = Prompts::frozen(frozen, encoder.slots, configs.text.hidden_size, tokens, compute)?;
+        Ok(Texts { prompts, numbers, of_validation })
+    }
+}
+
+fn tokens(folder: &Path, max_length: Option<usize>, texts: &[String]) -> Result<Vec<Tokens>> {
+    let tokenizer = ClipTokenizer::open(folder, max_length)?;
+    texts.iter().map(|text| tokenizer.encode(text)).collect()
+}
+
+/// With the tokenizer's own length, and nothing masked.
+fn tokens_of(folder: &Path, texts: &[String]) -> Result<Vec<Tokens>> {
+    let mut tokens = tokens(folder, None, texts)?;
+    tokens.iter_mut().for_each(|tokens| tokens.length = tokens.ids.len());
+    Ok(tokens)
+}
 
 /// Which of the run's prompts a row is trained with.
 #[derive(Clone, Debug, Default)]
