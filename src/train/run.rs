@@ -5,6 +5,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
+use super::class_images;
 use super::export::{self, Export};
 use super::setup;
 use super::trainer::{Ending, Trainer};
@@ -12,10 +13,14 @@ use crate::checkpoint;
 use crate::comm::CommunicatorExt;
 use crate::config::RunPlan;
 use crate::launch::{Event, Rank};
+use crate::sample;
 
 /// Trains as `plan` says, from the model in `model_dir`. A collective, like everything in it. Nothing is written before
 /// all that can be refused was looked at.
 pub fn run(plan: &RunPlan, model_dir: &Path, rank: &Rank) -> Result<Ending> {
+    if class_images::complete(plan, model_dir, rank)? == sample::Ending::Interrupted {
+        return Ok(Ending::Interrupted);
+    }
     let mut trainer = setup::build(plan, model_dir, rank)?;
     trainer.comm.agree(prepare_output(&trainer))?;
     let begun = trainer.begin();

@@ -9,9 +9,9 @@ use candle_core::{DType, Tensor};
 use super::items::{Items, Sampler};
 use super::network::Network;
 use super::rows::{PixelDifference, RowMaker, Rows};
+use super::samples::Samples;
 use super::step::{Group, Inputs, clip_factor};
-use super::text::Prompts;
-use super::weights::PipelineWeights;
+use super::validation::Validation;
 use crate::checkpoint::{self, Position};
 use crate::comm::{Communicator, CommunicatorExt, Slice, SliceMut};
 use crate::config::{Resume, RunPlan};
@@ -20,6 +20,8 @@ use crate::diffusion::loss_and_gradient;
 use crate::launch::{Event, Rank};
 use crate::model::{DenoiserSlots, UnetConfig, time_features};
 use crate::optim::{AdamW, LrSchedule};
+use crate::pipeline::{PipelineWeights, Prompts};
+use crate::sample;
 use crate::track::{MicroRow, StepRow, Trackers};
 use crate::zero::Partition;
 
@@ -42,6 +44,7 @@ pub struct Trainer<'a> {
     pub weights: PipelineWeights,
     pub compute: Compute,
     pub prompts: Prompts,
+    pub validation: Option<Validation>,
     pub rows: RowMaker,
     pub sampler: Sampler,
     pub trackers: Trackers,
@@ -61,6 +64,9 @@ impl Trainer<'_> {
     /// Opens the trackers on rank 0, once the output folder is there.
     pub fn begin(&mut self) -> Result<()> {
         let kept = if self.goes_on_here() { self.position.step } else { 0 };
+        if self.comm.rank() == 0 {
+            Samples::of(&self.plan.output.dir).begin((kept > 0).then_some(kept))?;
+        }
         let output = &self.plan.output;
         self.trackers = Trackers::open(&output.dir, &output.trackers, kept, self.comm.rank() == 0)?;
         self.trackers.config(&self.resolved_config()?)
@@ -82,6 +88,9 @@ impl Trainer<'_> {
 
     /// Trains to the last step, or until the user interrupts.
     pub fn train(&mut self) -> Result<Ending> {
+        if self.validate()? == sample::Ending::Interrupted {
+            return Ok(Ending::Interrupted);
+        }
         while self.position.step < self.total_steps {
             self.step().with_context(|| format!("step {}", self.position.step + 1))?;
             if self.anyone_interrupted()? {
@@ -91,8 +100,15 @@ impl Trainer<'_> {
                 return Ok(Ending::Interrupted);
             }
             let every = self.plan.checkpoint.every.map_or(0, |n| n as u64);
-            if every > 0 && self.position.step.is_multiple_of(every) {
+            let saves = every > 0 && self.position.step.is_multiple_of(every);
+            if saves {
                 self.save()?;
+            }
+            if self.validate()? == sample::Ending::Interrupted {
+                if self.plan.checkpoint.on_interrupt && !saves {
+                    self.save()?;
+                }
+                return Ok(Ending::Interrupted);
             }
         }
         Ok(Ending::Done)
@@ -198,7 +214,7 @@ impl Trainer<'_> {
     /// The graph's inputs for these rows.
     fn inputs(&self, rows: &Rows) -> Result<Inputs> {
         let (channels, h, w) = rows.latent;
-        let features = time_features(&rows.timesteps, &self.unet);
+        let features = time_features(rows.timesteps.iter().map(|&t| t as f32), &self.unet);
         let width = features.len() / rows.len();
         let tensor = |values: Vec<f32>, shape: &[usize]| -> Result<Tensor> {
             Ok(Tensor::from_vec(values, shape, &self.compute.device)?.to_dtype(self.compute.dtype)?)
@@ -207,7 +223,7 @@ impl Trainer<'_> {
             (self.slots.sample, tensor(rows.sample.clone(), &[rows.len(), channels, h, w])?),
             (self.slots.time_features, tensor(features, &[rows.len(), width])?),
         ];
-        slots.extend(self.prompts.slots(&self.slots.conditioning, &rows.kinds, &self.compute.device)?);
+        slots.extend(self.prompts.slots(&self.slots.conditioning, &rows.prompts, &self.compute.device)?);
         Ok(Inputs { slots, prediction: self.slots.prediction })
     }
 

@@ -110,6 +110,8 @@ fn modules_import_what_lies_below_them() {
         "optim",
         "checkpoint",
         "train",
+        "sample",
+        "pipeline",
         "track",
         "report",
         "config",
