@@ -194,7 +194,7 @@ fn what_is_not_there_yet_is_told_with_what_to_use() {
         ("[memory]\nvram = \"8GiB\"", &["memory.vram = \"8GiB\"", "not there yet"]),
         (
             "[output]\ndir = \"HOME/o\"\ntrackers = [\"jsonl\", \"wandb\"]",
-            &["train.toml:3", "trackers", "only \"jsonl\""],
+            &["train.toml:3", "trackers", "\"wandb\" is no tracker", "\"tensorboard\""],
         ),
         ("[output]\ndir = \"HOME/o\"\npush_to_hub = true", &["push_to_hub = true", "not there yet"]),
         ("[lr_schedule]\nkind = \"piecewise_constant\"", &["list of steps", "\"linear\""]),

@@ -1,13 +1,16 @@
 //! One integration binary; modules are named by behaviour.
 
 mod bad_input;
+mod captions;
 mod config;
 mod equivalence;
 mod harness;
 mod interrupt;
 mod layers;
 mod parity;
+mod pictures;
 mod ranks;
 mod resume;
 mod sharing;
 mod toy;
+mod tracking;
