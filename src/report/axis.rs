@@ -36,7 +36,7 @@ impl Axis {
         // A gap of 2.5 needs one digit more than its size says.
         let decimals = decimals + usize::from((gap * 10f64.powi(decimals as i32)).fract() > 1e-6);
         let label = |value: f64| match tiny {
-            true => number::value(value),
+            true => number::exponential(value),
             false => number::grouped(&format!("{value:.decimals$}")).replace('-', "−"),
         };
         Axis::linear(low, high, gap, label)
@@ -106,6 +106,7 @@ mod tests {
         assert_eq!(labels(&Axis::steps(0.0, 10_000.0)), ["0", "2,000", "4,000", "6,000", "8,000", "10,000"]);
         assert_eq!(labels(&Axis::values(0.85, 2.34)), ["0.5", "1.0", "1.5", "2.0", "2.5"]);
         assert_eq!(labels(&Axis::values(0.0, 5e-6)), ["0", "2e−6", "4e−6", "6e−6"]);
+        assert_eq!(labels(&Axis::values(0.0, 1e-3)), ["0", "2.5e−4", "5e−4", "7.5e−4", "1e−3"]);
         assert_eq!(labels(&Axis::values(0.0, 0.9)), ["0.00", "0.25", "0.50", "0.75", "1.00"]);
         assert_eq!(labels(&Axis::values(-0.3, 0.3)), ["−0.4", "−0.2", "0.0", "0.2", "0.4"]);
         assert_eq!(labels(&Axis::values(0.0, 12_000.0)), ["0", "5,000", "10,000", "15,000"]);

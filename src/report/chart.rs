@@ -69,8 +69,11 @@ pub enum Scale {
 /// The chart over `steps`, which all charts of a page share.
 pub fn chart(chart: &Chart, steps: (f64, f64)) -> Markup {
     let x = Axis::steps(steps.0, steps.1);
-    let values = || chart.lines.iter().flat_map(|line| line.points.iter().map(|point| point.value));
-    let Some(extent) = extent(values()) else { return html! {} };
+    // A smoothed line lies within its values.
+    let shown = chart.lines.iter().filter(|line| line.kind != Kind::Smoothed);
+    let values = shown.flat_map(|line| line.points.iter().map(|point| point.value));
+    let Some(extent) = extent(values) else { return html! {} };
+    let is_marked = chart.lines.iter().any(|line| line.kind == Kind::Marked);
     let y = value_axis(chart.scale, extent);
     let drawn: Vec<Vec<Point>> = chart.lines.iter().map(|line| decimated(&line.points, BUCKETS)).collect();
     let data = json!({
@@ -95,7 +98,7 @@ pub fn chart(chart: &Chart, steps: (f64, f64)) -> Markup {
                 @for tick in &y.ticks {
                     span.y-label aria-hidden="true" style=(format!("top:{:.2}%", 100.0 - 100.0 * tick.place)) { (tick.label) }
                 }
-                svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true" {
+                svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true" class=[is_marked.then_some("whole-dots")] {
                     path.grid d=(grid(&y)) {}
                     @for (line, points) in chart.lines.iter().zip(&drawn) {
                         path class=(classes(line)) d=(path(points, &x, &y)) {}
@@ -103,7 +106,7 @@ pub fn chart(chart: &Chart, steps: (f64, f64)) -> Markup {
                     }
                 }
                 @for tick in &x.ticks {
-                    span.x-label aria-hidden="true" style=(format!("left:{:.2}%", 100.0 * tick.place)) { (tick.label) }
+                    span.x-label.end[tick.place > 0.97] aria-hidden="true" style=(format!("left:{:.2}%", 100.0 * tick.place)) { (tick.label) }
                 }
             }
             @for note in notes(chart, &y, extent) { p.note { (note) } }

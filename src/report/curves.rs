@@ -133,7 +133,7 @@ fn with_smoothed(id: &'static str, title: &'static str, unit: &str, runs: &[Run]
         let points = smoothed(&line.points, span);
         over.push(Line { run: line.run, name: line.name.clone(), kind: Kind::Smoothed, points });
     }
-    chart.now = now(runs, &over);
+    chart.now = now(runs, &over).map(|now| format!("{now} on average"));
     chart.lines.extend(over);
     chart
 }

@@ -136,7 +136,7 @@ fn figure(taken: &Taken) -> Markup {
     html! {
         figure.shot {
             button type="button" data-caption=(format!("{} · {name}", picture.prompt)) {
-                img src=(shot.src) width=(shot.width) height=(shot.height) loading="lazy" decoding="async"
+                img src=(shot.src) width=(shot.width) height=(shot.height) decoding="async"
                     class=[small.then_some("hard-edges")] alt=(format!("{name}: {}", picture.prompt));
             }
             figcaption { (name) }

@@ -61,7 +61,7 @@
     tip.append(element('b', '', 'step ' + at.toLocaleString('en')));
     const several = new Set(lines.map(line => line.run)).size > 1;
     const kinds = new Set(lines.map(line => line.kind)).size > 1;
-    for (const line of lines) {
+    for (const line of lines.toSorted((a, b) => a.run - b.run)) {
       const i = nearest(line.at, at);
       // A run that had ended by then, or an entry that thinning left out nearby, is not given another step's value.
       if (at > line.at[line.at.length - 1] || at < line.at[0]) continue;
