@@ -51,7 +51,7 @@ pub fn before_after(runs: &[Run], shots: &Shots) -> Markup {
         @if !cards.is_empty() {
             section #before-after {
                 div.heading { h2 { "Before and after" } p.aside { "Same prompt, same noise." } }
-                @if !has_strip(&rows(runs, shots)) { (note(shots)) }
+                @if !has_strip(&rows(runs, shots), shots) { (note(shots)) }
                 div.cards {
                     @for (picture, pairs) in &cards {
                         article.card {
@@ -78,9 +78,9 @@ fn rows<'a>(runs: &'a [Run], shots: &'a Shots) -> Vec<BTreeMap<u64, Vec<Taken<'a
     runs.iter().enumerate().map(|(i, run)| by_number(i, run, shots)).collect()
 }
 
-/// Whether a strip shows more than before and after.
-fn has_strip(rows: &[BTreeMap<u64, Vec<Taken>>]) -> bool {
-    rows.iter().any(|rows| !matches!(columns(rows).len(), 0 | 2))
+/// Whether there is a strip. Two steps are all there in before and after, and their pictures are not put into a file twice.
+fn has_strip(rows: &[BTreeMap<u64, Vec<Taken>>], shots: &Shots) -> bool {
+    rows.iter().map(|rows| columns(rows).len()).any(|columns| columns > 0 && !(columns == 2 && shots.in_page))
 }
 
 /// The steps with pictures, in order.
@@ -96,7 +96,7 @@ fn note(shots: &Shots) -> Markup {
 pub fn strip(runs: &[Run], shots: &Shots) -> Markup {
     let rows = rows(runs, shots);
     html! {
-        @if has_strip(&rows) {
+        @if has_strip(&rows, shots) {
             section #strip {
                 div.heading { h2 { "Pictures over time" } (note(shots)) }
                 @for (i, rows) in rows.iter().enumerate().filter(|(_, rows)| !rows.is_empty()) {
@@ -200,8 +200,8 @@ mod tests {
         let runs = [Run::open(one.dir()).unwrap(), Run::open(two.dir()).unwrap()];
         let markup = before_after(&runs, &Shots::embedded(&runs)).into_string();
         assert_eq!((markup.matches("<article").count(), markup.matches("class=\"pair\"").count()), (1, 2));
-        // Two steps are all there in before and after.
         assert!(strip(&runs, &Shots::embedded(&runs)).into_string().is_empty());
+        assert!(strip(&runs[..1], &Shots::linked(&runs[..1])).into_string().contains("/pictures/10/0"));
     }
 
     #[test]
