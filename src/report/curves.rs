@@ -9,7 +9,7 @@ use super::run::{Run, Scores};
 use super::series::{Point, smoothed, smoothing_span};
 
 /// A number of a row.
-type Pick = fn(&StepRow) -> Option<f64>;
+pub type Pick = fn(&StepRow) -> Option<f64>;
 
 /// The section with the charts of training; nothing before the first step.
 pub fn training(runs: &[Run]) -> Markup {

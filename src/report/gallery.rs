@@ -31,19 +31,24 @@ fn by_number<'a>(i: usize, run: &'a Run, shots: &'a Shots) -> BTreeMap<u64, Vec<
     found
 }
 
+/// What came of one request: of every run that made it the run's place, the first and the last picture.
+struct Card<'a> {
+    picture: &'a Picture,
+    pairs: Vec<(usize, Taken<'a>, Taken<'a>)>,
+}
+
 /// First and last picture of every prompt, the runs' under each other.
 pub fn before_after(runs: &[Run], shots: &Shots) -> Markup {
-    let mut cards: Vec<(&Picture, Vec<(usize, Taken, Taken)>)> = Vec::new();
+    let mut cards: Vec<Card> = Vec::new();
     for (i, run) in runs.iter().enumerate() {
         for pictures in by_number(i, run, shots).values() {
             let (Some(first), Some(last)) = (pictures.first(), pictures.last()) else { continue };
             if first.picture.step == last.picture.step {
                 continue;
             }
-            let same = |(other, _): &(&Picture, Vec<_>)| is_comparable(other, last.picture);
-            match cards.iter_mut().find(|card| same(card)) {
-                Some((_, pairs)) => pairs.push((i, *first, *last)),
-                None => cards.push((last.picture, vec![(i, *first, *last)])),
+            match cards.iter_mut().find(|card| is_comparable(card.picture, last.picture)) {
+                Some(card) => card.pairs.push((i, *first, *last)),
+                None => cards.push(Card { picture: last.picture, pairs: vec![(i, *first, *last)] }),
             }
         }
     }
@@ -53,13 +58,13 @@ pub fn before_after(runs: &[Run], shots: &Shots) -> Markup {
                 div.heading { h2 { "Before and after" } p.aside { "Same prompt, same noise." } }
                 @if !has_strip(&rows(runs, shots), shots) { (note(shots)) }
                 div.cards {
-                    @for (picture, pairs) in &cards {
+                    @for card in &cards {
                         article.card {
-                            @for (i, first, last) in pairs {
+                            @for (i, first, last) in &card.pairs {
                                 @if runs.len() > 1 { p.run-name { (swatch(*i)) (runs[*i].name) } }
                                 div.pair data-row { (figure(first)) (figure(last)) }
                             }
-                            (prompt(picture))
+                            (prompt(card.picture))
                         }
                     }
                 }

@@ -2,7 +2,7 @@
 
 use maud::{Markup, html};
 
-use super::curves::{points, span, swatch};
+use super::curves::{Pick, points, span, swatch};
 use super::number;
 use super::rows::StepRow;
 use super::run::Run;
@@ -94,7 +94,7 @@ fn facts(run: &Run, span: usize) -> Vec<Fact> {
     add("Throughput", median(speeds).map(number::value), "images per second, median".to_string());
     let seconds: f64 = run.steps().iter().filter_map(|row| row.seconds).sum();
     add("Time", (done > 0).then(|| number::duration(seconds)), "in steps".to_string());
-    let most = |pick: fn(&StepRow) -> Option<f64>| run.steps().iter().filter_map(pick).fold(0.0, f64::max);
+    let most = |pick: Pick| run.steps().iter().filter_map(pick).fold(0.0, f64::max);
     let (vram, rss) = (most(|row| row.peak_vram_bytes), most(|row| row.peak_rss_bytes));
     add("GPU memory", (vram > 0.0).then(|| number::bytes(vram)), "peak".to_string());
     add("Host memory", (rss > 0.0).then(|| number::bytes(rss)), "peak of rank 0".to_string());
@@ -125,7 +125,7 @@ fn median(mut values: Vec<f64>) -> Option<f64> {
 pub fn values(runs: &[Run]) -> Markup {
     const ROWS: usize = 20;
     let span = span(runs);
-    let columns: [(&str, fn(&StepRow) -> Option<f64>); 5] = [
+    let columns: [(&str, Pick); 5] = [
         ("Loss", |row| row.loss),
         ("Gradient norm", |row| row.grad_norm),
         ("Learning rate", |row| row.lr),
