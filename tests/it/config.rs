@@ -230,7 +230,6 @@ fn keys_that_do_not_go_together_are_told() {
 #[test]
 fn folders_and_files_that_are_not_there_are_told() {
     let photos = |dir: &str| format!("[data]\ninstance_dir = \"{dir}\"\ninstance_prompt = \"x\"\nresolution = 64");
-    let prior = |more: &str| format!("[prior]\nclass_dir = \"HOME/class\"\nclass_prompt = \"a cat\"\n{more}");
     each_is_told(&[
         ("[model]\npath = \"HOME/nowhere\"", &["train.toml:2: model.path = ", "nowhere", "no such folder"]),
         ("[model]\npath = \"HOME/draws.safetensors\"", &["this is a file"]),
