@@ -48,9 +48,10 @@ impl Axis {
         let high = high.max(low + 1);
         let apart = ((high - low) as usize).div_ceil(5).max(1);
         let span = f64::from(high - low);
+        let label = if low < -3 { number::exponential } else { number::value };
         let powers = (low..=high).step_by(apart);
         let ticks = powers
-            .map(|power| Tick { place: f64::from(power - low) / span, label: number::value(10f64.powi(power)) })
+            .map(|power| Tick { place: f64::from(power - low) / span, label: label(10f64.powi(power)) })
             .collect();
         Axis { low: 10f64.powi(low), high: 10f64.powi(high), logarithmic: true, ticks }
     }
@@ -111,6 +112,7 @@ mod tests {
         assert_eq!(labels(&Axis::values(-0.3, 0.3)), ["−0.4", "−0.2", "0.0", "0.2", "0.4"]);
         assert_eq!(labels(&Axis::values(0.0, 12_000.0)), ["0", "5,000", "10,000", "15,000"]);
         assert_eq!(labels(&Axis::powers(0.02, 300.0)), ["0.01", "0.1", "1", "10", "100", "1,000"]);
+        assert_eq!(labels(&Axis::powers(1e-5, 1e-2)), ["1e−5", "1e−4", "1e−3", "1e−2"]);
     }
 
     #[test]

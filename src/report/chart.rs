@@ -62,6 +62,8 @@ pub enum Scale {
     /// Around the values; by powers of ten if they span many.
     Fitted,
     FromZero,
+    /// By powers of ten between these; what is lower, zero among it, lies below.
+    Powers(f64, f64),
     /// Always these ends.
     Fixed(f64, f64),
 }
@@ -118,6 +120,7 @@ pub fn chart(chart: &Chart, steps: (f64, f64)) -> Markup {
 fn value_axis(scale: Scale, extent: Extent) -> Axis {
     match scale {
         Scale::Fixed(low, high) => Axis::values(low, high),
+        Scale::Powers(low, high) => Axis::powers(low, high),
         Scale::FromZero => Axis::values(extent.low.min(0.0), extent.high.max(0.0)),
         Scale::Fitted if extent.low > 0.0 && extent.high > 50.0 * extent.low => Axis::powers(extent.low, extent.high),
         // Nearly from zero is from zero.

@@ -111,7 +111,14 @@ mod tests {
         assert_eq!(bytes(59_379_712.0), "56.63 MiB");
         assert_eq!(bytes(14.0), "14 B");
         assert_eq!(byte_unit(3e9).0, "GiB");
-        let times = [(0.26, "0.3 s"), (16.4, "16 s"), (125.0, "2 min 5 s"), (1500.0, "25 min"), (7500.0, "2 h 5 min"), (2e5, "2 d 7 h")];
+        let times = [
+            (0.26, "0.3 s"),
+            (16.4, "16 s"),
+            (125.0, "2 min 5 s"),
+            (1500.0, "25 min"),
+            (7500.0, "2 h 5 min"),
+            (2e5, "2 d 7 h"),
+        ];
         for (seconds, text) in times {
             assert_eq!(duration(seconds), text);
         }
