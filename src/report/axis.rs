@@ -36,7 +36,7 @@ impl Axis {
         // A gap of 2.5 needs one digit more than its size says.
         let decimals = decimals + usize::from((gap * 10f64.powi(decimals as i32)).fract() > 1e-6);
         let label = |value: f64| match tiny {
-            true => number::value(value),
+            true => number::exponential(value),
             false => number::grouped(&format!("{value:.decimals$}")).replace('-', "−"),
         };
         Axis::linear(low, high, gap, label)
@@ -48,9 +48,10 @@ impl Axis {
         let high = high.max(low + 1);
         let apart = ((high - low) as usize).div_ceil(5).max(1);
         let span = f64::from(high - low);
+        let label = if low < -3 { number::exponential } else { number::value };
         let powers = (low..=high).step_by(apart);
         let ticks = powers
-            .map(|power| Tick { place: f64::from(power - low) / span, label: number::value(10f64.powi(power)) })
+            .map(|power| Tick { place: f64::from(power - low) / span, label: label(10f64.powi(power)) })
             .collect();
         Axis { low: 10f64.powi(low), high: 10f64.powi(high), logarithmic: true, ticks }
     }
@@ -106,10 +107,12 @@ mod tests {
         assert_eq!(labels(&Axis::steps(0.0, 10_000.0)), ["0", "2,000", "4,000", "6,000", "8,000", "10,000"]);
         assert_eq!(labels(&Axis::values(0.85, 2.34)), ["0.5", "1.0", "1.5", "2.0", "2.5"]);
         assert_eq!(labels(&Axis::values(0.0, 5e-6)), ["0", "2e−6", "4e−6", "6e−6"]);
+        assert_eq!(labels(&Axis::values(0.0, 1e-3)), ["0", "2.5e−4", "5e−4", "7.5e−4", "1e−3"]);
         assert_eq!(labels(&Axis::values(0.0, 0.9)), ["0.00", "0.25", "0.50", "0.75", "1.00"]);
         assert_eq!(labels(&Axis::values(-0.3, 0.3)), ["−0.4", "−0.2", "0.0", "0.2", "0.4"]);
         assert_eq!(labels(&Axis::values(0.0, 12_000.0)), ["0", "5,000", "10,000", "15,000"]);
         assert_eq!(labels(&Axis::powers(0.02, 300.0)), ["0.01", "0.1", "1", "10", "100", "1,000"]);
+        assert_eq!(labels(&Axis::powers(1e-5, 1e-2)), ["1e−5", "1e−4", "1e−3", "1e−2"]);
     }
 
     #[test]

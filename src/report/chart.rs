@@ -62,6 +62,8 @@ pub enum Scale {
     /// Around the values; by powers of ten if they span many.
     Fitted,
     FromZero,
+    /// By powers of ten between these; what is lower, zero among it, lies below.
+    Powers(f64, f64),
     /// Always these ends.
     Fixed(f64, f64),
 }
@@ -69,8 +71,11 @@ pub enum Scale {
 /// The chart over `steps`, which all charts of a page share.
 pub fn chart(chart: &Chart, steps: (f64, f64)) -> Markup {
     let x = Axis::steps(steps.0, steps.1);
-    let values = || chart.lines.iter().flat_map(|line| line.points.iter().map(|point| point.value));
-    let Some(extent) = extent(values()) else { return html! {} };
+    // A smoothed line lies within its values.
+    let shown = chart.lines.iter().filter(|line| line.kind != Kind::Smoothed);
+    let values = shown.flat_map(|line| line.points.iter().map(|point| point.value));
+    let Some(extent) = extent(values) else { return html! {} };
+    let is_marked = chart.lines.iter().any(|line| line.kind == Kind::Marked);
     let y = value_axis(chart.scale, extent);
     let drawn: Vec<Vec<Point>> = chart.lines.iter().map(|line| decimated(&line.points, BUCKETS)).collect();
     let data = json!({
@@ -95,7 +100,7 @@ pub fn chart(chart: &Chart, steps: (f64, f64)) -> Markup {
                 @for tick in &y.ticks {
                     span.y-label aria-hidden="true" style=(format!("top:{:.2}%", 100.0 - 100.0 * tick.place)) { (tick.label) }
                 }
-                svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true" {
+                svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true" class=[is_marked.then_some("whole-dots")] {
                     path.grid d=(grid(&y)) {}
                     @for (line, points) in chart.lines.iter().zip(&drawn) {
                         path class=(classes(line)) d=(path(points, &x, &y)) {}
@@ -103,7 +108,7 @@ pub fn chart(chart: &Chart, steps: (f64, f64)) -> Markup {
                     }
                 }
                 @for tick in &x.ticks {
-                    span.x-label aria-hidden="true" style=(format!("left:{:.2}%", 100.0 * tick.place)) { (tick.label) }
+                    span.x-label.end[tick.place > 0.97] aria-hidden="true" style=(format!("left:{:.2}%", 100.0 * tick.place)) { (tick.label) }
                 }
             }
             @for note in notes(chart, &y, extent) { p.note { (note) } }
@@ -115,6 +120,7 @@ pub fn chart(chart: &Chart, steps: (f64, f64)) -> Markup {
 fn value_axis(scale: Scale, extent: Extent) -> Axis {
     match scale {
         Scale::Fixed(low, high) => Axis::values(low, high),
+        Scale::Powers(low, high) => Axis::powers(low, high),
         Scale::FromZero => Axis::values(extent.low.min(0.0), extent.high.max(0.0)),
         Scale::Fitted if extent.low > 0.0 && extent.high > 50.0 * extent.low => Axis::powers(extent.low, extent.high),
         // Nearly from zero is from zero.

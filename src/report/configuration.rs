@@ -32,9 +32,9 @@ fn sections(run: &Run) -> Markup {
         div.config {
             @for (name, section) in &run.config {
                 @if let Some(section) = section.as_table() {
-                    dl.config-section {
-                        div.config-title { (name) }
-                        @for (key, value) in section { div.entry { dt { (key) } dd { (shown(value)) } } }
+                    div.config-section {
+                        h3 { (name) }
+                        dl { @for (key, value) in section { div.entry { dt { (key) } dd { (shown(value)) } } } }
                     }
                 }
             }

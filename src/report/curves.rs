@@ -9,7 +9,7 @@ use super::run::{Run, Scores};
 use super::series::{Point, smoothed, smoothing_span};
 
 /// A number of a row.
-type Pick = fn(&StepRow) -> Option<f64>;
+pub type Pick = fn(&StepRow) -> Option<f64>;
 
 /// The section with the charts of training; nothing before the first step.
 pub fn training(runs: &[Run]) -> Markup {
@@ -17,7 +17,7 @@ pub fn training(runs: &[Run]) -> Markup {
     let span = span(runs);
     let smooth = |id, title, unit: &str, pick: Pick| with_smoothed(id, title, unit, runs, pick, span);
     let mut rate = plain("lr", "Learning rate", "", runs, |row| row.lr);
-    rate.scale = Scale::FromZero;
+    rate.scale = rate_scale(&rate.lines);
     let mut speed = smooth("speed", "Throughput", "images per second", |row| row.images_per_second);
     speed.scale = Scale::FromZero;
     let charts = [
@@ -133,9 +133,17 @@ fn with_smoothed(id: &'static str, title: &'static str, unit: &str, runs: &[Run]
         let points = smoothed(&line.points, span);
         over.push(Line { run: line.run, name: line.name.clone(), kind: Kind::Smoothed, points });
     }
-    chart.now = now(runs, &over);
+    chart.now = now(runs, &over).map(|now| format!("{now} on average"));
     chart.lines.extend(over);
     chart
+}
+
+/// From zero, unless one run's rate would be flat beside another's.
+fn rate_scale(lines: &[Line]) -> Scale {
+    let highest = |line: &Line| line.points.iter().map(|point| point.value).fold(0.0, f64::max);
+    let peaks: Vec<f64> = lines.iter().map(highest).filter(|peak| *peak > 0.0).collect();
+    let (low, high) = (peaks.iter().copied().fold(f64::INFINITY, f64::min), peaks.iter().copied().fold(0.0, f64::max));
+    if high > 20.0 * low && low.is_finite() { Scale::Powers(low / 100.0, high) } else { Scale::FromZero }
 }
 
 /// Bytes, in the unit that fits the largest.
@@ -186,6 +194,19 @@ mod tests {
         let markup = scores(&runs).into_string();
         assert!(markup.contains("chart-likeness") && markup.contains("line marked r1 c1 dots"));
         well_formed(&markup);
+    }
+
+    #[test]
+    fn rates_far_apart_are_shown_by_powers_of_ten() {
+        let line = |rate: f64| Line {
+            run: 0,
+            name: String::new(),
+            kind: Kind::Plain,
+            points: vec![Point { step: 1.0, value: 0.0 }, Point { step: 2.0, value: rate }],
+        };
+        assert_eq!(rate_scale(&[line(5e-6), line(1e-5)]), Scale::FromZero);
+        assert_eq!(rate_scale(&[line(1e-6), line(1e-4)]), Scale::Powers(1e-6 / 100.0, 1e-4));
+        assert_eq!(rate_scale(&[line(0.0)]), Scale::FromZero);
     }
 
     #[test]

@@ -31,19 +31,24 @@ fn by_number<'a>(i: usize, run: &'a Run, shots: &'a Shots) -> BTreeMap<u64, Vec<
     found
 }
 
+/// What came of one request: of every run that made it the run's place, the first and the last picture.
+struct Card<'a> {
+    picture: &'a Picture,
+    pairs: Vec<(usize, Taken<'a>, Taken<'a>)>,
+}
+
 /// First and last picture of every prompt, the runs' under each other.
 pub fn before_after(runs: &[Run], shots: &Shots) -> Markup {
-    let mut cards: Vec<(&Picture, Vec<(usize, Taken, Taken)>)> = Vec::new();
+    let mut cards: Vec<Card> = Vec::new();
     for (i, run) in runs.iter().enumerate() {
         for pictures in by_number(i, run, shots).values() {
             let (Some(first), Some(last)) = (pictures.first(), pictures.last()) else { continue };
             if first.picture.step == last.picture.step {
                 continue;
             }
-            let same = |(other, _): &(&Picture, Vec<_>)| is_comparable(other, last.picture);
-            match cards.iter_mut().find(|card| same(card)) {
-                Some((_, pairs)) => pairs.push((i, *first, *last)),
-                None => cards.push((last.picture, vec![(i, *first, *last)])),
+            match cards.iter_mut().find(|card| is_comparable(card.picture, last.picture)) {
+                Some(card) => card.pairs.push((i, *first, *last)),
+                None => cards.push(Card { picture: last.picture, pairs: vec![(i, *first, *last)] }),
             }
         }
     }
@@ -51,15 +56,15 @@ pub fn before_after(runs: &[Run], shots: &Shots) -> Markup {
         @if !cards.is_empty() {
             section #before-after {
                 div.heading { h2 { "Before and after" } p.aside { "Same prompt, same noise." } }
-                @if !has_strip(&rows(runs, shots)) { (note(shots)) }
+                @if !has_strip(&rows(runs, shots), shots) { (note(shots)) }
                 div.cards {
-                    @for (picture, pairs) in &cards {
+                    @for card in &cards {
                         article.card {
-                            @for (i, first, last) in pairs {
+                            @for (i, first, last) in &card.pairs {
                                 @if runs.len() > 1 { p.run-name { (swatch(*i)) (runs[*i].name) } }
                                 div.pair data-row { (figure(first)) (figure(last)) }
                             }
-                            (prompt(picture))
+                            (prompt(card.picture))
                         }
                     }
                 }
@@ -78,9 +83,9 @@ fn rows<'a>(runs: &'a [Run], shots: &'a Shots) -> Vec<BTreeMap<u64, Vec<Taken<'a
     runs.iter().enumerate().map(|(i, run)| by_number(i, run, shots)).collect()
 }
 
-/// Whether a strip shows more than before and after.
-fn has_strip(rows: &[BTreeMap<u64, Vec<Taken>>]) -> bool {
-    rows.iter().any(|rows| !matches!(columns(rows).len(), 0 | 2))
+/// Whether there is a strip. Two steps are all there in before and after, and their pictures are not put into a file twice.
+fn has_strip(rows: &[BTreeMap<u64, Vec<Taken>>], shots: &Shots) -> bool {
+    rows.iter().map(|rows| columns(rows).len()).any(|columns| columns > 0 && !(columns == 2 && shots.in_page))
 }
 
 /// The steps with pictures, in order.
@@ -96,7 +101,7 @@ fn note(shots: &Shots) -> Markup {
 pub fn strip(runs: &[Run], shots: &Shots) -> Markup {
     let rows = rows(runs, shots);
     html! {
-        @if has_strip(&rows) {
+        @if has_strip(&rows, shots) {
             section #strip {
                 div.heading { h2 { "Pictures over time" } (note(shots)) }
                 @for (i, rows) in rows.iter().enumerate().filter(|(_, rows)| !rows.is_empty()) {
@@ -136,7 +141,7 @@ fn figure(taken: &Taken) -> Markup {
     html! {
         figure.shot {
             button type="button" data-caption=(format!("{} · {name}", picture.prompt)) {
-                img src=(shot.src) width=(shot.width) height=(shot.height) loading="lazy" decoding="async"
+                img src=(shot.src) width=(shot.width) height=(shot.height) decoding="async"
                     class=[small.then_some("hard-edges")] alt=(format!("{name}: {}", picture.prompt));
             }
             figcaption { (name) }
@@ -200,8 +205,8 @@ mod tests {
         let runs = [Run::open(one.dir()).unwrap(), Run::open(two.dir()).unwrap()];
         let markup = before_after(&runs, &Shots::embedded(&runs)).into_string();
         assert_eq!((markup.matches("<article").count(), markup.matches("class=\"pair\"").count()), (1, 2));
-        // Two steps are all there in before and after.
         assert!(strip(&runs, &Shots::embedded(&runs)).into_string().is_empty());
+        assert!(strip(&runs[..1], &Shots::linked(&runs[..1])).into_string().contains("/pictures/10/0"));
     }
 
     #[test]

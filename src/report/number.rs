@@ -13,11 +13,19 @@ pub fn value(value: f64) -> String {
         let digits = (3 - size.log10().floor() as i32).clamp(0, 6) as usize;
         grouped(&trimmed(&format!("{size:.digits$}")))
     } else {
-        let text = format!("{size:.3e}");
-        let (mantissa, exponent) = text.split_once('e').unwrap_or((&text, "0"));
-        format!("{}e{exponent}", trimmed(mantissa)).replace("e-", "e−")
+        return exponential(value);
     };
     if value < 0.0 { format!("−{text}") } else { text }
+}
+
+/// As in "2.5e−4".
+pub fn exponential(value: f64) -> String {
+    if value == 0.0 {
+        return "0".to_string();
+    }
+    let text = format!("{value:.3e}");
+    let (mantissa, exponent) = text.split_once('e').unwrap_or((&text, "0"));
+    format!("{}e{exponent}", trimmed(mantissa)).replace('-', "−")
 }
 
 /// Without zeros at the end of a fraction.
@@ -65,6 +73,7 @@ pub fn duration(seconds: f64) -> String {
     match (days, hours, minutes) {
         (0, 0, 0) if seconds < 10.0 => format!("{} s", value((seconds * 10.0).round() / 10.0)),
         (0, 0, 0) => format!("{whole} s"),
+        (0, 0, _) if whole.is_multiple_of(60) => format!("{minutes} min"),
         (0, 0, _) => format!("{minutes} min {} s", whole % 60),
         (0, _, _) => format!("{hours} h {minutes} min"),
         _ => format!("{days} d {hours} h"),
@@ -102,7 +111,14 @@ mod tests {
         assert_eq!(bytes(59_379_712.0), "56.63 MiB");
         assert_eq!(bytes(14.0), "14 B");
         assert_eq!(byte_unit(3e9).0, "GiB");
-        let times = [(0.26, "0.3 s"), (16.4, "16 s"), (125.0, "2 min 5 s"), (7500.0, "2 h 5 min"), (2e5, "2 d 7 h")];
+        let times = [
+            (0.26, "0.3 s"),
+            (16.4, "16 s"),
+            (125.0, "2 min 5 s"),
+            (1500.0, "25 min"),
+            (7500.0, "2 h 5 min"),
+            (2e5, "2 d 7 h"),
+        ];
         for (seconds, text) in times {
             assert_eq!(duration(seconds), text);
         }

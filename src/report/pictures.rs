@@ -38,6 +38,8 @@ pub struct Shot {
 /// The pictures of all runs of a page, by run, step and number.
 pub struct Shots {
     shots: HashMap<(usize, u64, u64), Shot>,
+    /// Whether each showing of a picture makes the page larger.
+    pub in_page: bool,
     /// What was done to them.
     pub note: Option<String>,
 }
@@ -63,7 +65,7 @@ impl Shots {
                 number::count(shots.len() as u64)
             ));
         }
-        Shots { shots, note: (!note.is_empty()).then(|| note.join(" ")) }
+        Shots { shots, in_page: true, note: (!note.is_empty()).then(|| note.join(" ")) }
     }
 
     /// As addresses below `/pictures/`, of a page with one run.
@@ -77,7 +79,7 @@ impl Shots {
         };
         let note = thinned(runs);
         let shots = chosen(runs).iter().filter_map(shot).collect();
-        Shots { shots, note: (!note.is_empty()).then(|| note.join(" ")) }
+        Shots { shots, in_page: false, note: (!note.is_empty()).then(|| note.join(" ")) }
     }
 
     pub fn get(&self, run: usize, picture: &Picture) -> Option<&Shot> {

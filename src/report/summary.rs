@@ -2,15 +2,16 @@
 
 use maud::{Markup, html};
 
-use super::curves::{points, span, swatch};
+use super::curves::{Pick, points, span, swatch};
 use super::number;
 use super::rows::StepRow;
 use super::run::Run;
 use super::series::{Point, smoothed};
 
-/// One number with its name, and what to hold it against.
+/// One number with its name, what it is, and what to hold it against.
 struct Fact {
     name: &'static str,
+    what: &'static str,
     value: String,
     beside: String,
 }
@@ -28,7 +29,11 @@ pub fn summary(runs: &[Run]) -> Markup {
             @if let [facts] = &facts[..] {
                 dl.tiles {
                     @for fact in facts {
-                        div.tile { dt { (fact.name) } dd { (fact.value) } @if !fact.beside.is_empty() { dd.beside { (fact.beside) } } }
+                        div.tile {
+                            dt { (fact.name) }
+                            dd { (fact.value) }
+                            @for words in [fact.what, &fact.beside].into_iter().filter(|words| !words.is_empty()) { dd.beside { (words) } }
+                        }
                     }
                 }
             } @else {
@@ -40,10 +45,10 @@ pub fn summary(runs: &[Run]) -> Markup {
 
 /// Rows are the facts that any run has, columns are runs.
 fn table(runs: &[Run], facts: &[Vec<Fact>]) -> Markup {
-    let mut names: Vec<&str> = Vec::new();
+    let mut names: Vec<(&str, &str)> = Vec::new();
     for fact in facts.iter().flatten() {
-        if !names.contains(&fact.name) {
-            names.push(fact.name);
+        if !names.contains(&(fact.name, fact.what)) {
+            names.push((fact.name, fact.what));
         }
     }
     html! {
@@ -51,9 +56,9 @@ fn table(runs: &[Run], facts: &[Vec<Fact>]) -> Markup {
             table.summary {
                 thead { tr { td {} @for (i, run) in runs.iter().enumerate() { th scope="col" { (swatch(i)) (run.name) } } } }
                 tbody {
-                    @for name in names {
+                    @for (name, what) in names {
                         tr {
-                            th scope="row" { (name) }
+                            th scope="row" { (name) @if !what.is_empty() { span.beside { (what) } } }
                             @for facts in facts {
                                 td {
                                     @match facts.iter().find(|fact| fact.name == name) {
@@ -72,43 +77,38 @@ fn table(runs: &[Run], facts: &[Vec<Fact>]) -> Markup {
 
 fn facts(run: &Run, span: usize) -> Vec<Fact> {
     let mut facts = Vec::new();
-    let mut add = |name, value: Option<String>, beside: String| {
-        facts.extend(value.map(|value| Fact { name, value, beside }));
+    let mut add = |name, what, value: Option<String>, beside: Option<String>| {
+        facts.extend(value.map(|value| Fact { name, what, value, beside: beside.unwrap_or_default() }));
     };
     let done = run.last_step();
     let of = run.total_steps().filter(|total| *total != done).map(|total| format!("of {}", number::count(total)));
-    add("Steps", Some(number::count(done)), of.unwrap_or_default());
+    add("Steps", "", Some(number::count(done)), of);
     let losses = points(run, |row| row.loss);
     let end = |part: &[Point]| (!part.is_empty()).then(|| mean(part.iter().map(|point| point.value)));
     let length = span.min(losses.len() / 2).max(losses.len().min(1));
     let (first, last) = (end(&losses[..length]), end(&losses[losses.len() - length..]));
     let from = first.filter(|_| losses.len() > 1).map(|first| format!("from {}", number::value(first)));
-    add("Loss", last.map(number::value), with_length(from, length));
-    let likeness = |i: Option<f64>| i.map(number::value);
+    add("Loss", "", last.map(number::value), from.map(|from| with_length(&from, length)));
     let scored: Vec<f64> = run.scores.iter().filter_map(|scores| scores.likeness).collect();
     let before = scored.first().filter(|_| scored.len() > 1).map(|first| format!("from {}", number::value(*first)));
-    add("Likeness", likeness(scored.last().copied()), before.unwrap_or_default());
+    add("Likeness", "", scored.last().copied().map(number::value), before);
     let drift = run.scores.iter().rev().find_map(|scores| scores.drift);
-    add("Drift", drift.map(number::value), "8-bit levels of the class".to_string());
+    add("Drift", "8-bit levels of the class", drift.map(number::value), None);
     let speeds: Vec<f64> = run.steps().iter().filter_map(|row| row.images_per_second).collect();
-    add("Throughput", median(speeds).map(number::value), "images per second, median".to_string());
+    add("Throughput", "images per second, median", median(speeds).map(number::value), None);
     let seconds: f64 = run.steps().iter().filter_map(|row| row.seconds).sum();
-    add("Time", (done > 0).then(|| number::duration(seconds)), "in steps".to_string());
-    let most = |pick: fn(&StepRow) -> Option<f64>| run.steps().iter().filter_map(pick).fold(0.0, f64::max);
+    add("Time", "in steps", (done > 0).then(|| number::duration(seconds)), None);
+    let most = |pick: Pick| run.steps().iter().filter_map(pick).fold(0.0, f64::max);
     let (vram, rss) = (most(|row| row.peak_vram_bytes), most(|row| row.peak_rss_bytes));
-    add("GPU memory", (vram > 0.0).then(|| number::bytes(vram)), "peak".to_string());
-    add("Host memory", (rss > 0.0).then(|| number::bytes(rss)), "peak of rank 0".to_string());
+    add("GPU memory", "peak", (vram > 0.0).then(|| number::bytes(vram)), None);
+    add("Host memory", "peak of rank 0", (rss > 0.0).then(|| number::bytes(rss)), None);
     let skipped = run.steps().iter().filter(|row| row.skipped).count() as u64;
-    add("Skipped", (skipped > 0).then(|| number::count(skipped)), "steps, for overflow".to_string());
+    add("Skipped", "steps, for overflow", (skipped > 0).then(|| number::count(skipped)), None);
     facts
 }
 
-fn with_length(from: Option<String>, length: usize) -> String {
-    match from {
-        Some(from) if length > 1 => format!("{from}; means of {length} steps"),
-        Some(from) => from,
-        None => String::new(),
-    }
+fn with_length(from: &str, length: usize) -> String {
+    if length > 1 { format!("{from}; means of {length} steps") } else { from.to_string() }
 }
 
 fn mean(values: impl ExactSizeIterator<Item = f64>) -> f64 {
@@ -125,7 +125,7 @@ fn median(mut values: Vec<f64>) -> Option<f64> {
 pub fn values(runs: &[Run]) -> Markup {
     const ROWS: usize = 20;
     let span = span(runs);
-    let columns: [(&str, fn(&StepRow) -> Option<f64>); 5] = [
+    let columns: [(&str, Pick); 5] = [
         ("Loss", |row| row.loss),
         ("Gradient norm", |row| row.grad_norm),
         ("Learning rate", |row| row.lr),
@@ -201,7 +201,7 @@ mod tests {
         one.scores();
         let runs = [Run::open(one.dir()).unwrap(), Run::open(two.dir()).unwrap()];
         let markup = summary(&runs).into_string() + &values(&runs).into_string();
-        assert!(markup.contains("<th scope=\"row\">Drift</th>") && markup.contains("<td>–</td>"), "{markup}");
+        assert!(markup.contains("<th scope=\"row\">Drift<span") && markup.contains("<td>–</td>"), "{markup}");
         assert_eq!(markup.matches("<th scope=\"row\">").count(), 7 + 20);
         well_formed(&markup);
     }

@@ -29,7 +29,7 @@ fn check(bytes: &[u8], stored: &[u8]) -> Result<(), String> {
     let crc = bytes.iter().fold(!0u32, |crc, byte| {
         (0..8).fold(crc ^ u32::from(*byte), |crc, _| (crc >> 1) ^ if crc & 1 == 1 { 0x82f6_3b78 } else { 0 })
     });
-    let masked = ((!crc >> 15) | (!crc << 17)).wrapping_add(0xa282_ead8);
+    let masked = (!crc).rotate_right(15).wrapping_add(0xa282_ead8);
     match masked.to_le_bytes() == stored {
         true => Ok(()),
         false => Err(format!("wrong checksum of {} bytes", bytes.len())),

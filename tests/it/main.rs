@@ -3,6 +3,7 @@
 mod bad_input;
 mod captions;
 mod config;
+mod demo;
 mod equivalence;
 mod harness;
 mod interrupt;

@@ -25,12 +25,13 @@ impl Ddim {
         let time = Time::read(config, "leading", true)?;
         let steps = time.whole_steps(n)?;
         let output = Output::read(config, true)?;
-        refuse_no_signal(&time, &steps, output)?;
+        let limit = Limit::read(config, true)?;
+        refuse_no_signal(&time, &steps, output, limit)?;
         let final_signal = if flag(config, "set_alpha_to_one", true)? { 1.0 } else { time.signal[0] };
         Ok(Ddim {
             calls: steps.iter().map(|&t| t as f64).collect(),
             output,
-            limit: Limit::read(config, true)?,
+            limit,
             final_signal,
             eta: eta as f32,
             time,
@@ -46,9 +47,11 @@ impl Ddim {
     }
 }
 
-/// x0 cannot be told from noise at a step without signal, which a schedule of zero terminal SNR has.
-pub(super) fn refuse_no_signal(time: &Time, steps: &[usize], output: Output) -> Result<()> {
-    if output == Output::Noise && steps.iter().any(|&t| time.signal[t] == 0.0) {
+/// x0 cannot be told from noise at a step without signal, which a schedule of zero terminal SNR has: it is infinite,
+/// unless clipped.
+pub(super) fn refuse_no_signal(time: &Time, steps: &[usize], output: Output, limit: Limit) -> Result<()> {
+    let infinite = output == Output::Noise && !matches!(limit, Limit::Clip(_));
+    if infinite && steps.iter().any(|&t| time.signal[t] == 0.0) {
         return Err(Refusal::error(
             "prediction_type = \"epsilon\" does not go with a noise schedule whose last step has no signal (rescale_betas_zero_snr): the first sampling step would divide by zero. Set rescale_betas_zero_snr to false, or choose another sampler.",
         ));
@@ -81,7 +84,8 @@ impl Sampler for Ddim {
         let eps = self.output.noise(sample, &prediction, signal, spread);
         self.limit.apply(&mut clean, shape);
         let deviation = self.eta * (((1.0 - next) / (1.0 - here)) * (1.0 - here / next)).sqrt();
-        let (root, direction) = (next.sqrt(), (1.0 - next - deviation * deviation).sqrt());
+        // Rounding can make the difference negative, where diffusers then has NaN.
+        let (root, direction) = (next.sqrt(), (1.0 - next - deviation * deviation).max(0.0).sqrt());
         for ((x, x0), e) in sample.iter_mut().zip(clean).zip(eps) {
             *x = root * x0 + direction * e;
         }

@@ -38,7 +38,8 @@ impl Ddpm {
         let time = Time::read(config, "leading", true)?;
         let steps = time.whole_steps(n)?;
         let output = Output::read(config, true)?;
-        refuse_no_signal(&time, &steps, output)?;
+        let limit = Limit::read(config, true)?;
+        refuse_no_signal(&time, &steps, output, limit)?;
         let variances = [
             ("fixed_small", Variance::FixedSmall),
             ("fixed_small_log", Variance::FixedSmallLog),
@@ -49,7 +50,7 @@ impl Ddpm {
         Ok(Ddpm {
             calls: steps.iter().map(|&t| t as f64).collect(),
             output,
-            limit: Limit::read(config, true)?,
+            limit,
             variance: choice(config, "variance_type", "fixed_small", &variances)?,
             time,
             steps,

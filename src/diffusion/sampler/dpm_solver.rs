@@ -78,6 +78,7 @@ impl DpmSolver {
         let left = self.plan.calls.len() - call;
         let few = self.plan.lower_order_final && self.plan.calls.len() < 15;
         let allowed = match left {
+            _ if self.plan.stands_still(call) => 1,
             1 if self.euler_at_final || few || self.plan.final_sigma == FinalSigma::Zero => 1,
             2 if few => 2,
             _ => 3,

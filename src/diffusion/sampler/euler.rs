@@ -79,7 +79,8 @@ impl Euler {
             return (to, 0.0);
         }
         let up = (to * to * (from * from - to * to) / (from * from)).sqrt();
-        ((to * to - up * up).sqrt(), up)
+        // Rounding can make the difference negative, where diffusers then has NaN.
+        ((to * to - up * up).max(0.0).sqrt(), up)
     }
 }
 

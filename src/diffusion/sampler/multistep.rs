@@ -76,6 +76,14 @@ impl Plan {
     }
 }
 
+impl Plan {
+    /// Whether a call's step goes nowhere, which the last one does where the levels already end at the final one. The
+    /// higher orders divide by its length.
+    pub(super) fn stands_still(&self, call: usize) -> bool {
+        self.levels[call].lambda == self.levels[call + 1].lambda
+    }
+}
+
 /// The n time steps above the last one, which the final level stands for.
 fn time_steps(config: &Value, time: &Time, n: usize, family: Family) -> Result<Vec<f64>> {
     let last = match family {
@@ -108,11 +116,8 @@ fn spread_levels(
     n: usize,
     family: Family,
 ) -> Result<(Vec<f64>, Vec<f64>)> {
-    // DPM-Solver's class has no bounds of its own; it finds them in a file that was written for it or for no class.
-    let class = text(config, "_class_name", "")?;
-    let own = class.is_empty() || class == "DPMSolverMultistepScheduler";
-    let bounds = if family == Family::UniPc || own { Bounds::read(config)? } else { Bounds::default() };
-    let bounds = if spread == Spread::Lambda { Bounds::default() } else { bounds };
+    // DPM-Solver's class does not declare the bounds but looks for them, and finds them in any class's file.
+    let bounds = if spread == Spread::Lambda { Bounds::default() } else { Bounds::read(config)? };
     let (max, min) = (bounds.max.unwrap_or(table.last().into()), bounds.min.unwrap_or(table.first().into()));
     let sigmas = spread.levels(max, min, n);
     let cosine = text(config, "beta_schedule", "linear")? == "squaredcos_cap_v2";

@@ -2,7 +2,7 @@
 //! Diffusion is configured, with one step called twice. Liu et al. 2022, <https://arxiv.org/abs/2202.09778>.
 
 use super::ddim::refuse_no_signal;
-use super::output::{Output, mean_part};
+use super::output::{Limit, Output, mean_part};
 use super::spacing::Time;
 use super::{LatentShape, Sampler, check_order, check_step};
 use crate::Refusal;
@@ -39,7 +39,7 @@ impl Pndm {
         // The class does not know rescale_betas_zero_snr.
         let time = Time::read(config, "leading", false)?;
         let rising: Vec<usize> = time.whole_steps(n)?.into_iter().rev().collect();
-        refuse_no_signal(&time, &rising, Output::Noise)?;
+        refuse_no_signal(&time, &rising, Output::Noise, Limit::None)?;
         let stride = time.train_steps / n;
         let skip = flag(config, "skip_prk_steps", false)?;
         if !skip && n < 4 {

@@ -156,7 +156,7 @@ fn a_file_that_is_wrong_is_refused_by_name() {
 #[test]
 fn settings_that_cannot_be_are_refused() {
     use SamplerKind::*;
-    let zero_snr = json!({"rescale_betas_zero_snr": true, "timestep_spacing": "trailing"});
+    let zero_snr = json!({"rescale_betas_zero_snr": true, "timestep_spacing": "trailing", "clip_sample": false});
     let cases = [
         (Ddim, json!({}), 0, "0 sampling steps"),
         (Ddim, json!({}), 1001, "1001 sampling steps"),

@@ -39,7 +39,7 @@ impl UniPc {
         let clean = flag(config, "predict_x0", true)?;
         let plan = Plan::read(config, n, Family::UniPc)?;
         let to_zero = plan.final_sigma == FinalSigma::Zero;
-        if to_zero && (!clean || (!plan.lower_order_final && plan.order > 1)) {
+        if to_zero && (!clean || (!plan.lower_order_final && plan.order.min(n) > 1)) {
             return Err(Refusal::error(
                 "predict_x0 = false and lower_order_final = false do not go with a last step to noise level zero. Set final_sigmas_type to \"sigma_min\".",
             ));
@@ -192,7 +192,7 @@ impl Sampler for UniPc {
         self.history.push(answer);
         let left = self.plan.calls.len() - call;
         let order = if self.plan.lower_order_final { self.plan.order.min(left) } else { self.plan.order };
-        self.order = order.min(call + 1);
+        self.order = if self.plan.stands_still(call) { 1 } else { order.min(call + 1) };
         self.origin.clone_from(sample);
         self.predict(call, sample);
         Ok(())

@@ -61,7 +61,7 @@
     tip.append(element('b', '', 'step ' + at.toLocaleString('en')));
     const several = new Set(lines.map(line => line.run)).size > 1;
     const kinds = new Set(lines.map(line => line.kind)).size > 1;
-    for (const line of lines) {
+    for (const line of lines.toSorted((a, b) => a.run - b.run)) {
       const i = nearest(line.at, at);
       // A run that had ended by then, or an entry that thinning left out nearby, is not given another step's value.
       if (at > line.at[line.at.length - 1] || at < line.at[0]) continue;
@@ -149,11 +149,12 @@
   const follow = () => {
     const had = new Map(parts(document).map(part => [part.id, part.outerHTML]));
     let version = null, asked = 0;
-    const live = lost => {
+    const live = (lost, why = '') => {
       const mark = document.getElementById('live');
       if (!mark) return;
       mark.classList.toggle('lost', Boolean(lost));
       mark.textContent = lost || 'Live';
+      mark.title = why;
     };
     const ages = () => all('time[data-at]').forEach(time => {
       const seconds = Math.max(0, Math.round(Date.now() / 1000 - time.dataset.at));
@@ -171,7 +172,17 @@
       });
       if (focused >= 0) all('button, .plot, .strip, .scroll, summary', fresh)[focused]?.focus({ preventScroll: true });
     };
+    // What is uppermost in the window stays where it is.
+    const place = () => {
+      const top = all('main > section[id], .chart').findLast(part => part.getBoundingClientRect().top <= 40);
+      return top && scrollY > 0 ? { id: top.id, top: top.getBoundingClientRect().top } : null;
+    };
+    const stay = was => {
+      const top = was && document.getElementById(was.id);
+      if (top) scrollBy({ top: top.getBoundingClientRect().top - was.top, behavior: 'instant' });
+    };
     const take = html => {
+      const was = place();
       const fresh = parts(new DOMParser().parseFromString(html, 'text/html'));
       const at = pointed;
       const gone = new Set(had.keys());
@@ -187,6 +198,7 @@
       gone.forEach(id => { had.delete(id); document.getElementById(id)?.remove(); });
       document.title = new DOMParser().parseFromString(html, 'text/html').title;
       showSwitches();
+      stay(was);
       const plot = at && document.getElementById(at.chart)?.querySelector('.plot');
       if (plot) point(plot, at.step);
     };
@@ -201,7 +213,7 @@
         live('');
         if (answer.headers.get('etag') !== version) { version = answer.headers.get('etag'); take(text); }
       } catch (error) {
-        live(error instanceof TypeError ? 'Connection lost' : error.message);
+        error instanceof TypeError ? live('Connection lost') : live('Not readable', error.message);
       }
     };
     ages();

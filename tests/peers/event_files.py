@@ -1,6 +1,6 @@
 """Shows that TensorBoard's own reader loads what a run wrote with `trackers = ["jsonl", "tensorboard"]`.
 
-    python tests/peers/tensorboard.py OUTPUT_DIR
+    python tests/peers/event_files.py OUTPUT_DIR
 
 Needs the package `tensorboard` (2.x). It compares the event files in OUTPUT_DIR/logs, read by TensorBoard's
 EventAccumulator, with OUTPUT_DIR/metrics.jsonl: every optimizer step once, the same numbers; the configuration as text;
