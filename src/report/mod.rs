@@ -24,7 +24,7 @@ use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 
 use crate::Refusal;
 use page::Page;
@@ -79,13 +79,11 @@ fn may_replace(out: &Path) -> Result<()> {
         return Ok(());
     }
     let mut start = vec![0; BEGINNING.len()];
-    let read = fs::File::open(out).and_then(|mut file| file.read_exact(&mut start));
-    match read {
-        Ok(()) if start == BEGINNING.as_bytes() => Ok(()),
-        Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
-            Err(error).with_context(|| format!("reading {}", out.display()))
-        }
-        _ => Err(Refusal::error(format!(
+    // Opening a pipe would wait for someone to write into it.
+    let is_read = out.is_file() && fs::File::open(out).and_then(|mut file| file.read_exact(&mut start)).is_ok();
+    match is_read && start == BEGINNING.as_bytes() {
+        true => Ok(()),
+        false => Err(Refusal::error(format!(
             "{} is there and is no report of dblaunch's: name another file with --out",
             out.display()
         ))),
