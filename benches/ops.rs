@@ -13,12 +13,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use candle_core::{CpuStorage, CustomOp1, Device, Layout, Shape, Storage, Tensor, Var};
-use dblaunch::device::{Element, WeightRef, threads};
+use dblaunch::device::{Element, Keeping, WeightRef, threads};
 use dblaunch::ops::{Conv2d, conv2d, linear};
 use half::{bf16, f16};
 
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: Keeping<mimalloc::MiMalloc> = Keeping::over(mimalloc::MiMalloc);
 
 const PASSES: [&str; 3] = ["forward", "data", "backward"];
 

@@ -96,6 +96,7 @@ impl Linear {
 mod tests {
     use super::*;
     use crate::device::Element;
+    use crate::device::threads::with_threads;
     use crate::ops::gemm::numbers;
     use candle_core::{DType, Device, Var};
     use half::{bf16, f16};
@@ -172,10 +173,9 @@ mod tests {
             let all = [flat(&y), dx, weight.grad(), bias.grad()].concat();
             all.into_iter().map(f32::to_bits).collect::<Vec<u32>>()
         };
-        let pool = |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        let alone = pool(1).install(run);
-        assert_eq!(alone, pool(2).install(run));
-        assert_eq!(alone, pool(3).install(run));
+        let alone = with_threads(1, run);
+        assert_eq!(alone, with_threads(2, run));
+        assert_eq!(alone, with_threads(3, run));
     }
 
     #[test]
