@@ -4,7 +4,7 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 
 use super::cpu::{Held, by_dtype, elements, result, tensor};
-use super::gemm::{Bias, Matrix, Out, Product, Scalar, add_column_sums};
+use super::gemm::{Bias, FEW, Matrix, Out, Product, Scalar, add_column_sums, few_rows};
 use crate::device::WeightRef;
 
 /// x (..., I), weight (O, I) (or (O, I, 1, 1)), bias (O) -> (..., O): x W^T + b.
@@ -66,6 +66,9 @@ impl Linear {
             Some(bias) => Some(bias.view::<T>()?.iter().map(|b| b.to_f32()).collect()),
             None => None,
         };
+        if (1..=FEW).contains(&rows) {
+            return Ok(few_rows(x, rows, &weight, bias.as_deref(), UNIT));
+        }
         let (x, weight) = (Matrix::new(x, rows, inputs, inputs, 1), Matrix::new(&weight, inputs, outputs, 1, inputs));
         let product = Product::new(&x, &weight, UNIT);
         Ok(product.to_vec(bias.as_deref().map_or(Bias::None, Bias::Column)))

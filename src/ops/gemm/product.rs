@@ -266,7 +266,7 @@ impl<A: Left, B: Right> Product<'_, A, B> {
                 let from = sums.add(i * width);
                 let to = out.to.add(place.image * out.image_stride);
                 if let Some(lattice) = out.lattice {
-                    lattice.scatter(from, step, place, rows.clone(), to, out.row_stride);
+                    lattice.scatter::<S, T>(from, step, place, rows.clone(), to, out.row_stride);
                     continue;
                 }
                 let low = place.columns.min(S::LANES);
