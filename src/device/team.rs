@@ -11,7 +11,7 @@ use std::thread::{self, JoinHandle, Thread};
 use std::time::{Duration, Instant};
 
 /// How long a helper stays awake for the next piece of work.
-const AWAKE: Duration = Duration::from_micros(200);
+const AWAKE: Duration = Duration::from_millis(1);
 
 /// The caller's thread and `size - 1` helpers.
 pub(super) struct Team {
