@@ -169,7 +169,7 @@ impl Screen {
         } else if self.output.bar {
             self.start(total, done);
             self.of_pictures = true;
-        } else if calls == 0 || self.last_plain.is_none_or(|last| last.elapsed() >= PLAIN_EVERY) {
+        } else if done >= total || self.last_plain.is_none_or(|last| last.elapsed() >= PLAIN_EVERY) {
             self.last_plain = Some(Instant::now());
             self.line(&text, false);
         }

@@ -92,11 +92,12 @@ impl<'w> Decoder<'w> {
         let (scale, shift) = (self.config.scaling_factor as f32, self.config.shift_factor as f32);
         let values = latents.iter().map(|x| x / scale + shift).collect();
         let plane = Plane { channels, height, width, values };
+        ensure!(plane.is_finite(), "the latents are not finite (the weights, or too narrow a precision?)");
         let pixels = self.run(&self.network, &plane)?;
-        if pixels.is_finite() || !plane.is_finite() || self.network.dtype == DType::F32 {
-            ensure!(pixels.is_finite(), "the latents are not finite (the weights, or this precision?)");
+        if pixels.is_finite() {
             return Ok(pixels);
         }
+        ensure!(self.network.dtype != DType::F32, "the VAE's decoder gives pixels that are not finite");
         if self.wide.is_none() {
             self.wide = Some(Network::load(&self.config, self.weights, DType::F32)?);
         }

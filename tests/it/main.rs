@@ -12,6 +12,7 @@ mod parity;
 mod pictures;
 mod ranks;
 mod resume;
+mod sample;
 mod sharing;
 mod toy;
 mod tracking;
