@@ -60,11 +60,14 @@ fn a_run_and_its_resumption_leave_event_files() {
     let told = events(&first[0]);
     // The version, the start of the session, the configuration, four steps.
     assert_eq!(told.len(), 3 + 4);
-    assert_eq!((holding(&told, "grad_norm"), holding(&told, "instance_prompt = \"a photo of sks cat\"")), (4, 1));
+    assert_eq!(
+        (holding(&told, "images_per_second"), holding(&told, "instance_prompt = \"a photo of sks cat\"")),
+        (4, 1)
+    );
     home.job(PLAIN).sets(&sets).set("checkpoint.resume=checkpoint-2").run().done();
     let both = event_files(&home.out());
     assert!(both.len() == 2 && both[0] == first[0]);
-    assert_eq!(holding(&events(&both[1]), "grad_norm"), 2);
+    assert_eq!(holding(&events(&both[1]), "images_per_second"), 2);
     let config = fs::read_to_string(home.path("out/config.toml")).unwrap();
     assert!(config.contains("trackers = [\"jsonl\", \"tensorboard\"]"), "{config}");
 }
