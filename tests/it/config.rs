@@ -184,7 +184,7 @@ fn what_is_missing_is_told_with_what_to_write() {
 fn what_is_not_there_yet_is_told_with_what_to_use() {
     each_is_told(&[
         ("[lora]\nrank = 4", &["train.toml:1: [lora]", "not there yet", "leave the section out"]),
-        ("[validation]\nprompt = \"x\"", &["[validation]", "yet"]),
+        ("[validation]\nprompt = \"x\"\nimages = [\"y\"]", &["validation.images", "not there yet"]),
         ("[optimizer]\nkind = \"adamw8bit\"", &["not there yet", "\"adamw\""]),
         ("[optimizer]\nmaster_dtype = \"bf16\"", &["not there yet", "\"fp32\""]),
         ("[train]\nmixed_precision = \"fp16\"", &["not there yet", "\"bf16\""]),
@@ -396,6 +396,6 @@ fn the_recipes_in_configs_load() {
     for recipe in fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("configs")).unwrap() {
         let path = recipe.unwrap().path();
         let plan = config::load(&path, &[], 2).unwrap_or_else(|error| panic!("{}: {error:#}", path.display()));
-        assert!(plan.zero.stage >= 2);
+        assert!(plan.output.dir.starts_with("runs"), "{}", path.display());
     }
 }
