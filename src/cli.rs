@@ -38,6 +38,12 @@ pub struct TrainArgs {
 pub enum Command {
     /// Find everything that is wrong with a configuration, and say what would run; nothing is started
     Check(CheckArgs),
+    /// Make pictures with a trained model: a finished pipeline, one on the Hub, or a run's checkpoint
+    Sample(Box<SampleArgs>),
+    /// Show runs as one HTML file that needs no network and no other file
+    Report(ReportArgs),
+    /// Show a run live in the browser, to this machine alone
+    Watch(WatchArgs),
     /// Measure memory or speed on networks of published shapes with made-up weights; nothing is written
     #[command(subcommand)]
     Bench(BenchCommand),
@@ -87,6 +93,26 @@ pub struct CheckArgs {
     pub request: RequestArgs,
 }
 
+#[derive(Args, Clone, Debug)]
+pub struct ReportArgs {
+    /// Output folders of runs
+    #[arg(value_name = "OUTPUT_DIR", required = true)]
+    pub dirs: Vec<PathBuf>,
+    /// Where the report goes [default: report.html in the first folder]
+    #[arg(long, value_name = "FILE")]
+    pub out: Option<PathBuf>,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct WatchArgs {
+    /// Output folder of a run
+    #[arg(value_name = "OUTPUT_DIR")]
+    pub dir: PathBuf,
+    /// Port of 127.0.0.1; 0 for any that is free
+    #[arg(long, value_name = "N", default_value_t = crate::report::DEFAULT_PORT)]
+    pub port: u16,
+}
+
 /// A configuration, and how many ranks are to run it.
 #[derive(Args, Clone, Debug)]
 pub struct RequestArgs {
@@ -101,12 +127,124 @@ pub struct RequestArgs {
     pub config: Option<PathBuf>,
 }
 
+/// What pictures to make, with what, and where they go.
+#[derive(Args, Clone, Debug)]
+pub struct SampleArgs {
+    /// A pipeline's folder in diffusers' layout, a model's id on the Hub, or a checkpoint-N folder of a run
+    #[arg(value_name = "MODEL_DIR")]
+    pub model: PathBuf,
+    /// What the pictures are to show (repeatable)
+    #[arg(long = "prompt", value_name = "TEXT", required_unless_present = "prompt_file")]
+    pub prompts: Vec<String>,
+    /// More prompts, one a line
+    #[arg(long, value_name = "FILE")]
+    pub prompt_file: Option<PathBuf>,
+    /// What the pictures are not to show: once for all prompts, or once for each
+    #[arg(long = "negative-prompt", value_name = "TEXT")]
+    pub negative_prompts: Vec<String>,
+    /// Cut prompts that are longer than the tokenizer allows, as diffusers does, instead of refusing them
+    #[arg(long)]
+    pub cut_prompts: bool,
+    /// Pictures for each prompt
+    #[arg(long, value_name = "N", default_value = "1")]
+    pub num: NonZeroUsize,
+    /// The same seed makes the same pictures, for any number of ranks [default: a fresh one, which is told]
+    #[arg(long)]
+    pub seed: Option<u64>,
+    /// Denoising steps
+    #[arg(long, value_name = "N", default_value = "50")]
+    pub steps: NonZeroUsize,
+    /// How much the prompt is insisted on; 1 and less: the network is asked once a step, without a negative prompt
+    #[arg(long, value_name = "SCALE", default_value_t = 7.5, allow_negative_numbers = true)]
+    pub guidance: f64,
+    /// Brings the guided prediction's contrast back to the unguided one's: 0 not at all, 1 fully
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0, allow_negative_numbers = true)]
+    pub guidance_rescale: f64,
+    /// ddpm, ddim, pndm, euler, euler-a, dpm++2m, dpm++2m-sde or unipc [default: the model's own]
+    #[arg(long, value_name = "NAME")]
+    pub sampler: Option<String>,
+    /// In pixels, a multiple of 8 [default: the model's own]
+    #[arg(long, value_name = "PIXELS")]
+    pub height: Option<usize>,
+    /// In pixels, a multiple of 8 [default: the model's own]
+    #[arg(long, value_name = "PIXELS")]
+    pub width: Option<usize>,
+    /// What the network computes in
+    #[arg(long, value_enum, default_value_t = SampleDtype::Fp32)]
+    pub dtype: SampleDtype,
+    /// Where it computes
+    #[arg(long, value_enum, default_value_t = SampleDevice::Auto)]
+    pub device: SampleDevice,
+    /// A LoRA to add to the model, and with what weight (not there yet)
+    #[arg(long, value_name = "FILE[:SCALE]")]
+    pub lora: Option<String>,
+    /// The folder that the pictures go to, as 00000.png and so on
+    #[arg(long, value_name = "DIR", default_value = "samples")]
+    pub out: PathBuf,
+    /// Replace pictures that are in the folder
+    #[arg(long)]
+    pub overwrite: bool,
+    /// Also write all pictures as one, grid.png
+    #[arg(long)]
+    pub grid: bool,
+    /// Start from these numbers instead of drawn ones: a safetensors file with `latents` (pictures, C, h, w), standard
+    /// normal, and `noise.K` for the K-th step that takes noise
+    #[arg(long, value_name = "FILE")]
+    pub latents: Option<PathBuf>,
+    /// Also write the final latents, latents.safetensors
+    #[arg(long)]
+    pub save_latents: bool,
+    /// Decode large pictures in tiles: takes less memory and changes them a little
+    #[arg(long, value_enum, default_value_t = VaeTiling::Auto, default_missing_value = "on", num_args = 0..=1, require_equals = true)]
+    pub vae_tiling: VaeTiling,
+    /// Pictures that a rank makes at a time
+    #[arg(long, value_name = "N", default_value = "1")]
+    pub batch_size: NonZeroUsize,
+    /// Ranks on this machine, which share the pictures [default: one per GPU, or one]
+    #[arg(long, value_name = "N")]
+    pub nproc: Option<NonZeroUsize>,
+    /// ZeRO stage: 3 shares the denoising network's parameters over the ranks, 0 gives each all of them [default: 3 for
+    /// several ranks, 0 for one]
+    #[arg(long, value_parser = clap::value_parser!(u8).range(0..=3))]
+    pub stage: Option<u8>,
+    /// Compute threads of all ranks on this machine together [default: one per core that may be used]
+    #[arg(long, value_name = "N")]
+    pub threads: Option<NonZeroUsize>,
+    /// Weight files of this variant, such as fp16
+    #[arg(long, value_name = "NAME")]
+    pub variant: Option<String>,
+    /// Branch, tag or commit of a model on the Hub
+    #[arg(long, value_name = "NAME")]
+    pub revision: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum SampleDtype {
+    Fp32,
+    Bf16,
+    Fp16,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum SampleDevice {
+    /// A GPU if this build can use one and one is there, else the CPU
+    Auto,
+    Cpu,
+    Cuda,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum VaeTiling {
+    /// Beyond a megapixel
+    Auto,
+    On,
+    Off,
+}
+
 /// Commands that are known and cannot be run yet, with what to do meanwhile. They are not offered: a first argument
 /// of this name that is no file ends the program with this message and exit status 2.
-const NOT_YET: [(&str, &str); 2] = [
-    ("plan", "`dblaunch plan` is not there yet; `dblaunch check train.toml` says what a run needs on disk"),
-    ("sample", "`dblaunch sample` is not there yet; make pictures from the output folder with diffusers"),
-];
+const NOT_YET: [(&str, &str); 1] =
+    [("plan", "`dblaunch plan` is not there yet; `dblaunch check train.toml` says what a run needs on disk")];
 
 /// The message for a command that is not there yet, if `arguments` (without the program's name) begin with one.
 pub fn not_there_yet<'a>(mut arguments: impl Iterator<Item = &'a str>) -> Option<&'static str> {
@@ -151,6 +289,30 @@ mod tests {
     }
 
     #[test]
+    fn pictures_have_options_of_their_own() {
+        let line =
+            "sample model --prompt a --prompt b --negative-prompt c --nproc 2 --vae-tiling --stage 3 --guidance -1";
+        let Some(Command::Sample(args)) = parse(line).unwrap().command else { panic!("not a sample") };
+        assert_eq!((args.prompts.len(), args.num.get(), args.steps.get(), args.stage), (2, 1, 50, Some(3)));
+        assert_eq!((args.vae_tiling, args.guidance, args.out), (VaeTiling::On, -1.0, PathBuf::from("samples")));
+        for line in ["sample", "sample model", "sample model --prompt a --num 0", "sample model --prompt a --stage 4"] {
+            assert_eq!(parse(line).unwrap_err().exit_code(), 2, "{line}");
+        }
+    }
+
+    #[test]
+    fn runs_are_shown_from_their_folders() {
+        let Some(Command::Report(report)) = parse("report a b --out c.html").unwrap().command else {
+            panic!("not a report");
+        };
+        assert_eq!((report.dirs.len(), report.out), (2, Some(PathBuf::from("c.html"))));
+        let Some(Command::Watch(watch)) = parse("watch a").unwrap().command else { panic!("not a watch") };
+        assert_eq!((watch.dir, watch.port), (PathBuf::from("a"), crate::report::DEFAULT_PORT));
+        assert_eq!(parse("report").unwrap_err().exit_code(), 2);
+        assert_eq!(parse("watch a --port 70000").unwrap_err().exit_code(), 2);
+    }
+
+    #[test]
     fn a_wrong_line_is_status_2_and_what_is_not_there_is_not_offered() {
         for line in
             ["", "--nproc 0 t.toml", "--nproc 2", "t.toml u.toml", "check", "--profile 3 t.toml", "completions sh"]
@@ -163,8 +325,8 @@ mod tests {
         let mut script = Vec::new();
         write_completions(Shell::Bash, &mut script);
         let script = String::from_utf8(script).unwrap();
-        assert!(script.contains("max-restarts") && !script.contains("rdzv") && !script.contains("sample"));
-        assert!(not_there_yet(["sample", "model", "--prompt", "x"].into_iter()).unwrap().contains("not there yet"));
+        assert!(script.contains("max-restarts") && script.contains("sample") && !script.contains("rdzv"));
+        assert!(not_there_yet(["plan", "train.toml"].into_iter()).unwrap().contains("not there yet"));
         assert!(not_there_yet(["train.toml"].into_iter()).is_none());
     }
 }

@@ -22,8 +22,8 @@
 //!
 //! ```text
 //!     5  asked for    main  cli  config  launch  hub
-//!     4  together     train  checkpoint  bench            the only place where all the others meet
-//!     3  content      data  diffusion  model  optim
+//!     4  together     train  sample  pipeline  checkpoint  bench  report  the only place where all the others meet
+//!     3  content      data  diffusion  model  optim  track
 //!     2  machinery    segment (layers, no ranks)    zero (ranks, no layers)
 //!     1  ground       ops  comm
 //!     0  hardware     device                              candle-core below
@@ -59,8 +59,12 @@ pub mod launch;
 pub mod model;
 pub mod ops;
 pub mod optim;
+pub mod pipeline;
 mod refusal;
+pub mod report;
+pub mod sample;
 pub mod segment;
+pub mod track;
 pub mod train;
 pub mod zero;
 

@@ -7,16 +7,20 @@ use std::time::Duration;
 use anyhow::Result;
 use candle_core::DType;
 use clap::Parser;
-use dblaunch::cli::{self, BenchCommand, BenchDtype, Cli, Command, RequestArgs, TrainArgs};
+use dblaunch::cli::{self, BenchCommand, BenchDtype, Cli, Command, RequestArgs, SampleArgs, TrainArgs};
 use dblaunch::config::{self, Resume};
 use dblaunch::device::Keeping;
 use dblaunch::launch::{self, LaunchRequest, Output, Rank, World, status};
+use dblaunch::sample::{self, command as sampling};
 use dblaunch::zero::Stage;
-use dblaunch::{bench, checkpoint, hub, train};
+use dblaunch::{bench, checkpoint, hub, report, train};
 
 /// Activations come and go by the megabyte; the same pages are handed out again instead of asking the system.
 #[global_allocator]
 static ALLOCATOR: Keeping<mimalloc::MiMalloc> = Keeping::over(mimalloc::MiMalloc);
+
+/// How long a rank that makes pictures waits for another one.
+const TIMEOUT: Duration = Duration::from_secs(600);
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned()).collect();
@@ -27,6 +31,12 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = match &cli.command {
         Some(Command::Check(check)) => self::check(&check.request).map(|()| status::DONE),
+        Some(Command::Sample(args)) => self::sample(args),
+        Some(Command::Report(args)) => report::write(&args.dirs, args.out.as_deref()).map(|path| {
+            println!("{}", path.display());
+            status::DONE
+        }),
+        Some(Command::Watch(args)) => report::watch(&args.dir, args.port).map(|()| status::DONE),
         Some(Command::Bench(command)) => self::bench(*command),
         Some(Command::Completions { shell }) => {
             cli::write_completions(*shell, &mut std::io::stdout());
@@ -93,6 +103,30 @@ fn be_a_rank(args: &TrainArgs, world: &World) -> Result<u8> {
     })
 }
 
+/// `dblaunch sample`: the launcher checks the request and starts the ranks; a rank makes its share of the pictures.
+fn sample(args: &SampleArgs) -> Result<u8> {
+    let Some(world) = World::from_environment()? else {
+        let nproc = args.nproc.map_or(1, NonZeroUsize::get);
+        let plan = sampling::Plan::check(args, nproc)?;
+        plan.notes.iter().for_each(|note| eprintln!("dblaunch: {note}"));
+        drop(plan);
+        let mut request = LaunchRequest::this_program(nproc, std::env::args_os().skip(1).collect())?;
+        request.threads_total = args.threads.map(NonZeroUsize::get);
+        return launch::run(&request, Output::standard());
+    };
+    let plan = sampling::Plan::check(args, world.world_size)?;
+    let rank = Rank::start(TIMEOUT, args.threads.map(NonZeroUsize::get))?;
+    if world.starter != launch::Starter::Dblaunch {
+        plan.notes.iter().for_each(|note| rank.say(note));
+    }
+    Ok(match sampling::run(&plan, &rank) {
+        Ok(sample::Ending::Done) => status::DONE,
+        Ok(sample::Ending::Interrupted) => status::INTERRUPTED,
+        // Told while the rank is still there, so that the others learn the cause and not that it left.
+        Err(error) => launch::report_failure(&error),
+    })
+}
+
 /// `dblaunch bench`: memory is measured in ranks of its own.
 fn bench(command: BenchCommand) -> Result<u8> {
     match command {
@@ -109,7 +143,7 @@ fn bench(command: BenchCommand) -> Result<u8> {
                 return launch::run(&LaunchRequest::this_program(nproc.get(), arguments)?, Output::standard());
             }
             Some(_) => {
-                let rank = Rank::start(Duration::from_secs(600), None)?;
+                let rank = Rank::start(TIMEOUT, None)?;
                 let stage = Stage::from_number(stage).unwrap_or(Stage::Replicated);
                 if let Err(error) = bench::memory(&rank, stage, latent, steps) {
                     return Ok(launch::report_failure(&error));

@@ -53,7 +53,7 @@ pub fn unet_inputs(
     item: u64,
 ) -> Result<Inputs> {
     let draws = Draws::new(item);
-    let features = time_features(&[500], config);
+    let features = time_features([500.0], config);
     let width = features.len();
     let mut slots: Vec<(SlotId, Tensor)> = vec![
         (denoiser_slots.sample, noise(&draws, 0, &[1, config.in_channels, latent, latent])?),

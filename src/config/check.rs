@@ -9,17 +9,27 @@ use anyhow::Result;
 
 use super::document::Document;
 use super::model_folder::{self, ModelFacts};
-use super::output_folder;
 use super::{Draft, ModelSource, Resume, RunPlan, Steps};
+use super::{output_folder, sampling};
 use crate::checkpoint::{self, Checkpoint};
-use crate::data::{Dataset, DatasetOptions};
+use crate::data::{self, Dataset, DatasetOptions};
 use crate::diffusion::{NoiseSchedule, Record, RecordUse};
 use crate::model::{Component, VaeConfig};
 use crate::{Refusal, hub};
 
 /// What is looked at, in this order, after the configuration itself.
-const INSPECTIONS: &[fn(&mut Inspection)] =
-    &[model, images, pictures, ranks, replay, warmup, resume, output_folder::inspect, output_folder::disk_space];
+const INSPECTIONS: &[fn(&mut Inspection)] = &[
+    model,
+    images,
+    pictures,
+    ranks,
+    replay,
+    warmup,
+    resume,
+    sampling::inspect,
+    output_folder::inspect,
+    output_folder::disk_space,
+];
 
 /// Checks the request that `config` and `overrides` make, for `world_size` ranks. Fetches the model if it is on the
 /// Hub (into the Hub's own cache, where the run finds it), and writes nothing else. Ok is what will run; a request
@@ -83,7 +93,10 @@ pub struct Facts {
     pub model_dir: Option<PathBuf>,
     pub model: ModelFacts,
     pub instance_images: usize,
+    /// Class images that are there and will be used.
     pub class_images: usize,
+    /// Class images that are missing and will be made first.
+    pub class_images_made: usize,
     /// Known where the images are.
     pub steps: Option<Steps>,
     /// Of one checkpoint.
@@ -132,21 +145,7 @@ fn images(inspection: &mut Inspection) {
     let dir = inspection.plan.data.instance_dir.clone();
     let instances = count_images(inspection, "data", "instance_dir", &dir);
     inspection.facts.instance_images = instances.unwrap_or(0);
-    let mut classes = Some(0);
-    if let Some(prior) = inspection.plan.prior.clone() {
-        classes = count_images(inspection, "prior", "class_dir", &prior.class_dir);
-        if let Some(there) = classes.filter(|there| *there < prior.num_class_images) {
-            let what = format!(
-                "{} holds {there} pictures of the class, and {} are wanted; making the missing ones is not there yet: add \
-                 pictures, or write num_class_images = {there}",
-                prior.class_dir.display(),
-                prior.num_class_images
-            );
-            inspection.problem("prior", "num_class_images", &what);
-        }
-        classes = classes.map(|there| there.min(prior.num_class_images));
-        inspection.facts.class_images = classes.unwrap_or(0);
-    }
+    let classes = sampling::class_images(inspection);
     if let (Some(instances), Some(classes)) = (instances, classes) {
         let steps = Steps::of(instances.max(classes), &inspection.plan.train, inspection.world_size);
         inspection.facts.steps = Some(steps);
@@ -160,9 +159,9 @@ fn pictures(inspection: &mut Inspection) {
     if inspection.facts.steps.is_none() {
         return;
     }
-    // Class images that are too few were told already.
+    // Missing class images are made first.
     let there = inspection.facts.class_images;
-    options.class = options.class.map(|(dir, wanted)| (dir, wanted.min(there)));
+    options.class = options.class.filter(|_| there > 0).map(|(dir, _)| (dir, there));
     let Err(error) = Dataset::open(&options) else { return };
     match error.downcast::<Refusal>() {
         Ok(refusal) => refusal.problems.iter().for_each(|what| {
@@ -181,8 +180,9 @@ fn count_images(inspection: &mut Inspection, section: &str, key: &str, dir: &Pat
     if dir.as_os_str().is_empty() {
         return None;
     }
-    let names = match std::fs::read_dir(dir) {
-        Ok(entries) => entries.flatten().map(|entry| entry.path()),
+    let captioned = section == "data" && inspection.plan.data.captions;
+    let count = match data::list_pictures(dir, captioned) {
+        Ok(pictures) => pictures.len(),
         Err(error) => {
             let why = match error.kind() {
                 std::io::ErrorKind::NotFound => "there is no such folder".to_string(),
@@ -194,12 +194,6 @@ fn count_images(inspection: &mut Inspection, section: &str, key: &str, dir: &Pat
             return None;
         }
     };
-    // As the data set lists them: hidden files and folders are passed over, everything else is to be a picture.
-    let is_image = |path: &PathBuf| {
-        let hidden = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.'));
-        !hidden && path.is_file()
-    };
-    let count = names.filter(is_image).count();
     if count == 0 {
         inspection.problem(
             section,
@@ -325,18 +319,27 @@ impl fmt::Display for Report {
         let (side, crop) = (plan.data.resolution, if plan.data.center_crop { "centre" } else { "random" });
         let flip = if plan.data.random_flip { ", mirrored at random" } else { "" };
         let dir = plan.data.instance_dir.display();
-        writeln!(
-            f,
-            "  images      {} in {dir}, {side}x{side}, {crop} crop{flip}: {:?}",
-            facts.instance_images, plan.data.instance_prompt
-        )?;
+        let prompt = match plan.data.captions {
+            true => "with their captions".to_string(),
+            false => format!("{:?}", plan.data.instance_prompt),
+        };
+        writeln!(f, "  images      {} in {dir}, {side}x{side}, {crop} crop{flip}: {prompt}", facts.instance_images)?;
         if let Some(prior) = &plan.prior {
             let dir = prior.class_dir.display();
+            let made = match facts.class_images_made {
+                0 => String::new(),
+                made => format!(" and {made} to be made first"),
+            };
             writeln!(
                 f,
-                "  prior       {} of {dir}, weight {}: {:?}",
+                "  prior       {} of {dir}{made}, weight {}: {:?}",
                 facts.class_images, prior.loss_weight, prior.class_prompt
             )?;
+        }
+        if let Some(validation) = &plan.validation {
+            let every = validation.every.map_or("before and after".to_string(), |n| format!("every {n} steps"));
+            let (number, prompts) = (validation.num_images, &validation.prompts);
+            writeln!(f, "  validation  {number} pictures {every}: {prompts:?}")?;
         }
         if let Some(replay) = &plan.replay {
             writeln!(f, "  replay      draws and order of images from {}", replay.draws.display())?;

@@ -4,12 +4,22 @@ use std::path::PathBuf;
 
 use super::plan::{Toggle, Writer};
 use super::reader::Reader;
+use super::validation::read_sampler;
 use crate::data::Interpolation;
+use crate::diffusion::sampler::SamplerKind;
 
 #[derive(Clone, Debug, PartialEq)]
 pub struct DataPlan {
     pub instance_dir: PathBuf,
+    /// The prompt of every photograph; with captions, of those that have none. Empty with captions if not given.
     pub instance_prompt: String,
+    /// Each photograph has a caption of its own, in `metadata.jsonl` or a text file beside it.
+    pub captions: bool,
+    /// The column of `metadata.jsonl` that holds the captions.
+    pub caption_column: String,
+    /// How often a row is trained with the empty prompt instead of its own, so that guidance has something to lead
+    /// away from.
+    pub caption_dropout: f64,
     /// Side of the square training images in pixels; a multiple of 8.
     pub resolution: usize,
     /// Crop the middle instead of at random.
@@ -42,10 +52,18 @@ impl DataPlan {
     pub(super) fn read(section: &Reader) -> Self {
         let instance_dir = section
             .required_path("instance_dir", "write instance_dir = \"…\" under [data], the folder with your photographs");
-        let instance_prompt = section.required_text(
-            "instance_prompt",
-            "write instance_prompt = \"…\" under [data], with a rare word for your subject, as in \"a photo of sks dog\"",
-        );
+        let captions = section.flag("captions", false);
+        let instance_prompt = match captions {
+            true => section.text("instance_prompt").unwrap_or_default(),
+            false => section.required_text(
+                "instance_prompt",
+                "write instance_prompt = \"…\" under [data], with a rare word for your subject, as in \"a photo of sks dog\", \
+                 or captions = true if the pictures have captions",
+            ),
+        };
+        if !captions && section.is_set("caption_column") {
+            section.reject("caption_column", "this is read with captions = true only: add that, or take this out");
+        }
         let resolution = section.count("resolution", 8).unwrap_or(512);
         if !resolution.is_multiple_of(8) || resolution > 16384 {
             let lower = (resolution.min(16384) / 8) * 8;
@@ -59,6 +77,11 @@ impl DataPlan {
         Self {
             instance_dir,
             instance_prompt,
+            captions,
+            caption_column: section.text("caption_column").unwrap_or_else(|| "text".to_string()),
+            caption_dropout: section
+                .number("caption_dropout", "at least 0 and below 1", |rate| (0.0..1.0).contains(&rate))
+                .unwrap_or(0.0),
             resolution,
             center_crop: section.flag("center_crop", false),
             random_flip: section.flag("random_flip", false),
@@ -80,6 +103,9 @@ impl DataPlan {
         Writer::default()
             .put_path("instance_dir", &self.instance_dir)
             .put("instance_prompt", self.instance_prompt.clone())
+            .put("captions", self.captions)
+            .put_some("caption_column", self.captions.then(|| self.caption_column.clone()))
+            .put("caption_dropout", self.caption_dropout)
             .put_count("resolution", self.resolution)
             .put("center_crop", self.center_crop)
             .put("random_flip", self.random_flip)
@@ -103,6 +129,10 @@ pub struct PriorPlan {
     pub sample_batch_size: usize,
     /// Weight of the class images' loss.
     pub loss_weight: f64,
+    /// How missing class images are made: steps of the sampler, guidance, and the sampler if not the model's own.
+    pub steps: usize,
+    pub guidance_scale: f64,
+    pub sampler: Option<SamplerKind>,
 }
 
 impl PriorPlan {
@@ -120,6 +150,9 @@ impl PriorPlan {
             num_class_images: section.count("num_class_images", 1).unwrap_or(100),
             sample_batch_size: section.count("sample_batch_size", 1).unwrap_or(4),
             loss_weight: section.at_least_zero("loss_weight").unwrap_or(1.0),
+            steps: section.count("steps", 1).unwrap_or(50),
+            guidance_scale: section.at_least_zero("guidance_scale").unwrap_or(7.5),
+            sampler: read_sampler(section),
         })
     }
 
@@ -130,6 +163,9 @@ impl PriorPlan {
             .put_count("num_class_images", self.num_class_images)
             .put_count("sample_batch_size", self.sample_batch_size)
             .put("loss_weight", self.loss_weight)
+            .put_count("steps", self.steps)
+            .put("guidance_scale", self.guidance_scale)
+            .put_some("sampler", self.sampler.map(SamplerKind::name))
             .finish()
     }
 }

@@ -10,6 +10,9 @@ pub(super) const SECTIONS: &[(&str, &[&str])] = &[
         &[
             "instance_dir",
             "instance_prompt",
+            "captions",
+            "caption_column",
+            "caption_dropout",
             "resolution",
             "center_crop",
             "random_flip",
@@ -20,7 +23,19 @@ pub(super) const SECTIONS: &[(&str, &[&str])] = &[
             "cache_latents",
         ],
     ),
-    ("prior", &["class_dir", "class_prompt", "num_class_images", "sample_batch_size", "loss_weight"]),
+    (
+        "prior",
+        &[
+            "class_dir",
+            "class_prompt",
+            "num_class_images",
+            "sample_batch_size",
+            "loss_weight",
+            "steps",
+            "guidance_scale",
+            "sampler",
+        ],
+    ),
     (
         "train",
         &[
@@ -70,7 +85,22 @@ pub(super) const SECTIONS: &[(&str, &[&str])] = &[
     ),
     ("memory", &["vram", "ram"]),
     ("checkpoint", &["every", "keep", "resume", "on_interrupt"]),
-    ("validation", &["prompt", "negative_prompt", "num_images", "every", "steps", "guidance_scale", "seed", "images"]),
+    (
+        "validation",
+        &[
+            "prompt",
+            "negative_prompt",
+            "num_images",
+            "every",
+            "steps",
+            "guidance_scale",
+            "seed",
+            "sampler",
+            "scores",
+            "class_prompt",
+            "images",
+        ],
+    ),
     ("output", &["dir", "overwrite", "save_dtype", "skip_save_text_encoder", "trackers", "push_to_hub"]),
     ("replay", &["draws", "pixels", "save_gradients"]),
 ];
@@ -80,6 +110,7 @@ const ELSEWHERE: &[(&str, &str)] = &[
     ("pretrained_model_name_or_path", "model.path"),
     ("instance_data_dir", "data.instance_dir"),
     ("class_data_dir", "prior.class_dir"),
+    ("train_data_dir", "data.instance_dir"),
     ("with_prior_preservation", "prior.class_dir"),
     ("prior_loss_weight", "prior.loss_weight"),
     ("image_interpolation_mode", "data.image_interpolation"),

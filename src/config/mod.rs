@@ -7,15 +7,16 @@ mod data;
 mod document;
 mod keys;
 mod model;
-
 mod model_folder;
 mod optimizer;
 mod output;
 mod output_folder;
 mod plan;
 mod reader;
+mod sampling;
 mod steps;
 mod train;
+mod validation;
 mod zero;
 
 use std::cell::RefCell;
@@ -24,6 +25,7 @@ use std::path::Path;
 use anyhow::Result;
 
 pub use check::{Facts, Inspection, Report, check};
+pub(crate) use output_folder::can_write;
 
 pub use plan::*;
 pub use steps::Steps;
@@ -72,10 +74,13 @@ impl Draft {
         let train = TrainPlan::read(&section("train"));
         let images_per_step = train.batch_size.saturating_mul(train.accumulation).saturating_mul(world_size);
         let output = OutputPlan::read(&section("output"));
+        let prior = PriorPlan::read(&section("prior"));
+        let class_prompt = prior.as_ref().map(|prior| prior.class_prompt.as_str());
         let plan = RunPlan {
             model: ModelPlan::read(&section("model")),
             data: DataPlan::read(&section("data")),
-            prior: PriorPlan::read(&section("prior")),
+            validation: ValidationPlan::read(&section("validation"), class_prompt),
+            prior,
             optimizer: OptimizerPlan::read(&section("optimizer"), images_per_step),
             lr_schedule: LrSchedulePlan::read(&section("lr_schedule")),
             zero: ZeroPlan::read(&section("zero"), world_size),
@@ -86,7 +91,6 @@ impl Draft {
         };
         zero::refuse_memory(&section("memory"));
         refuse_lora(&section("lora"));
-        refuse_validation(&section("validation"));
         cross_check(&plan, &section("data"), &section("lr_schedule"));
         let problems = problems.into_inner();
         Ok(Draft { plan, problems, document })
@@ -121,22 +125,6 @@ fn refuse_lora(section: &Reader) {
     section.texts("target_modules");
     if section.present() {
         section.reject_section("LoRA is not there yet: leave the section out for a full fine-tune");
-    }
-}
-
-fn refuse_validation(section: &Reader) {
-    section.text("prompt");
-    section.text("negative_prompt");
-    section.count("num_images", 1);
-    section.count("every", 1);
-    section.count("steps", 1);
-    section.at_least_zero("guidance_scale");
-    section.seed("seed");
-    section.texts("images");
-    if section.present() {
-        section.reject_section(
-            "pictures cannot be made during a run yet: leave the section out, and make them from the output folder with diffusers",
-        );
     }
 }
 

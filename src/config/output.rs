@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use super::plan::Writer;
 use super::reader::{Reader, expand_home};
+use crate::track::Tracker;
 
 #[derive(Clone, Debug, PartialEq)]
 pub struct CheckpointPlan {
@@ -66,6 +67,8 @@ pub struct OutputPlan {
     /// Of the trained parts in the pipeline folder at the end.
     pub save_dtype: SaveDtype,
     pub skip_save_text_encoder: bool,
+    /// What the run is told to, besides `metrics.jsonl`, which is always written.
+    pub trackers: Vec<Tracker>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,12 +84,6 @@ impl OutputPlan {
     pub(super) fn read(section: &Reader) -> Self {
         let dir =
             section.required_path("dir", "write dir = \"…\" under [output], the folder the trained pipeline goes to");
-        if section.texts("trackers").is_some_and(|trackers| trackers != ["jsonl"]) {
-            section.reject(
-                "trackers",
-                "only \"jsonl\" (metrics.jsonl, always written) is there yet: use [\"jsonl\"] or leave this out",
-            );
-        }
         if section.flag("push_to_hub", false) {
             section.reject(
                 "push_to_hub",
@@ -98,6 +95,7 @@ impl OutputPlan {
             overwrite: section.flag("overwrite", false),
             save_dtype: section.choice("save_dtype", SaveDtype::F32, &DTYPES.map(|(name, dtype)| (name, Ok(dtype)))),
             skip_save_text_encoder: section.flag("skip_save_text_encoder", false),
+            trackers: trackers(section),
         }
     }
 
@@ -108,9 +106,35 @@ impl OutputPlan {
             .put("overwrite", self.overwrite)
             .put_some("save_dtype", dtype)
             .put("skip_save_text_encoder", self.skip_save_text_encoder)
-            .put("trackers", vec![toml::Value::from("jsonl")])
+            .put("trackers", self.trackers.iter().map(|tracker| name(*tracker).into()).collect::<Vec<toml::Value>>())
             .finish()
     }
+}
+
+const TRACKERS: [(&str, Tracker); 2] = [("jsonl", Tracker::Jsonl), ("tensorboard", Tracker::TensorBoard)];
+
+fn name(tracker: Tracker) -> &'static str {
+    TRACKERS.iter().find(|(_, known)| *known == tracker).map_or("", |(name, _)| name)
+}
+
+/// Without the key: `metrics.jsonl` alone.
+fn trackers(section: &Reader) -> Vec<Tracker> {
+    let Some(names) = section.texts("trackers") else { return vec![Tracker::Jsonl] };
+    let mut trackers = Vec::new();
+    for name in &names {
+        match TRACKERS.iter().find(|(known, _)| known == name) {
+            Some((_, tracker)) if trackers.contains(tracker) => {}
+            Some((_, tracker)) => trackers.push(*tracker),
+            None => {
+                let what = format!(
+                    "{name:?} is no tracker: use \"tensorboard\" (event files in logs/), \"jsonl\" (metrics.jsonl, written \
+                     in any case), or both"
+                );
+                section.reject("trackers", &what);
+            }
+        }
+    }
+    trackers
 }
 
 /// Every random draw and the order of images from a record.

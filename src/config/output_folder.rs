@@ -94,7 +94,7 @@ fn nearest_existing(path: &Path) -> &Path {
 }
 
 /// Tries to write in `dir`, or where it would be made, and takes away again what it wrote.
-fn can_write(dir: &Path) -> Result<()> {
+pub(crate) fn can_write(dir: &Path) -> Result<()> {
     let there = nearest_existing(dir);
     if !there.is_dir() {
         let there = there.display();

@@ -3,13 +3,14 @@
 
 use anyhow::Result;
 
-use crate::data::{DatasetOptions, KEEP_BYTES};
+use crate::data::{CaptionOptions, DatasetOptions, KEEP_BYTES};
 
 pub use super::data::{DataPlan, PriorPlan};
 pub use super::model::{DeviceKind, ModelPlan, ModelSource};
 pub use super::optimizer::{LrKind, LrSchedulePlan, OptimizerKind, OptimizerPlan};
 pub use super::output::{CheckpointPlan, OutputPlan, ReplayPixels, ReplayPlan, Resume, SaveDtype};
 pub use super::train::{MixedPrecision, TrainPlan};
+pub use super::validation::{ScoresPlan, ValidationPlan};
 pub use super::zero::{ReduceDtype, ZeroPlan};
 
 /// A validated run. Values are final: `"auto"` is resolved wherever the configuration alone can, and learning rates
@@ -25,6 +26,8 @@ pub struct RunPlan {
     pub lr_schedule: LrSchedulePlan,
     pub zero: ZeroPlan,
     pub checkpoint: CheckpointPlan,
+    /// Present if pictures are made during the run.
+    pub validation: Option<ValidationPlan>,
     pub output: OutputPlan,
     /// Present when every draw comes from a record.
     pub replay: Option<ReplayPlan>,
@@ -84,6 +87,10 @@ impl RunPlan {
     pub fn dataset_options(&self, verify: bool) -> DatasetOptions {
         DatasetOptions {
             instance_dir: self.data.instance_dir.clone(),
+            captions: self.data.captions.then(|| CaptionOptions {
+                column: self.data.caption_column.clone(),
+                fallback: Some(self.data.instance_prompt.clone()).filter(|prompt| !prompt.is_empty()),
+            }),
             class: self.prior.as_ref().map(|prior| (prior.class_dir.clone(), prior.num_class_images)),
             resolution: self.data.resolution,
             center_crop: self.data.center_crop,
@@ -109,6 +116,9 @@ impl RunPlan {
         add("lr_schedule", self.lr_schedule.write());
         add("zero", self.zero.write());
         add("checkpoint", self.checkpoint.write());
+        if let Some(validation) = &self.validation {
+            add("validation", validation.write()?);
+        }
         add("output", self.output.write());
         if let Some(replay) = &self.replay {
             add("replay", replay.write());

@@ -209,6 +209,14 @@ impl<'a> Reader<'a> {
         })
     }
 
+    /// A string, or a list of them.
+    pub fn one_or_more(&self, key: &str) -> Option<Vec<String>> {
+        match self.entry(key)?.value {
+            Value::Text(_) => self.text(key).map(|text| vec![text]),
+            _ => self.texts(key),
+        }
+    }
+
     /// Refuses `key` when it is written: its feature is not there yet.
     pub fn not_yet(&self, key: &str, why: &str) {
         if self.is_set(key) {

@@ -1,6 +1,7 @@
 //! The images of a run: a folder of instance images and, under prior preservation, one of class images, and how an item
 //! of the data set becomes pixels. Order, crops and flips are drawn elsewhere and come in as values.
 
+use super::captions::{CaptionOptions, captions, is_caption_file};
 use super::crop::{Crop, Window, center, fit, scale_draw};
 use super::decode::{Picture, decode};
 use super::resize::{Interpolation, resize};
@@ -16,6 +17,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 #[derive(Clone, Debug)]
 pub struct DatasetOptions {
     pub instance_dir: PathBuf,
+    /// How the instance images' captions are found; None where one prompt is for all of them.
+    pub captions: Option<CaptionOptions>,
     /// The folder of class images and how many of them to use at most; there must be as many.
     pub class: Option<(PathBuf, usize)>,
     /// The side r of the square that is trained on, in pixels.
@@ -51,6 +54,8 @@ pub struct Dataset {
     options: DatasetOptions,
     instances: Vec<Image>,
     classes: Vec<Image>,
+    /// Of each instance image; empty without captions.
+    captions: Vec<String>,
     kept: AtomicUsize,
 }
 
@@ -62,6 +67,12 @@ struct Image {
     kept: OnceLock<Window>,
 }
 
+impl Image {
+    fn at(path: PathBuf) -> Self {
+        Image { path, size: OnceLock::new(), kept: OnceLock::new() }
+    }
+}
+
 impl Dataset {
     /// Lists the folders (files sorted by name; hidden files and sub-folders are passed over) and decodes every picture once.
     ///
@@ -70,16 +81,16 @@ impl Dataset {
     /// images or damaged ones.
     pub fn open(options: &DatasetOptions) -> Result<Dataset> {
         let mut problems = Vec::new();
-        let mut listed = |dir: &Path, key: &str| {
-            list(dir, key).unwrap_or_else(|problem| {
+        let mut listed = |dir: &Path, key: &str, captioned: bool| {
+            list(dir, key, captioned).unwrap_or_else(|problem| {
                 problems.push(problem);
                 Vec::new()
             })
         };
-        let instances = listed(&options.instance_dir, "data.instance_dir");
+        let instances = listed(&options.instance_dir, "data.instance_dir", options.captions.is_some());
         let mut classes = Vec::new();
         if let Some((dir, wanted)) = &options.class {
-            classes = listed(dir, "prior.class_dir");
+            classes = listed(dir, "prior.class_dir", false);
             if !classes.is_empty() && classes.len() < *wanted {
                 problems.push(format!(
                     "{} holds {} class images and prior.num_class_images = {wanted}: {} are missing. Add them, or lower prior.num_class_images.",
@@ -90,7 +101,21 @@ impl Dataset {
             }
             classes.truncate(*wanted);
         }
-        let dataset = Dataset { options: options.clone(), instances, classes, kept: AtomicUsize::new(0) };
+        let mut own_captions = Vec::new();
+        if let Some(captioned) = options.captions.as_ref().filter(|_| !instances.is_empty()) {
+            own_captions = captions(&options.instance_dir, &instances, captioned).unwrap_or_else(|told| {
+                problems.extend(told);
+                Vec::new()
+            });
+        }
+        let images = |paths: Vec<PathBuf>| paths.into_iter().map(Image::at).collect();
+        let dataset = Dataset {
+            options: options.clone(),
+            instances: images(instances),
+            classes: images(classes),
+            captions: own_captions,
+            kept: AtomicUsize::new(0),
+        };
         if options.verify {
             let images: Vec<(&Image, Row)> = dataset.images().collect();
             let found: Vec<Option<String>> =
@@ -119,6 +144,11 @@ impl Dataset {
 
     pub fn has_classes(&self) -> bool {
         self.options.class.is_some()
+    }
+
+    /// The instance images' captions, file by file; empty where they have none.
+    pub fn captions(&self) -> &[String] {
+        &self.captions
     }
 
     /// The file behind a row of an item.
@@ -190,6 +220,15 @@ impl Dataset {
         })
     }
 
+    /// The number of the file behind a row of an item.
+    pub fn file_number(&self, row: Row, item: u64) -> u64 {
+        let files = match row {
+            Row::Instance => self.instances.len(),
+            Row::Class => self.classes.len(),
+        };
+        item % files.max(1) as u64
+    }
+
     fn images(&self) -> impl Iterator<Item = (&Image, Row)> {
         let instances = self.instances.iter().map(|i| (i, Row::Instance));
         instances.chain(self.classes.iter().map(|i| (i, Row::Class)))
@@ -251,9 +290,10 @@ enum Loaded<'a> {
     Passing(Picture),
 }
 
-/// A folder's files by name. An error's text is a problem for a refusal.
-fn list(dir: &Path, key: &str) -> std::result::Result<Vec<Image>, String> {
-    let unreadable = |e: std::io::Error| match e.kind() {
+/// A folder's pictures by name: all its files but hidden ones and, with captions, those that hold these. An error's text
+/// is a problem for a refusal.
+fn list(dir: &Path, key: &str, captioned: bool) -> std::result::Result<Vec<PathBuf>, String> {
+    let paths = list_pictures(dir, captioned).map_err(|e| match e.kind() {
         std::io::ErrorKind::NotFound => format!(
             "the folder {} ({key}) does not exist. Create it and put images into it, or correct the path.",
             dir.display()
@@ -262,23 +302,30 @@ fn list(dir: &Path, key: &str) -> std::result::Result<Vec<Image>, String> {
             format!("{} ({key}) is not a folder. Set it to the folder that holds the images.", dir.display())
         }
         _ => format!("the folder {} ({key}) cannot be read: {e}.", dir.display()),
-    };
-    let mut paths = Vec::new();
-    for entry in std::fs::read_dir(dir).map_err(unreadable)? {
-        let path = entry.map_err(unreadable)?.path();
-        let hidden = path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
-        if !hidden && !path.is_dir() {
-            paths.push(path);
-        }
-    }
+    })?;
     if paths.is_empty() {
         return Err(format!(
             "the folder {} ({key}) holds no images. Put PNG, JPEG or WebP files into it.",
             dir.display()
         ));
     }
+    Ok(paths)
+}
+
+/// What a data set takes for pictures in `dir`, sorted by name: files that are not hidden and, if the folder has
+/// captions, do not hold these.
+pub fn list_pictures(dir: &Path, captioned: bool) -> std::io::Result<Vec<PathBuf>> {
+    let mut paths = Vec::new();
+    for entry in std::fs::read_dir(dir)? {
+        let path = entry?.path();
+        let hidden = path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
+        let of_captions = captioned && is_caption_file(&path);
+        if !hidden && !of_captions && !path.is_dir() {
+            paths.push(path);
+        }
+    }
     paths.sort();
-    Ok(paths.into_iter().map(|path| Image { path, size: OnceLock::new(), kept: OnceLock::new() }).collect())
+    Ok(paths)
 }
 
 #[cfg(test)]
@@ -294,6 +341,7 @@ mod tests {
     fn options(dir: impl Into<PathBuf>, resolution: usize) -> DatasetOptions {
         DatasetOptions {
             instance_dir: dir.into(),
+            captions: None,
             class: None,
             resolution,
             center_crop: false,

@@ -1,6 +1,7 @@
 //! Stateless random draws. Every draw is a pure function of (seed, purpose, instance or class row, running number of
-//! the item since the start of the run), and the order of the images one of (seed, epoch): so a run's numbers depend
-//! neither on ranks nor on batch size or accumulation, and a resumed run needs no generator state. All arithmetic is
+//! the item since the start of the run; where pictures are made, the picture's number), and the order of the images one
+//! of (seed, epoch): so a run's numbers depend neither on ranks nor on batch size or accumulation, and a resumed run
+//! needs no generator state. All arithmetic is
 //! integer or correctly rounded, or comes from `libm`'s software functions: the same values on every machine.
 
 use rand_chacha::ChaCha8Rng;
@@ -30,12 +31,18 @@ pub enum Purpose {
     Crop,
     /// Horizontal flip.
     Flip,
+    /// Whether a row is trained with the empty prompt.
+    CaptionDropout,
     /// Dropout of an adapter; `layer` counts them in running order.
     Dropout { layer: u32 },
+    /// The noise that a picture's sampling starts from; the item is the picture's number.
+    SamplingStart,
+    /// The noise of a sampler's `step`-th stochastic step.
+    SamplingStep { step: u32 },
 }
 
 impl Purpose {
-    /// (purpose number, layer) in the key. The numbers are part of what a seed means: never reuse or reorder them.
+    /// (purpose number, layer or step) in the key. The numbers are part of what a seed means: never reuse or reorder them.
     fn key(self) -> (u32, u32) {
         match self {
             Purpose::Noise => (1, 0),
@@ -45,6 +52,9 @@ impl Purpose {
             Purpose::Crop => (5, 0),
             Purpose::Flip => (6, 0),
             Purpose::Dropout { layer } => (7, layer),
+            Purpose::SamplingStart => (8, 0),
+            Purpose::SamplingStep { step } => (9, step),
+            Purpose::CaptionDropout => (10, 0),
         }
     }
 }
@@ -93,6 +103,12 @@ impl Draws {
     /// Whether a row is mirrored, with probability ½.
     pub fn flip(&self, row: Row, item: u64) -> bool {
         self.stream(Purpose::Flip, row, item).next_u64() >> 63 == 1
+    }
+
+    /// Whether the prompt of a row is dropped, which happens at this rate.
+    pub fn drops_prompt(&self, row: Row, item: u64, rate: f64) -> bool {
+        // 53 bits, as many as the rate has.
+        ((self.stream(Purpose::CaptionDropout, row, item).next_u64() >> 11) as f64) < rate * (1u64 << 53) as f64
     }
 
     /// The order of `n` items in an epoch: a uniform permutation of 0 … n−1 (Fisher–Yates).
@@ -191,6 +207,9 @@ mod tests {
                 Purpose::Flip,
                 Purpose::Dropout { layer: 0 },
                 Purpose::Dropout { layer: 1 },
+                Purpose::SamplingStart,
+                Purpose::SamplingStep { step: 0 },
+                Purpose::SamplingStep { step: 1 },
             ] {
                 for row in [Row::Instance, Row::Class] {
                     for item in [0, 1, u64::MAX] {

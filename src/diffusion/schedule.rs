@@ -2,6 +2,7 @@
 //! noisy input and the velocity at a step, and the Min-SNR weights. In f32 and in PyTorch's order of operations, so the
 //! numbers are those of the peer to the bit. Samplers, which run the process backwards, are not here.
 
+use super::scheduler_file::{self, number, text};
 use crate::Refusal;
 use anyhow::Result;
 use serde_json::Value;
@@ -39,14 +40,7 @@ impl NoiseSchedule {
     /// # Errors
     /// A [`Refusal`] naming file, key and remedy: unreadable file, unknown beta schedule or prediction type, bad numbers.
     pub fn from_json(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path).map_err(|e| {
-            Refusal::error(format!(
-                "the noise schedule cannot be read: {}: {e}. A pipeline folder in diffusers layout has it as scheduler/scheduler_config.json.",
-                path.display()
-            ))
-        })?;
-        let config: Value = serde_json::from_str(&text)
-            .map_err(|e| Refusal::error(format!("{} is not valid JSON: {e}. Restore the file.", path.display())))?;
+        let config = scheduler_file::read(path)?;
         Self::from_config(&config).map_err(|e| Refusal::error(format!("{}: {e}", path.display())))
     }
 
@@ -64,11 +58,8 @@ impl NoiseSchedule {
                 )));
             }
         };
-        let mut betas = betas(config)?;
-        if config.get("rescale_betas_zero_snr").and_then(Value::as_bool).unwrap_or(false) {
-            betas = rescale_to_zero_terminal_snr(&betas);
-        }
-        Ok(NoiseSchedule { alphas_cumprod: cumulative_signal(&betas), prediction })
+        let zero_terminal_snr = config.get("rescale_betas_zero_snr").and_then(Value::as_bool).unwrap_or(false);
+        Ok(NoiseSchedule { alphas_cumprod: signal_shares(config, zero_terminal_snr)?, prediction })
     }
 
     /// The number T of training time steps; steps are 0 … T−1.
@@ -130,22 +121,13 @@ impl NoiseSchedule {
     }
 }
 
-fn text(config: &Value, key: &str, default: &str) -> Result<String> {
-    match config.get(key) {
-        None | Some(Value::Null) => Ok(default.to_owned()),
-        Some(Value::String(s)) => Ok(s.clone()),
-        Some(other) => Err(Refusal::error(format!("{key} = {other} is not a string. Restore the file."))),
+/// ᾱ of every time step as the configuration's betas give it, rescaled to zero terminal SNR if `zero_terminal_snr`.
+pub(super) fn signal_shares(config: &Value, zero_terminal_snr: bool) -> Result<Vec<f32>> {
+    let mut betas = betas(config)?;
+    if zero_terminal_snr {
+        betas = rescale_to_zero_terminal_snr(&betas);
     }
-}
-
-fn number(config: &Value, key: &str, default: f64) -> Result<f64> {
-    match config.get(key) {
-        None | Some(Value::Null) => Ok(default),
-        Some(value) => value
-            .as_f64()
-            .filter(|v| v.is_finite())
-            .ok_or_else(|| Refusal::error(format!("{key} = {value} is not a number. Restore the file."))),
-    }
+    Ok(cumulative_signal(&betas))
 }
 
 fn betas(config: &Value) -> Result<Vec<f32>> {
@@ -182,7 +164,7 @@ fn betas(config: &Value) -> Result<Vec<f32>> {
 
 /// `torch.linspace` in float32: from both ends to the middle, with fused multiply-add, as its AVX2 and AVX-512 kernels
 /// are compiled. Other orders of rounding differ in the last bit of every fifth value.
-fn linspace(start: f64, end: f64, steps: usize) -> Vec<f32> {
+pub(super) fn linspace(start: f64, end: f64, steps: usize) -> Vec<f32> {
     let (start, end) = (start as f32, end as f32);
     if steps == 1 {
         return vec![start];

@@ -34,6 +34,15 @@ pub enum Event {
         /// The update was left out, on all ranks.
         skipped: bool,
     },
+    /// Pictures are being made, by the command that does nothing else or in between steps.
+    Pictures {
+        /// Pictures that are done, of all ranks.
+        done: u64,
+        total: u64,
+        /// The network's call for the pictures in hand, counted from 0, and how many there are; 0 of 0 between them.
+        call: u64,
+        calls: u64,
+    },
     /// A line for the user.
     Message(String),
     CheckpointWritten {

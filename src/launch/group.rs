@@ -183,6 +183,7 @@ impl Member {
             }
             // The next step says it all again, so a step is not worth waiting for the terminal.
             Ok(event @ Event::Step { step, total, .. }) if step < total => drop(show.try_send(Show::Event(event))),
+            Ok(event @ Event::Pictures { calls: 1.., .. }) => drop(show.try_send(Show::Event(event))),
             Ok(event) => drop(show.send(Show::Event(event))),
             // Half a line of a process that was killed.
             Err(_) => {}

@@ -78,6 +78,8 @@ impl Display {
 struct Screen {
     output: Output,
     bar: Option<ProgressBar>,
+    /// The bar counts pictures, not steps.
+    of_pictures: bool,
     begun: Instant,
     done_before: u64,
     last_plain: Option<Instant>,
@@ -85,7 +87,7 @@ struct Screen {
 
 impl Screen {
     fn new(output: Output) -> Screen {
-        Screen { output, bar: None, begun: Instant::now(), done_before: 0, last_plain: None }
+        Screen { output, bar: None, of_pictures: false, begun: Instant::now(), done_before: 0, last_plain: None }
     }
 
     fn show_all(&mut self, receiver: &Receiver<Show>) {
@@ -127,6 +129,7 @@ impl Screen {
                     None => self.plain(step, total, &text),
                 }
             }
+            Event::Pictures { done, total, call, calls } => self.pictures(done, total, call, calls),
             Event::Message(text) => self.line(&text, false),
             Event::CheckpointWritten { step, path } => {
                 self.line(&format!("checkpoint of step {step} written to {}", path.display()), false);
@@ -139,6 +142,7 @@ impl Screen {
     fn start(&mut self, total: u64, done: u64) {
         self.end_bar();
         (self.begun, self.done_before, self.last_plain) = (Instant::now(), done, None);
+        self.of_pictures = false;
         if self.output.bar {
             let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr());
             // A template that does not parse would only cost its looks.
@@ -147,6 +151,27 @@ impl Screen {
             }
             bar.set_position(done);
             self.bar = Some(bar);
+        }
+    }
+
+    /// Pictures have a bar of their own where they are all that is made; a training run's bar says so beside its steps.
+    fn pictures(&mut self, done: u64, total: u64, call: u64, calls: u64) {
+        let text = match calls {
+            0 => format!("picture {done}/{total}"),
+            _ => format!("picture {done}/{total}, denoising {call}/{calls}"),
+        };
+        if let Some(bar) = &self.bar {
+            bar.set_message(text);
+            if self.of_pictures {
+                bar.set_length(total);
+                bar.set_position(done);
+            }
+        } else if self.output.bar {
+            self.start(total, done);
+            self.of_pictures = true;
+        } else if done >= total || self.last_plain.is_none_or(|last| last.elapsed() >= PLAIN_EVERY) {
+            self.last_plain = Some(Instant::now());
+            self.line(&text, false);
         }
     }
 

@@ -45,6 +45,15 @@ impl Rank {
         let events = if world.rank == 0 { launcher() } else { EventSink::none() };
         Ok(Rank { world, communicator, events, threads, goes_on, interrupt })
     }
+
+    /// Tells the user something, once for all ranks: through the launcher, or on standard error where there is none.
+    pub fn say(&self, what: &str) {
+        if self.events.is_heard() {
+            self.events.send(&Event::Message(what.to_string()));
+        } else if self.world.rank == 0 {
+            eprintln!("dblaunch: {what}");
+        }
+    }
 }
 
 /// Whether the user, or the system, has asked this rank to stop. Cheap to clone and to ask.

@@ -6,6 +6,7 @@
 //! model's files whatever spelling these use, [`ComponentWriter`] writes them back as they were read.
 //! Nothing here knows ranks, noise schedules or tokenizers.
 
+mod autoencoder;
 mod clip;
 mod codec;
 pub mod config;
@@ -22,9 +23,11 @@ mod time;
 mod transformer;
 mod unet;
 mod vae;
+mod vae_decoder;
 mod weight_files;
 mod weights;
 
+pub use autoencoder::{Autoencoder, autoencoder};
 pub use clip::{TextEncoder, TextSlots, text_encoder};
 pub use config::{Level, TextConfig, UnetConfig, VaeConfig};
 pub use denoiser::{Conditioning, Denoiser, DenoiserSlots, check_text_width, denoiser};
@@ -33,5 +36,6 @@ pub use names::Component;
 pub use pipeline::PipelineExport;
 pub use time::time_features;
 pub use vae::{VaeEncoder, vae_encoder};
+pub use vae_decoder::{VaeDecoder, vae_decoder};
 pub(crate) use weight_files::{WeightName, is_pickle};
 pub use weights::{ComponentWeights, wanted};

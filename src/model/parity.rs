@@ -58,7 +58,7 @@ fn case(case: &str, model: &str) {
     let d = denoiser(&unet, None, false, DType::F32);
     fill(&d.graph, &open(Component::Unet));
     let timesteps = probe["timesteps"].to_vec1::<i64>().unwrap();
-    let features = time_features(&timesteps, &unet);
+    let features = time_features(timesteps.iter().map(|&t| t as f32), &unet);
     let features = Tensor::from_vec(features, (timesteps.len(), unet.levels[0].channels), &Device::Cpu).unwrap();
     let Conditioning::Context(context) = d.slots.conditioning else { panic!("the text encoder is frozen") };
     let inputs = [

@@ -1,5 +1,5 @@
-//! The encoder of the VAE (`AutoencoderKL`) as frozen segments, so that a large one streams too. The decoder's tensors
-//! are accepted in the file and not built.
+//! The encoder of the VAE (`AutoencoderKL`) as frozen segments, so that a large one streams too, and the layers that it
+//! has in common with the decoder, which is `vae_decoder.rs`.
 
 use candle_core::{Result, Tensor};
 
@@ -10,7 +10,7 @@ use crate::ops::{self, Mask};
 use crate::segment::{GraphBuilder, Params, Segment, SegmentGraph, SlotId};
 
 /// Every norm of the VAE has this eps, whatever the configuration says.
-const EPS: f64 = 1e-6;
+pub(super) const EPS: f64 = 1e-6;
 
 /// Pixels -> mean and log-variance of the latents.
 pub struct VaeEncoder {
@@ -24,9 +24,15 @@ pub struct VaeEncoder {
 pub fn vae_encoder(config: &VaeConfig) -> VaeEncoder {
     let mut b = GraphBuilder::new();
     let pixels = b.input("pixels");
+    let moments = append_encoder(&mut b, config, pixels, false);
+    VaeEncoder { graph: b.finish(), pixels, moments }
+}
+
+/// Appends the encoder, which reads `pixels`; returns the slot of the moments.
+pub(super) fn append_encoder(b: &mut GraphBuilder, config: &VaeConfig, pixels: SlotId, trainable: bool) -> SlotId {
     let mut segment = |name: &str, input: SlotId, build: &dyn Fn(&Params) -> Box<dyn Segment>| {
         let name = format!("vae.encoder.{name}");
-        let [output] = b.segment(name.clone(), "vae", false, &[input], [name.as_str()], build);
+        let [output] = b.segment(name.clone(), "vae", trainable, &[input], [name.as_str()], build);
         output
     };
     let shape = ResnetShape { groups: config.norm_num_groups, eps: EPS, time_width: None, output_scale: 1.0 };
@@ -51,15 +57,14 @@ pub fn vae_encoder(config: &VaeConfig) -> VaeEncoder {
         }
     }
     x = segment("mid_block", x, &|p| Box::new(Mid::new(&p.pp("encoder.mid_block"), channels, config, shape)));
-    let moments = segment("out", x, &|p| {
+    segment("out", x, &|p| {
         let latents = 2 * config.latent_channels;
         Box::new(Output {
             norm: GroupNorm::new(&p.pp("encoder.conv_norm_out"), channels, config.norm_num_groups, EPS),
             conv: Conv::same(&p.pp("encoder.conv_out"), channels, latents, 3),
             quant: config.use_quant_conv.then(|| Conv::same(&p.pp("quant_conv"), latents, latents, 1)),
         })
-    });
-    VaeEncoder { graph: b.finish(), pixels, moments }
+    })
 }
 
 struct Convolution(Conv);
@@ -71,7 +76,7 @@ impl Segment for Convolution {
     }
 }
 
-struct Layer(Resnet);
+pub(super) struct Layer(pub(super) Resnet);
 
 impl Segment for Layer {
     fn forward(&self, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
@@ -80,14 +85,14 @@ impl Segment for Layer {
     }
 }
 
-struct Mid {
+pub(super) struct Mid {
     first: Resnet,
     attention: Option<PixelAttention>,
     second: Resnet,
 }
 
 impl Mid {
-    fn new(p: &Params, channels: usize, config: &VaeConfig, shape: ResnetShape) -> Self {
+    pub(super) fn new(p: &Params, channels: usize, config: &VaeConfig, shape: ResnetShape) -> Self {
         Mid {
             first: Resnet::new(&p.pp("resnets.0"), channels, channels, shape),
             attention: config.mid_attention.then(|| PixelAttention::new(&p.pp("attentions.0"), channels, shape.groups)),
@@ -138,10 +143,10 @@ impl PixelAttention {
     }
 }
 
-struct Output {
-    norm: GroupNorm,
-    conv: Conv,
-    quant: Option<Conv>,
+pub(super) struct Output {
+    pub(super) norm: GroupNorm,
+    pub(super) conv: Conv,
+    pub(super) quant: Option<Conv>,
 }
 
 impl Segment for Output {

@@ -8,11 +8,11 @@ use candle_core::DType;
 use serde_json::{Map, json};
 
 use super::network::Network;
-use super::weights::PipelineWeights;
 use crate::checkpoint::all_finite;
 use crate::comm::{Communicator, CommunicatorExt};
 use crate::config::{OutputPlan, SaveDtype};
 use crate::model::{Component, ComponentWriter, PipelineExport};
+use crate::pipeline::PipelineWeights;
 
 /// Which pipeline is written where, and how.
 pub struct Export<'a> {

@@ -1,17 +1,19 @@
 //! Row 4: training. Start with `step.rs`.
 
+mod class_images;
 mod export;
-mod frozen;
 mod items;
-mod metrics;
 pub mod network;
+mod prompts;
 mod rows;
 mod run;
+mod samples;
+mod scores;
 mod setup;
 pub mod step;
-mod text;
 mod trainer;
-mod weights;
+mod validation;
 
 pub use run::run;
+pub(crate) use setup::fresh_seed;
 pub use trainer::{Ending, Trainer};

@@ -6,15 +6,17 @@ use std::collections::HashMap;
 use anyhow::{Context, Result};
 use candle_core::{Device, Tensor};
 
-use super::frozen::Frozen;
 use super::items::Item;
+use super::prompts::PromptNumbers;
 use super::step::listed;
+
 use crate::config::ReplayPixels;
 use crate::data::{Crop, Dataset};
 use crate::diffusion::{
     Draws, MicroRecord, NoiseSchedule, Purpose, Record, Row, RowShape, VelocityWeight, add_offset_noise,
     noisy_and_target, row_weights, sample_latent,
 };
+use crate::pipeline::Frozen;
 use crate::segment::SlotId;
 
 /// What the rows of a run have in common.
@@ -23,6 +25,7 @@ pub struct RowMaker {
     pub vae: Vae,
     pub schedule: NoiseSchedule,
     pub draws: Draws,
+    pub prompts: PromptNumbers,
     pub replay: Option<(Record, ReplayPixels)>,
     pub settings: RowSettings,
     /// Posteriors of images that are the same every time: (row, file number) -> means and log-variances.
@@ -63,7 +66,8 @@ pub struct Rows {
     pub timesteps: Vec<i64>,
     /// Of the loss, each divided by the number of items already.
     pub weights: Vec<f64>,
-    pub kinds: Vec<Row>,
+    /// The number of each row's prompt in the run's list.
+    pub prompts: Vec<usize>,
     /// File of each row, for messages.
     pub images: Vec<String>,
     pub pixels: PixelDifference,
@@ -85,7 +89,7 @@ impl Rows {
             latent: (channels, side, side),
             timesteps: Vec::new(),
             weights: Vec::new(),
-            kinds: Vec::new(),
+            prompts: Vec::new(),
             images: Vec::new(),
             pixels: PixelDifference::default(),
         }
@@ -189,7 +193,9 @@ impl RowMaker {
         rows.targets.resize(from + n, 0.0);
         noisy_and_target(&self.schedule, t, &x0, &noise, &mut rows.sample[from..], &mut rows.targets[from..]);
         rows.timesteps.push(t as i64);
-        rows.kinds.push(draws.kind);
+        let file = self.dataset.file_number(draws.kind, draws.item.index);
+        let (kind, running) = (draws.kind, draws.item.running);
+        rows.prompts.push(self.prompts.of(kind, file, |rate| self.draws.drops_prompt(kind, running, rate)));
         rows.images.push(self.dataset.path(draws.kind, draws.item.index).display().to_string());
         Ok(())
     }
@@ -197,11 +203,7 @@ impl RowMaker {
     /// Means and log-variances of the row's latents, from the cache if its image is the same every time.
     fn moments(&mut self, rows: &mut Rows, draws: &RowDraws, pixels: ReplayPixels) -> Result<Vec<f32>> {
         let (kind, item) = (draws.kind, draws.item);
-        let files = match kind {
-            Row::Instance => self.dataset.instance_count(),
-            Row::Class => self.dataset.class_count(),
-        };
-        let key = (kind, item.index % files as u64);
+        let key = (kind, self.dataset.file_number(kind, item.index));
         let cacheable = self.settings.cache_latents
             && draws.recorded.is_none()
             && self.dataset.is_deterministic(kind, item.index)?;

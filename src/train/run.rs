@@ -5,6 +5,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
+use super::class_images;
 use super::export::{self, Export};
 use super::setup;
 use super::trainer::{Ending, Trainer};
@@ -12,10 +13,14 @@ use crate::checkpoint;
 use crate::comm::CommunicatorExt;
 use crate::config::RunPlan;
 use crate::launch::{Event, Rank};
+use crate::sample;
 
 /// Trains as `plan` says, from the model in `model_dir`. A collective, like everything in it. Nothing is written before
 /// all that can be refused was looked at.
 pub fn run(plan: &RunPlan, model_dir: &Path, rank: &Rank) -> Result<Ending> {
+    if class_images::complete(plan, model_dir, rank)? == sample::Ending::Interrupted {
+        return Ok(Ending::Interrupted);
+    }
     let mut trainer = setup::build(plan, model_dir, rank)?;
     trainer.comm.agree(prepare_output(&trainer))?;
     let begun = trainer.begin();
@@ -57,8 +62,6 @@ fn prepare_output(trainer: &Trainer) -> Result<()> {
         // What is left of the other run's pipeline is none without its index.
         fs::remove_file(&index).with_context(|| format!("removing {}", index.display()))?;
     }
-    let mut resolved = trainer.plan.clone();
-    resolved.train.seed = Some(trainer.seed);
     let path = dir.join("config.toml");
-    fs::write(&path, resolved.to_toml()?).with_context(|| format!("writing {}", path.display()))
+    fs::write(&path, trainer.resolved_config()?).with_context(|| format!("writing {}", path.display()))
 }

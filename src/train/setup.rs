@@ -7,46 +7,31 @@ use std::sync::Arc;
 use anyhow::Result;
 use candle_core::{DType, Device};
 
-use super::frozen::Frozen;
 use super::items::Sampler;
-use super::metrics::Metrics;
 use super::network::{Memory, Network};
+use super::prompts::Texts;
 use super::rows::{RowMaker, RowSettings, Vae};
-use super::text::Prompts;
 use super::trainer::Trainer;
-use super::weights::PipelineWeights;
+use super::validation::Validation;
 use crate::Refusal;
 use crate::checkpoint::{self, Checkpoint, Position, SegmentRecord};
 use crate::comm::{Communicator, SliceMut};
 use crate::config::{DeviceKind, LrKind as PlannedKind, MixedPrecision, ReduceDtype, Resume, RunPlan, Steps, Toggle};
-use crate::data::{ClipTokenizer, Dataset, Tokens};
+use crate::data::Dataset;
 use crate::device::{Arena, Compute};
+use crate::diffusion::sampler::SamplerConfig;
 use crate::diffusion::{Draws, NoiseSchedule, Record};
 use crate::launch::{Event, Rank};
-use crate::model::{self, Component, Denoiser, TextConfig, UnetConfig, VaeConfig};
+use crate::model::{self, Component, Denoiser, VaeConfig};
 use crate::optim::{LrKind, LrSchedule};
+use crate::pipeline::{Configs, Frozen, PipelineWeights, Prompts};
+use crate::sample::Settings;
 use crate::segment::Keep;
+use crate::track::Trackers;
 use crate::zero::{Ranks, Stage};
 
 /// A network with fewer parameters keeps its graphs under `recompute = "auto"`: they fit wherever its states do.
 const RECOMPUTE_FROM: usize = 100_000_000;
-
-/// The configurations of a pipeline's components.
-pub struct Configs {
-    pub unet: UnetConfig,
-    pub text: TextConfig,
-    pub vae: VaeConfig,
-}
-
-impl Configs {
-    pub fn read(model_dir: &Path) -> Result<Self> {
-        let unet = UnetConfig::read(&model_dir.join("unet"))?;
-        let text = TextConfig::read(&model_dir.join("text_encoder"))?;
-        let vae = VaeConfig::read(&model_dir.join("vae"))?;
-        model::check_text_width(&unet, &text)?;
-        Ok(Configs { unet, text, vae })
-    }
-}
 
 /// Builds a trainer that stands where the run begins or resumes. Collective.
 pub fn build<'a>(plan: &'a RunPlan, model_dir: &Path, rank: &'a Rank) -> Result<Trainer<'a>> {
@@ -64,7 +49,9 @@ pub fn build<'a>(plan: &'a RunPlan, model_dir: &Path, rank: &'a Rank) -> Result<
     let compute = compute(plan)?;
 
     let (network, slots) = network(plan, &configs, &weights, resumed.as_ref(), &comm, compute.dtype)?;
-    let prompts = prompts(plan, model_dir, &configs, &weights, &arena, &compute)?;
+    let Texts { prompts, numbers, of_validation } =
+        Texts::read(plan, dataset.captions(), model_dir, &configs, &weights, &arena, &compute)?;
+    let validation = validation(plan, model_dir, &configs, of_validation, seed)?;
     let batch_items = plan.train.batch_size.saturating_mul(comm.world_size()) as u64;
     let epoch_items = dataset.len() as u64;
     let replay = match &plan.replay {
@@ -88,6 +75,7 @@ pub fn build<'a>(plan: &'a RunPlan, model_dir: &Path, rank: &'a Rank) -> Result<
         dataset,
         schedule,
         draws,
+        prompts: numbers,
         replay,
         settings: RowSettings {
             prior_weight: plan.prior.as_ref().map(|p| p.loss_weight),
@@ -108,9 +96,10 @@ pub fn build<'a>(plan: &'a RunPlan, model_dir: &Path, rank: &'a Rank) -> Result<
         weights,
         compute,
         prompts,
+        validation,
         rows,
         sampler: Sampler::new(draws, epoch_items, batch_items),
-        metrics: Metrics::closed(),
+        trackers: Trackers::closed(),
         position,
         total_steps,
         schedule: lr_schedule(plan, total_steps),
@@ -120,7 +109,7 @@ pub fn build<'a>(plan: &'a RunPlan, model_dir: &Path, rank: &'a Rank) -> Result<
 }
 
 /// Where and in what precision the plan computes.
-fn compute(plan: &RunPlan) -> Result<Compute> {
+pub(super) fn compute(plan: &RunPlan) -> Result<Compute> {
     let device = match plan.model.device {
         DeviceKind::Cpu => Device::Cpu,
         DeviceKind::Cuda => Device::new_cuda_with_stream(0)?,
@@ -161,7 +150,7 @@ fn agree_on_seed(configured: Option<u64>, resumed: Option<&Checkpoint>, comm: &d
 }
 
 /// A seed that nobody chose, small enough for TOML's signed integers.
-fn fresh_seed() -> u64 {
+pub(crate) fn fresh_seed() -> u64 {
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     xxhash_rust::xxh3::xxh3_64_with_seed(&since.as_nanos().to_le_bytes(), u64::from(std::process::id())) >> 16
 }
@@ -234,30 +223,31 @@ fn vae(config: &VaeConfig, weights: &PipelineWeights, arena: &Arena, compute: &C
     })
 }
 
-/// The tokens of the instance prompt and, under prior preservation, of the class prompt.
-fn tokens(plan: &RunPlan, model_dir: &Path) -> Result<Vec<Tokens>> {
-    let tokenizer = ClipTokenizer::open(&model_dir.join("tokenizer"), plan.data.tokenizer_max_length)?;
-    let prompts = std::iter::once(&plan.data.instance_prompt).chain(plan.prior.as_ref().map(|p| &p.class_prompt));
-    prompts.map(|prompt| tokenizer.encode(prompt)).collect()
-}
-
-fn prompts(
+/// What validations have in common, where there are any.
+fn validation(
     plan: &RunPlan,
     model_dir: &Path,
     configs: &Configs,
-    weights: &PipelineWeights,
-    arena: &Arena,
-    compute: &Compute,
-) -> Result<Prompts> {
-    let tokens = tokens(plan, model_dir)?;
-    if plan.model.train_text_encoder {
-        return Ok(Prompts::Tokens(tokens));
-    }
-    // Encoded once, in fp32, and then dropped: a frozen encoder gives the same states every time.
-    let encoder = model::text_encoder(&configs.text, plan.data.text_encoder_use_attention_mask, DType::F32);
-    weights.component(Component::TextEncoder).check(&model::wanted(&encoder.graph, Component::TextEncoder))?;
-    let frozen = Frozen::load(encoder.graph, DType::F32, arena, weights)?;
-    Prompts::encode(&frozen, &encoder.slots, &tokens, compute)
+    prompts: Option<Prompts>,
+    seed: u64,
+) -> Result<Option<Validation>> {
+    let (Some(asked), Some(prompts)) = (&plan.validation, prompts) else { return Ok(None) };
+    let scheduler = SamplerConfig::read(&model_dir.join("scheduler/scheduler_config.json"))?;
+    let kind = match asked.sampler {
+        Some(kind) => kind,
+        None => scheduler.default_kind()?,
+    };
+    let side = plan.data.resolution;
+    let settings = Settings {
+        steps: asked.steps,
+        guidance_scale: asked.guidance_scale,
+        // What fits in training fits here, where nothing is kept for a way back.
+        batch_size: plan.train.batch_size,
+        ..Settings::of(kind, &configs.unet).with_size(side, side, &configs.vae)?
+    };
+    let texts = Validation::texts(asked);
+    let seed = asked.seed.unwrap_or(seed);
+    Ok(Some(Validation { texts, prompts, vae: configs.vae.clone(), scheduler, settings, seed }))
 }
 
 /// Tells the user what a resumed run goes on from and what has changed meanwhile.

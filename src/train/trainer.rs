@@ -7,12 +7,11 @@ use anyhow::{Context, Result, bail};
 use candle_core::{DType, Tensor};
 
 use super::items::{Items, Sampler};
-use super::metrics::{Metrics, MicroRow, StepRow};
 use super::network::Network;
 use super::rows::{PixelDifference, RowMaker, Rows};
+use super::samples::Samples;
 use super::step::{Group, Inputs, clip_factor};
-use super::text::Prompts;
-use super::weights::PipelineWeights;
+use super::validation::Validation;
 use crate::checkpoint::{self, Position};
 use crate::comm::{Communicator, CommunicatorExt, Slice, SliceMut};
 use crate::config::{Resume, RunPlan};
@@ -21,6 +20,9 @@ use crate::diffusion::loss_and_gradient;
 use crate::launch::{Event, Rank};
 use crate::model::{DenoiserSlots, UnetConfig, time_features};
 use crate::optim::{AdamW, LrSchedule};
+use crate::pipeline::{PipelineWeights, Prompts};
+use crate::sample;
+use crate::track::{MicroRow, StepRow, Trackers};
 use crate::zero::Partition;
 
 /// How a run ended, errors aside.
@@ -42,9 +44,10 @@ pub struct Trainer<'a> {
     pub weights: PipelineWeights,
     pub compute: Compute,
     pub prompts: Prompts,
+    pub validation: Option<Validation>,
     pub rows: RowMaker,
     pub sampler: Sampler,
-    pub metrics: Metrics,
+    pub trackers: Trackers,
     pub position: Position,
     pub total_steps: u64,
     pub schedule: LrSchedule,
@@ -58,11 +61,22 @@ struct MicroReport {
 }
 
 impl Trainer<'_> {
-    /// Opens `metrics.jsonl` on rank 0, once the output folder is there.
+    /// Opens the trackers on rank 0, once the output folder is there.
     pub fn begin(&mut self) -> Result<()> {
         let kept = if self.goes_on_here() { self.position.step } else { 0 };
-        self.metrics = Metrics::open(&self.plan.output.dir, kept, self.comm.rank() == 0)?;
-        Ok(())
+        if self.comm.rank() == 0 {
+            Samples::of(&self.plan.output.dir).begin((kept > 0).then_some(kept))?;
+        }
+        let output = &self.plan.output;
+        self.trackers = Trackers::open(&output.dir, &output.trackers, kept, self.comm.rank() == 0)?;
+        self.trackers.config(&self.resolved_config()?)
+    }
+
+    /// The configuration with everything that was left to the run, as TOML.
+    pub fn resolved_config(&self) -> Result<String> {
+        let mut resolved = self.plan.clone();
+        resolved.train.seed = Some(self.seed);
+        resolved.to_toml()
     }
 
     /// Whether the rows that are there are this run's: where it goes on from a checkpoint beside them.
@@ -74,6 +88,9 @@ impl Trainer<'_> {
 
     /// Trains to the last step, or until the user interrupts.
     pub fn train(&mut self) -> Result<Ending> {
+        if self.validate()? == sample::Ending::Interrupted {
+            return Ok(Ending::Interrupted);
+        }
         while self.position.step < self.total_steps {
             self.step().with_context(|| format!("step {}", self.position.step + 1))?;
             if self.anyone_interrupted()? {
@@ -83,8 +100,15 @@ impl Trainer<'_> {
                 return Ok(Ending::Interrupted);
             }
             let every = self.plan.checkpoint.every.map_or(0, |n| n as u64);
-            if every > 0 && self.position.step.is_multiple_of(every) {
+            let saves = every > 0 && self.position.step.is_multiple_of(every);
+            if saves {
                 self.save()?;
+            }
+            if self.validate()? == sample::Ending::Interrupted {
+                if self.plan.checkpoint.on_interrupt && !saves {
+                    self.save()?;
+                }
+                return Ok(Ending::Interrupted);
             }
         }
         Ok(Ending::Done)
@@ -102,7 +126,7 @@ impl Trainer<'_> {
             let record = self.rows.replay.as_ref().map(|(record, _)| record);
             let items = self.sampler.next(&mut self.position, record)?;
             let report = self.micro_batch(&items, micro_step)?;
-            self.metrics.write(&self.micro_row(micro_step, &report, rate))?;
+            self.trackers.micro_step(&self.micro_row(micro_step, &report, rate))?;
             losses += report.loss;
             images += items.items.len() * if self.rows.settings.prior_weight.is_some() { 2 } else { 1 };
             micro_batches += 1;
@@ -130,7 +154,7 @@ impl Trainer<'_> {
             peak_rss_bytes: peak_rss_bytes(),
             skipped: false,
         };
-        self.metrics.write(&row)?;
+        self.trackers.step(&row)?;
         self.rank.events.send(&Event::Step {
             step,
             total: self.total_steps,
@@ -190,7 +214,7 @@ impl Trainer<'_> {
     /// The graph's inputs for these rows.
     fn inputs(&self, rows: &Rows) -> Result<Inputs> {
         let (channels, h, w) = rows.latent;
-        let features = time_features(&rows.timesteps, &self.unet);
+        let features = time_features(rows.timesteps.iter().map(|&t| t as f32), &self.unet);
         let width = features.len() / rows.len();
         let tensor = |values: Vec<f32>, shape: &[usize]| -> Result<Tensor> {
             Ok(Tensor::from_vec(values, shape, &self.compute.device)?.to_dtype(self.compute.dtype)?)
@@ -199,7 +223,7 @@ impl Trainer<'_> {
             (self.slots.sample, tensor(rows.sample.clone(), &[rows.len(), channels, h, w])?),
             (self.slots.time_features, tensor(features, &[rows.len(), width])?),
         ];
-        slots.extend(self.prompts.slots(&self.slots.conditioning, &rows.kinds, &self.compute.device)?);
+        slots.extend(self.prompts.slots(&self.slots.conditioning, &rows.prompts, &self.compute.device)?);
         Ok(Inputs { slots, prediction: self.slots.prediction })
     }
 

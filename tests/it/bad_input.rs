@@ -154,9 +154,9 @@ fn pictures_that_cannot_be_used_are_named() {
             told: &[&["--set: data.instance_dir", "HOME/nowhere", "no such folder"]],
         },
         Case {
-            prepare: nothing,
-            sets: &["prior.class_dir=HOME/class", "prior.class_prompt=coffee", "prior.num_class_images=60"],
-            told: &[&["prior.num_class_images = 60", "6 pictures", "60 are wanted", "num_class_images = 6"]],
+            prepare: |home| fs::write(home.path("file"), "x").unwrap(),
+            sets: &["prior.class_dir=HOME/file", "prior.class_prompt=coffee"],
+            told: &[&["prior.class_dir", "HOME/file", "not a folder"]],
         },
     ]);
 }

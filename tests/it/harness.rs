@@ -94,9 +94,25 @@ impl Home {
         text.replace("DATA", concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data"))
     }
 
+    /// The program. Nothing of the tests' own environment gets through, no launcher's variables and no cache of models.
+    pub fn program(&self) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_dblaunch"));
+        command.env_clear().env("HF_HUB_OFFLINE", "1").env("HOME", self.dir.path()).stdin(Stdio::null());
+        command.envs(std::env::vars_os().filter(|(name, _)| name == "PATH" || name == "TMPDIR"));
+        command
+    }
+
+    /// Starts a command and keeps what it prints in this folder.
+    pub fn start(&self, mut command: Command) -> Running {
+        let number = self.jobs.replace(self.jobs.get() + 1);
+        let file = |end: &str| self.path(&format!(".job-{number}.{end}"));
+        let (stdout, stderr) = (file("out"), file("err"));
+        command.stdout(File::create(&stdout).unwrap()).stderr(File::create(&stderr).unwrap());
+        Running { child: command.spawn().unwrap(), stdout, stderr, out: self.out() }
+    }
+
     /// A run of one rank that is yet to be started.
     pub fn job(&self, config: &str) -> Job<'_> {
-        let number = self.jobs.replace(self.jobs.get() + 1);
         // The same text is the same file, so that messages are the same, too.
         let mut configs = self.configs.borrow_mut();
         let known = configs.iter().position(|known| known == config).unwrap_or_else(|| {
@@ -105,11 +121,7 @@ impl Home {
         });
         let path = self.path(&format!(".job-config-{known}.toml"));
         fs::write(&path, self.filled(config)).unwrap();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_dblaunch"));
-        // Nothing of the tests' own environment gets through, no launcher's variables and no cache of models.
-        command.env_clear().env("HF_HUB_OFFLINE", "1").env("HOME", self.dir.path()).stdin(Stdio::null());
-        command.envs(std::env::vars_os().filter(|(name, _)| name == "PATH" || name == "TMPDIR"));
-        Job { home: self, number, config: path, ranks: 1, command }
+        Job { home: self, config: path, ranks: 1, command: self.program() }
     }
 
     /// A copy of a folder in tests/data.
@@ -150,7 +162,6 @@ pub fn listing(dir: &Path) -> Vec<PathBuf> {
 /// A run that is yet to be started.
 pub struct Job<'a> {
     home: &'a Home,
-    number: usize,
     config: PathBuf,
     ranks: usize,
     command: Command,
@@ -185,10 +196,7 @@ impl<'a> Job<'a> {
 
     pub fn start(mut self) -> Running {
         self.command.args(["--nproc", &self.ranks.to_string()]).arg(&self.config);
-        let file = |end: &str| self.home.path(&format!(".job-{}.{end}", self.number));
-        let (stdout, stderr) = (file("out"), file("err"));
-        self.command.stdout(File::create(&stdout).unwrap()).stderr(File::create(&stderr).unwrap());
-        Running { child: self.command.spawn().unwrap(), stdout, stderr, out: self.home.out() }
+        self.home.start(self.command)
     }
 
     /// The same through a shell, which runs `before` first.

@@ -1,13 +1,18 @@
 //! One integration binary; modules are named by behaviour.
 
 mod bad_input;
+mod captions;
 mod config;
+mod demo;
 mod equivalence;
 mod harness;
 mod interrupt;
 mod layers;
 mod parity;
+mod pictures;
 mod ranks;
 mod resume;
+mod sample;
 mod sharing;
 mod toy;
+mod tracking;

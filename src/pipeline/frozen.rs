@@ -1,4 +1,4 @@
-//! Networks that are only run: the VAE's encoder, a text encoder that does not train. Every rank has its own copy, so
+//! Networks that are only run: the VAE's halves, a text encoder that does not train. Every rank has its own copy, so
 //! running one is no collective.
 
 use std::sync::Arc;

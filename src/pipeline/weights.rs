@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use crate::model::{Component, ComponentWeights};
 use crate::zero::WeightSource;
 
-/// The components that training needs, opened.
+/// The components whose weights are read, opened.
 pub struct PipelineWeights(Vec<ComponentWeights>);
 
 impl PipelineWeights {
