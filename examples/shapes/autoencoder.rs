@@ -112,7 +112,7 @@ fn deviation(network: &Network, pixels: usize, moments: usize, config: &VaeConfi
     let (mut sum, mut squares, mut count) = (0.0, 0.0, 0.0);
     for number in 0..16 {
         let mut tape = Tape::new(&network.graph, Keep::Nothing);
-        tape.set(pixels, batch(1 << 30 | number * BATCH as u64)?);
+        tape.set(pixels, batch((1 << 30) + number * BATCH as u64)?);
         for (i, node) in network.graph.nodes.iter().enumerate() {
             let _fetched = network.store.fetch(i)?;
             tape.run(i)?;

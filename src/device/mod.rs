@@ -7,6 +7,7 @@ mod buffer;
 mod files;
 mod layout;
 mod slot;
+mod team;
 pub mod threads;
 
 pub use allocator::Keeping;

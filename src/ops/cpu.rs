@@ -1,11 +1,9 @@
 //! What the ops share on the CPU: reading tensors, building results, cutting work. No arithmetic.
 
-use std::sync::Mutex;
-
 use candle_core::{CpuStorage, Device, Layout, Result, Shape, Storage, StorageRef, Tensor, WithDType, bail};
 
 use super::vector::Real;
-use crate::device::threads::parallel_for;
+pub use crate::device::threads::for_parts;
 
 /// Runs the block with the type `$T` that belongs to the dtype.
 macro_rules! by_dtype {
@@ -67,17 +65,6 @@ pub fn result<T: Real>(values: Vec<T>, shape: impl Into<Shape>) -> (CpuStorage, 
 /// A backward's result.
 pub fn tensor<T: Real>(values: Vec<T>, shape: &Shape) -> Result<Tensor> {
     Tensor::from_vec(values, shape, &Device::Cpu)
-}
-
-/// Gives each of the parts (disjoint pieces of the results) to `work`, on all threads; `cost` as in [`parallel_for`].
-pub fn for_parts<P: Send>(parts: Vec<P>, cost: usize, work: impl Fn(usize, P) + Sync + Send) {
-    let parts: Vec<Mutex<Option<P>>> = parts.into_iter().map(|part| Mutex::new(Some(part))).collect();
-    parallel_for(parts.len(), cost, |i| {
-        let part = parts[i].lock().unwrap_or_else(|e| e.into_inner()).take();
-        if let Some(part) = part {
-            work(i, part);
-        }
-    });
 }
 
 /// Rows of `width` elements that make a piece of work worth handing to a thread.

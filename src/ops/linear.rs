@@ -4,7 +4,7 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 
 use super::cpu::{Held, by_dtype, elements, result, tensor};
-use super::gemm::{Bias, Matrix, Out, Product, Scalar, add_column_sums};
+use super::gemm::{Bias, FEW, Matrix, Out, Product, Scalar, add_column_sums, few_rows};
 use crate::device::WeightRef;
 
 /// x (..., I), weight (O, I) (or (O, I, 1, 1)), bias (O) -> (..., O): x W^T + b.
@@ -66,6 +66,9 @@ impl Linear {
             Some(bias) => Some(bias.view::<T>()?.iter().map(|b| b.to_f32()).collect()),
             None => None,
         };
+        if (1..=FEW).contains(&rows) {
+            return Ok(few_rows(x, rows, &weight, bias.as_deref(), UNIT));
+        }
         let (x, weight) = (Matrix::new(x, rows, inputs, inputs, 1), Matrix::new(&weight, inputs, outputs, 1, inputs));
         let product = Product::new(&x, &weight, UNIT);
         Ok(product.to_vec(bias.as_deref().map_or(Bias::None, Bias::Column)))
@@ -96,6 +99,7 @@ impl Linear {
 mod tests {
     use super::*;
     use crate::device::Element;
+    use crate::device::threads::with_threads;
     use crate::ops::gemm::numbers;
     use candle_core::{DType, Device, Var};
     use half::{bf16, f16};
@@ -172,10 +176,9 @@ mod tests {
             let all = [flat(&y), dx, weight.grad(), bias.grad()].concat();
             all.into_iter().map(f32::to_bits).collect::<Vec<u32>>()
         };
-        let pool = |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        let alone = pool(1).install(run);
-        assert_eq!(alone, pool(2).install(run));
-        assert_eq!(alone, pool(3).install(run));
+        let alone = with_threads(1, run);
+        assert_eq!(alone, with_threads(2, run));
+        assert_eq!(alone, with_threads(3, run));
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use candle_core::{DType, Device, Result, Shape, Tensor, Var};
 
 use super::cpu::by_dtype;
+use crate::device::threads::with_threads;
 use crate::device::{Element, WeightRef};
 
 /// Numbers in -1..1 that depend on `seed` alone.
@@ -107,8 +108,7 @@ pub fn check(case: &Case) {
 #[track_caller]
 pub fn check_threads(case: &Case) {
     let run = |threads| {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        let run = pool.install(|| case.run(DType::F32));
+        let run = with_threads(threads, || case.run(DType::F32));
         let all = f64s(&run.y).into_iter().chain(run.gradients.into_iter().flatten());
         all.map(|x| x.to_bits()).collect::<Vec<_>>()
     };

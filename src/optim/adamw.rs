@@ -2,8 +2,8 @@
 
 use anyhow::Result;
 use candle_core::DType;
-use rayon::prelude::*;
 
+use crate::device::threads::for_parts;
 use crate::device::{Arena, Buffer};
 
 /// The moments of one segment's owned range.
@@ -44,8 +44,9 @@ impl AdamW {
         assert!(m.len() == n && v.len() == n && grads.len() == n, "AdamW over ranges of different lengths");
         let coefficients = self.coefficients(step, rate, grad_scale);
         const PIECE: usize = 1 << 14;
-        let pieces = weights.par_chunks_mut(PIECE).zip(m.par_chunks_mut(PIECE)).zip(v.par_chunks_mut(PIECE));
-        pieces.zip(grads.par_chunks(PIECE)).for_each(|(((w, m), v), g)| update_piece(coefficients, w, m, v, g));
+        let pieces = weights.chunks_mut(PIECE).zip(m.chunks_mut(PIECE)).zip(v.chunks_mut(PIECE));
+        let pieces = pieces.zip(grads.chunks(PIECE)).collect();
+        for_parts(pieces, 4 * n, |_, (((w, m), v), g)| update_piece(coefficients, w, m, v, g));
     }
 
     fn coefficients(&self, step: u64, rate: f64, grad_scale: f32) -> Coefficients {
@@ -89,6 +90,7 @@ fn update_piece(c: Coefficients, weights: &mut [f32], m: &mut [f32], v: &mut [f3
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::threads::with_threads;
 
     /// torch.optim.AdamW([0.5, -0.25, 0], lr=0.1, weight_decay=0.01), gradients [1, -2, 0] then [0.5, 0, 0]:
     /// after one step [0.3995, -0.14975, 0].
@@ -115,8 +117,7 @@ mod tests {
         let n = 100_003;
         let grads: Vec<f32> = (0..n).map(|i| ((i * 37 % 101) as f32 - 50.0) / 17.0).collect();
         let run = |threads: usize| {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            pool.install(|| {
+            with_threads(threads, || {
                 let mut moments = Moments::zeroed(&arena, n, "m").unwrap();
                 let mut weights: Vec<f32> = grads.iter().map(|g| g * 0.1).collect();
                 (1..4).for_each(|s| adam.update(s, 1e-3, 0.7, &mut weights, &mut moments, &grads));

@@ -74,6 +74,8 @@ fn blurred(bins: &[f64], stride: usize) -> Vec<f64> {
 
 #[cfg(test)]
 mod tests {
+    use std::slice::from_ref;
+
     use image::Rgb;
 
     use super::*;
@@ -105,8 +107,8 @@ mod tests {
     #[test]
     fn drift_is_in_levels() {
         let (a, b) = (half([10, 10, 10], [0, 0, 0]), half([10, 10, 10], [30, 0, 0]));
-        assert_eq!(drift(&[a.clone()], &[b.clone()]), Some(5.0));
-        assert_eq!(drift(&[a.clone()], &[a.clone()]), Some(0.0));
-        assert_eq!(drift(&[a.clone(), b], &[a]), None);
+        assert_eq!(drift(from_ref(&a), from_ref(&b)), Some(5.0));
+        assert_eq!(drift(from_ref(&a), from_ref(&a)), Some(0.0));
+        assert_eq!(drift(&[a.clone(), b], from_ref(&a)), None);
     }
 }

@@ -48,7 +48,8 @@ impl Trainer<'_> {
     pub(super) fn validate(&mut self) -> Result<sample::Ending> {
         let Some(plan) = &self.plan.validation else { return Ok(sample::Ending::Done) };
         let step = self.position.step;
-        let due = step == 0 || step >= self.total_steps || plan.every.is_some_and(|every| step % every as u64 == 0);
+        let due =
+            step == 0 || step >= self.total_steps || plan.every.is_some_and(|every| step.is_multiple_of(every as u64));
         let samples = Samples::of(&self.plan.output.dir);
         if !self.comm.any(due && self.comm.rank() == 0 && !samples.has(step))? {
             return Ok(sample::Ending::Done);

@@ -9,6 +9,7 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 
 use super::cpu::{Held, by_dtype, elements, result, tensor};
 use super::gemm::{Bias, Lattice, Matrix, Out, Product, Scalar, add_channel_sums};
+use super::vector::unwritten;
 use crate::device::WeightRef;
 use fold::fold;
 use patches::{MOST_TAPS, Patches, PatchesTurned, Window};
@@ -187,7 +188,8 @@ impl Convolution {
             let (flipped, window) = self.phase(&weight, (0, 0));
             return Ok(self.phase_product(dy, images, &flipped, window, |p| p.to_vec(Bias::None)));
         }
-        let mut dx = vec![T::from_f32(0.0); images * rows * self.input_pixels()];
+        // Every pixel belongs to a phase, whose product stores it.
+        let mut dx = unwritten::<T>(images * rows * self.input_pixels());
         for py in 0..stride.min(self.input.0) {
             for px in 0..stride.min(self.input.1) {
                 let (flipped, window) = self.phase(&weight, (py, px));

@@ -244,9 +244,12 @@ impl<T: Scalar> PatchesTurned<'_, T> {
                             S::zero()
                         }
                     },
-                    spot.count,
-                    to.add(i * S::LANES * 2 * S::LANES),
-                    2 * S::LANES,
+                    #[inline(always)]
+                    |j, column| {
+                        if j < spot.count {
+                            S::store(to.add((i * S::LANES + j) * 2 * S::LANES), column);
+                        }
+                    },
                 );
             }
         }

@@ -1,4 +1,5 @@
 use super::*;
+use crate::device::threads::with_threads;
 use crate::ops::gemm::{Isa, numbers, with_isa};
 use candle_core::{DType, Device, Var};
 use half::bf16;
@@ -183,11 +184,10 @@ fn neither_threads_nor_instruction_sets_change_a_bit() {
         bits.extend(weight.grad().iter().chain(&bias.grad()).map(|v| v.to_bits()));
         bits
     };
-    let pool = |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-    let alone = pool(1).install(run);
+    let alone = with_threads(1, run);
     for isa in Isa::available() {
-        assert_eq!(alone, pool(2).install(|| with_isa(isa, run)), "{isa:?}");
-        assert_eq!(alone, pool(3).install(|| with_isa(isa, run)), "{isa:?}");
+        assert_eq!(alone, with_threads(2, || with_isa(isa, run)), "{isa:?}");
+        assert_eq!(alone, with_threads(3, || with_isa(isa, run)), "{isa:?}");
     }
 }
 

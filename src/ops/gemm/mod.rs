@@ -5,6 +5,7 @@
 //! Note: bits. An element is the sum over blocks of k, in order, of the chain of fused multiply-adds over the block; the
 //! blocks depend on the operands' depth alone. So it has the same bits for every instruction set, number of threads, and cut.
 
+mod few;
 mod micro;
 mod out;
 mod pack;
@@ -14,6 +15,7 @@ mod sums;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
+pub(super) use few::{FEW, few_rows};
 pub(super) use out::{Bias, Lattice, Out};
 pub(super) use pack::{Grid, Left, Matrix, Right, panels, turned};
 pub(super) use product::Product;

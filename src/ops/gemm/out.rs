@@ -5,7 +5,7 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::pack::{Grid, Place};
-use super::simd::Scalar;
+use super::simd::{Scalar, Simd, first};
 
 /// Added to a result that is stored.
 #[derive(Clone, Copy, Debug)]
@@ -35,9 +35,9 @@ impl Lattice {
     /// Puts a panel's columns, with `step` numbers from row to row, to their places in the rows of an image.
     ///
     /// # Safety
-    /// The panel is readable and the places are writable.
+    /// The panel is readable and the places are writable; the CPU has `S`.
     #[inline(always)]
-    pub(super) unsafe fn scatter<T: Scalar>(
+    pub(super) unsafe fn scatter<S: Simd, T: Scalar>(
         &self,
         from: *const f32,
         step: usize,
@@ -56,6 +56,13 @@ impl Lattice {
                 unsafe {
                     let from = from.add((row - rows.start) * step + done);
                     let to = to.add(row * row_stride + at);
+                    if T::DTYPE == candle_core::DType::F32 && self.pixel_step == 2 {
+                        for i in (0..run).step_by(S::LANES) {
+                            let lanes = first((run - i).min(S::LANES));
+                            S::store_apart(to.add(2 * i).cast(), lanes, S::load_where(from.add(i), lanes));
+                        }
+                        continue;
+                    }
                     for i in 0..run {
                         *to.add(i * self.pixel_step) = T::from_f32(*from.add(i));
                     }

@@ -116,6 +116,34 @@ impl<'a, T: Scalar> Matrix<'a, T> {
     }
 }
 
+impl<T: Scalar> Matrix<'_, T> {
+    /// Panels of a right operand whose columns follow each other: some k at a time for all panels, so that what is read
+    /// are a few long runs.
+    ///
+    /// # Safety
+    /// As [`Right::pack`].
+    #[inline(always)]
+    unsafe fn pack_lines<S: Simd>(&self, depth: Range<usize>, panels: Range<usize>, to: *mut f32) {
+        const LINES: usize = 4;
+        let (width, grid) = (2 * S::LANES, self.grid());
+        for first in depth.clone().step_by(LINES) {
+            let lines = first..(first + LINES).min(depth.end);
+            for (i, panel) in panels.clone().enumerate() {
+                let place = grid.place::<S>(panel);
+                let at = place.image * self.image_stride + place.pixel;
+                for k in lines.clone() {
+                    // SAFETY: `new` has checked that every (k, column) lies inside `data`; the caller vouches for `to`.
+                    unsafe {
+                        let from = self.data.as_ptr().add(at + k * self.row_stride);
+                        let to = to.add((i * depth.len() + k - depth.start) * width);
+                        run::<S, T>(from, place.columns, to, width);
+                    }
+                }
+            }
+        }
+    }
+}
+
 impl<T: Scalar> Left for Matrix<'_, T> {
     fn size(&self) -> (usize, usize) {
         (self.rows, self.cols)
@@ -159,6 +187,10 @@ impl<T: Scalar> Right for Matrix<'_, T> {
     #[inline(always)]
     unsafe fn pack<S: Simd>(&self, depth: Range<usize>, panels: Range<usize>, to: *mut f32) {
         let (width, grid) = (2 * S::LANES, self.grid());
+        if self.col_stride == 1 && self.row_stride != 1 {
+            // SAFETY: the caller's promise.
+            return unsafe { self.pack_lines::<S>(depth, panels, to) };
+        }
         for (i, panel) in panels.enumerate() {
             let place = grid.place::<S>(panel);
             // SAFETY: as for the left operand.
@@ -180,10 +212,6 @@ impl<T: Scalar> Right for Matrix<'_, T> {
                             to.add(S::LANES),
                             width,
                         );
-                    }
-                } else if self.col_stride == 1 {
-                    for k in 0..depth.len() {
-                        run::<S, T>(from.add(k * self.row_stride), place.columns, to.add(k * width), width);
                     }
                 } else {
                     scattered(from, (self.col_stride, self.row_stride), place.columns, depth.len(), to, width);
@@ -237,9 +265,8 @@ pub unsafe fn turned<S: Simd, T: Scalar>(
             S::transpose(
                 #[inline(always)]
                 |i| if i < count { T::load::<S>(from.add(i * stride + k)) } else { S::zero() },
-                S::LANES,
-                to.add(k * width),
-                width,
+                #[inline(always)]
+                |j, column| S::store(to.add((k + j) * width), column),
             );
             k += S::LANES;
         }
@@ -248,9 +275,12 @@ pub unsafe fn turned<S: Simd, T: Scalar>(
             S::transpose(
                 #[inline(always)]
                 |i| if i < count { T::load_where::<S>(from.add(i * stride + k), lanes) } else { S::zero() },
-                depth - k,
-                to.add(k * width),
-                width,
+                #[inline(always)]
+                |j, column| {
+                    if k + j < depth {
+                        S::store(to.add((k + j) * width), column);
+                    }
+                },
             );
         }
     }

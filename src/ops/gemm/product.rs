@@ -69,14 +69,13 @@ impl<A: Left, B: Right, T: Scalar> Kernel for Parallel<'_, '_, A, B, T> {
         if product.rows == 0 || panels == 0 {
             return;
         }
-        let (rows, columns) = tiles::<S>(product.rows, panels, product.depth);
-        let (down, across) = (product.rows.div_ceil(rows), panels.div_ceil(columns));
+        let (down, across) = tiles::<S>(product.rows, panels, product.depth);
         let operations = product.rows * product.grid.columns() * product.depth / 16;
         threads::parallel_for(down * across, operations, |task| {
-            let (y, x) = (task % down * rows, task / down * columns);
-            let (rows, columns) = (y..(y + rows).min(product.rows), x..(x + columns).min(panels));
+            let rows = part(task % down, down, product.rows.div_ceil(S::ROWS));
+            let rows = rows.start * S::ROWS..(rows.end * S::ROWS).min(product.rows);
             // SAFETY: the CPU has `S`, the promise to `run`; the tiles are disjoint.
-            unsafe { product.tile::<S, T>(rows, columns, out) }
+            unsafe { product.tile::<S, T>(rows, part(task / down, across, panels), out) }
         });
     }
 }
@@ -84,29 +83,38 @@ impl<A: Left, B: Right, T: Scalar> Kernel for Parallel<'_, '_, A, B, T> {
 /// Panels of B in a tile at most: its block then fills a good part of a second-level cache.
 const WIDEST: usize = 32;
 
-/// Rows and panels of a tile: such that little is packed twice and the threads have enough to share. This depends on the
-/// number of threads, which changes no bit.
+/// The i-th of `parts` nearly equal parts of 0..whole.
+fn part(i: usize, parts: usize, whole: usize) -> Range<usize> {
+    i * whole / parts..(i + 1) * whole / parts
+}
+
+/// Into how many tiles the rows and the panels are cut: such that little is packed twice and the threads have equal
+/// shares. This depends on the number of threads, which changes no bit.
 fn tiles<S: Simd>(rows: usize, panels: usize, depth: usize) -> (usize, usize) {
     /// Multiply-adds by which packing one number is as dear, in columns or rows of a tile.
     const PACKING: f64 = 12.0;
     /// Multiply-adds that are worth a task.
     const TASK: usize = 1 << 19;
+    /// A part of the whole for which a thread may be late or away.
+    const AWAY: f64 = 0.03;
     const DOWN: [usize; 16] = [1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96];
     const COLUMNS: [usize; 12] = [WIDEST, 28, 24, 20, 16, 12, 10, 8, 6, 4, 2, 1];
     let threads = threads::threads() as f64;
+    let (high, whole) = (rows.div_ceil(S::ROWS), (rows.div_ceil(S::ROWS) * panels) as f64);
     let most = (rows * panels * 2 * S::LANES * depth / TASK).max(1);
-    let mut best = (f64::MAX, rows, panels.min(WIDEST));
+    let mut best = (f64::MAX, 1, panels.div_ceil(WIDEST));
     for across in COLUMNS.map(|columns| panels.div_ceil(columns)) {
-        let columns = panels.div_ceil(across);
-        for down in DOWN.into_iter().take_while(|&down| down == 1 || down * across <= most) {
-            let high = rows.div_ceil(down).next_multiple_of(S::ROWS);
-            let tasks = (across * rows.div_ceil(high)) as f64;
-            let packing = PACKING / (columns * 2 * S::LANES) as f64 + PACKING / high.min(rows) as f64;
-            let rounds = (tasks / threads).ceil() * threads / tasks;
-            let uneven = if threads > 1.0 { rounds.max(1.0 + 0.1 * threads / tasks) } else { 1.0 };
+        for down in DOWN.into_iter().take_while(|&down| down == 1 || (down * across <= most && down <= high)) {
+            let tasks = (down * across) as f64;
+            let width = (panels * 2 * S::LANES) as f64 / across as f64;
+            let packing = PACKING / width + PACKING * down as f64 / rows as f64;
+            // The busiest thread has so many tasks, one of them of the largest.
+            let largest = (high.div_ceil(down) * panels.div_ceil(across)) as f64;
+            let busy = ((tasks / threads).ceil() - 1.0) * whole / tasks + largest;
+            let uneven = if threads > 1.0 { busy * threads / whole + AWAY * threads / tasks } else { 1.0 };
             let cost = (1.0 + packing) * uneven;
             if cost < best.0 {
-                best = (cost, high, columns);
+                best = (cost, down, across);
             }
         }
         if across >= most {
@@ -258,7 +266,7 @@ impl<A: Left, B: Right> Product<'_, A, B> {
                 let from = sums.add(i * width);
                 let to = out.to.add(place.image * out.image_stride);
                 if let Some(lattice) = out.lattice {
-                    lattice.scatter(from, step, place, rows.clone(), to, out.row_stride);
+                    lattice.scatter::<S, T>(from, step, place, rows.clone(), to, out.row_stride);
                     continue;
                 }
                 let low = place.columns.min(S::LANES);

@@ -37,6 +37,18 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     unsafe fn store_bf16_where(to: *mut bf16, lanes: u16, v: Self::V);
     /// Rounded to nearest, ties to even; only the lanes whose bit is set.
     unsafe fn store_f16_where(to: *mut f16, lanes: u16, v: Self::V);
+    /// Lane i goes to `to[2 * i]`, for the lanes whose bit is set.
+    #[inline(always)]
+    unsafe fn store_apart(to: *mut f32, lanes: u16, v: Self::V) {
+        let mut all = [0f32; MOST_LANES];
+        // SAFETY: the caller's promise; `all` takes the longest vector.
+        unsafe {
+            Self::store(all.as_mut_ptr(), v);
+            for (i, &x) in all.iter().enumerate().filter(|(i, _)| lanes >> i & 1 == 1) {
+                *to.add(2 * i) = x;
+            }
+        }
+    }
     /// a * b + c with one rounding.
     unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
@@ -44,8 +56,10 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     unsafe fn load_f16(from: *const f16) -> Self::V;
     /// Brings the cache line into the first level.
     unsafe fn prefetch(at: *const f32);
-    /// Writes lane j of the vector `row(i)` to `to[j * stride + i]`, for all i and for j < `lanes`.
-    unsafe fn transpose(row: impl Fn(usize) -> Self::V, lanes: usize, to: *mut f32, stride: usize);
+    /// Brings the cache line into the second level.
+    unsafe fn prefetch_far(at: *const f32);
+    /// Gives `column(j, v)` for every lane j, in order, the vector whose lane i is lane j of `row(i)`.
+    unsafe fn transpose(row: impl Fn(usize) -> Self::V, column: impl FnMut(usize, Self::V));
 }
 
 /// The most lanes of any instruction set.
@@ -318,14 +332,11 @@ unsafe impl Simd for Portable {
     #[inline(always)]
     unsafe fn prefetch(_at: *const f32) {}
     #[inline(always)]
-    unsafe fn transpose(row: impl Fn(usize) -> Self::V, lanes: usize, to: *mut f32, stride: usize) {
-        for i in 0..LANES {
-            let row = row(i);
-            for (j, &x) in row.iter().enumerate().take(lanes) {
-                // SAFETY: the caller's promise.
-                unsafe { *to.add(j * stride + i) = x };
-            }
-        }
+    unsafe fn prefetch_far(_at: *const f32) {}
+    #[inline(always)]
+    unsafe fn transpose(row: impl Fn(usize) -> Self::V, mut column: impl FnMut(usize, Self::V)) {
+        let rows: [Self::V; LANES] = std::array::from_fn(row);
+        (0..LANES).for_each(|j| column(j, rows.map(|row| row[j])));
     }
 }
 

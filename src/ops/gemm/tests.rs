@@ -1,6 +1,7 @@
 use super::product::block_of;
 use super::simd::{Isa, with_isa};
 use super::*;
+use crate::device::threads::with_threads;
 
 /// Numbers in -1..1 that look random.
 pub fn numbers(count: usize, seed: u64) -> Vec<f32> {
@@ -65,8 +66,7 @@ fn every_instruction_set_and_number_of_threads_gives_the_same_bits() {
         for isa in Isa::available() {
             assert_eq!(want, with_isa(isa, bits), "{isa:?}");
             for threads in 1..=3 {
-                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-                assert_eq!(want, pool.install(|| with_isa(isa, bits)), "{isa:?} {threads}");
+                assert_eq!(want, with_threads(threads, || with_isa(isa, bits)), "{isa:?} {threads}");
             }
         }
     }

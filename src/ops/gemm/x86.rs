@@ -79,6 +79,18 @@ unsafe impl Simd for Avx512 {
         unsafe { _mm512_mask_storeu_ps(to, lanes, v) }
     }
     #[inline(always)]
+    unsafe fn store_apart(to: *mut f32, lanes: u16, v: __m512) {
+        // SAFETY: only every other number is written, and of those only the lanes whose bit is set.
+        unsafe {
+            let half = |lanes: u16| (0..8).fold(0, |mask, i| mask | (lanes >> i & 1) << (2 * i));
+            let low = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+            let high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+            let (few, many) = if lanes == u16::MAX { (0x5555, 0x5555) } else { (half(lanes), half(lanes >> 8)) };
+            _mm512_mask_storeu_ps(to, few, _mm512_permutexvar_ps(low, v));
+            _mm512_mask_storeu_ps(to.wrapping_add(16), many, _mm512_permutexvar_ps(high, v));
+        }
+    }
+    #[inline(always)]
     unsafe fn store_bf16_where(to: *mut bf16, lanes: u16, v: __m512) {
         // SAFETY: masked lanes are not written. Half of the last place is added, less one bit where that place is even;
         // what is not a number keeps its upper half and becomes quiet.
@@ -123,10 +135,15 @@ unsafe impl Simd for Avx512 {
         // SAFETY: a hint; it cannot fault.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
     }
+    #[inline(always)]
+    unsafe fn prefetch_far(at: *const f32) {
+        // SAFETY: a hint; it cannot fault.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
+    }
 
     #[inline(always)]
-    unsafe fn transpose(row: impl Fn(usize) -> __m512, lanes: usize, to: *mut f32, stride: usize) {
-        // SAFETY: writes `lanes` rows of sixteen.
+    unsafe fn transpose(row: impl Fn(usize) -> __m512, mut column: impl FnMut(usize, __m512)) {
+        // SAFETY: as above.
         unsafe {
             let mut r = [_mm512_setzero_ps(); 16];
             for (i, r) in r.iter_mut().enumerate() {
@@ -155,10 +172,8 @@ unsafe impl Simd for Avx512 {
                 t[4 + c] = _mm512_shuffle_f32x4::<0x88>(high, high2);
                 t[12 + c] = _mm512_shuffle_f32x4::<0xdd>(high, high2);
             }
-            for (j, &column) in t.iter().enumerate() {
-                if j < lanes {
-                    _mm512_storeu_ps(to.add(j * stride), column);
-                }
+            for (j, &t) in t.iter().enumerate() {
+                column(j, t);
             }
         }
     }
@@ -290,10 +305,15 @@ unsafe impl Simd for Avx2 {
         // SAFETY: a hint; it cannot fault.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
     }
+    #[inline(always)]
+    unsafe fn prefetch_far(at: *const f32) {
+        // SAFETY: a hint; it cannot fault.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
+    }
 
     #[inline(always)]
-    unsafe fn transpose(row: impl Fn(usize) -> __m256, lanes: usize, to: *mut f32, stride: usize) {
-        // SAFETY: writes `lanes` rows of eight.
+    unsafe fn transpose(row: impl Fn(usize) -> __m256, mut column: impl FnMut(usize, __m256)) {
+        // SAFETY: as above.
         unsafe {
             let mut r = [_mm256_setzero_ps(); 8];
             for (i, r) in r.iter_mut().enumerate() {
@@ -311,12 +331,10 @@ unsafe impl Simd for Avx2 {
                 r[4 * i + 3] = _mm256_shuffle_ps::<0xee>(t[4 * i + 1], t[4 * i + 3]);
             }
             for c in 0..4 {
-                if c < lanes {
-                    _mm256_storeu_ps(to.add(c * stride), _mm256_permute2f128_ps::<0x20>(r[c], r[4 + c]));
-                }
-                if 4 + c < lanes {
-                    _mm256_storeu_ps(to.add((4 + c) * stride), _mm256_permute2f128_ps::<0x31>(r[c], r[4 + c]));
-                }
+                column(c, _mm256_permute2f128_ps::<0x20>(r[c], r[4 + c]));
+            }
+            for c in 0..4 {
+                column(4 + c, _mm256_permute2f128_ps::<0x31>(r[c], r[4 + c]));
             }
         }
     }

@@ -8,6 +8,7 @@ use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
 use safetensors::tensor::{Dtype, TensorView};
 
+use super::counted;
 use crate::Refusal;
 use crate::sample::GivenNoise;
 
@@ -64,9 +65,10 @@ fn values(tensors: &HashMap<String, Tensor>, name: &str, shape: Shape, problems:
     if tensor.dims() != shape {
         let [pictures, channels, height, width] = shape;
         problems.push(format!(
-            "{name} has shape {:?}, and {shape:?} is wanted: {pictures} pictures ({channels} channels) of {height} x {width} \
-             latents; change the file, or the number of prompts, --num, --height and --width",
-            tensor.dims()
+            "{name} has shape {:?}, and {shape:?} is wanted: {} of {channels} x {height} x {width} latents; change the \
+             file, or the number of prompts, --num, --height and --width",
+            tensor.dims(),
+            counted(pictures, "picture")
         ));
         return None;
     }

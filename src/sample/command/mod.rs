@@ -11,3 +11,8 @@ mod run;
 
 pub use plan::Plan;
 pub use run::run;
+
+/// `1 picture`, `2 pictures`.
+fn counted(n: usize, what: &str) -> String {
+    if n == 1 { format!("1 {what}") } else { format!("{n} {what}s") }
+}

@@ -120,7 +120,7 @@ fn refuse_alone(args: &SampleArgs) -> Result<()> {
     }
     for (option, side) in [("--height", args.height), ("--width", args.width)] {
         if let Some(side) = side
-            && (side == 0 || side % 8 != 0 || side > LONGEST_SIDE)
+            && (side == 0 || !side.is_multiple_of(8) || side > LONGEST_SIDE)
         {
             let near = (side.min(LONGEST_SIDE) / 8 * 8).max(8);
             problems
@@ -175,7 +175,7 @@ fn compute(args: &SampleArgs) -> Result<Compute> {
                 true => "no GPU can be used here: see that the driver shows one",
                 false => "this build of dblaunch has no GPU support (feature `cuda`)",
             };
-            Refusal::error(format!("--device cuda: {why}, or use cpu or auto"))
+            Refusal::error(format!("--device cuda: {why}; cpu and auto work everywhere"))
         })?,
     };
     let dtype = match args.dtype {

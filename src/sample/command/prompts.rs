@@ -4,6 +4,7 @@ use std::path::Path;
 
 use anyhow::Result;
 
+use super::counted;
 use crate::Refusal;
 use crate::cli::SampleArgs;
 use crate::data::{ClipTokenizer, Tokens};
@@ -32,17 +33,17 @@ impl Prompts {
             n if n == prompts.len() => args.negative_prompts.clone(),
             n => {
                 return Err(Refusal::error(format!(
-                    "{n} negative prompts for {} prompts: give one for all of them, or one each",
-                    prompts.len()
+                    "{n} negative prompts for {}: give one for all of them, or one each",
+                    counted(prompts.len(), "prompt")
                 )));
             }
         };
         let total = prompts.len().saturating_mul(args.num.get());
         if total > MOST_PICTURES {
             return Err(Refusal::error(format!(
-                "{} prompts of {} pictures each are {total}, and their names have five digits: ask for at most {MOST_PICTURES} at a time",
-                prompts.len(),
-                args.num
+                "{} of {} each are {total}, and their names have five digits: ask for at most {MOST_PICTURES} at a time",
+                counted(prompts.len(), "prompt"),
+                counted(args.num.get(), "picture")
             )));
         }
         let mut made = Prompts { texts: Vec::new(), pictures: Vec::new(), rows: prompts.len() };
@@ -70,7 +71,7 @@ impl Prompts {
         let too_long = |(text, tokens): (&String, &Tokens)| {
             let rest = tokens.truncated.as_ref()?;
             let kept = text.strip_suffix(rest.as_str()).unwrap_or(text).trim_end();
-            Some((kept.to_string(), rest.clone()))
+            Some((beginning(kept), rest.clone()))
         };
         let long: Vec<(String, String)> = self.texts.iter().zip(&tokens).filter_map(too_long).collect();
         let most = tokenizer.max_length() - 2;
@@ -86,6 +87,12 @@ impl Prompts {
         let remedy = |what: String| format!("{what}: shorten it, or let it be cut (--cut-prompts)");
         Err(Refusal { problems: problems.into_iter().map(remedy).collect() }.into())
     }
+}
+
+/// Enough of a text to know it by.
+fn beginning(text: &str) -> String {
+    const SHOWN: usize = 40;
+    text.chars().take(SHOWN).collect()
 }
 
 const MOST_PICTURES: usize = 100_000;

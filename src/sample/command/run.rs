@@ -5,6 +5,7 @@ use std::fs;
 use anyhow::{Context, Result};
 use candle_core::DType;
 
+use super::counted;
 use super::latents;
 use super::output;
 use super::plan::Plan;
@@ -60,8 +61,7 @@ pub fn run(plan: &Plan, rank: &Rank) -> Result<Ending> {
     })?;
     if ending == Ending::Done {
         finish(plan, comm, &kept)?;
-        let (pictures, out) = (plan.prompts.pictures.len(), plan.out.display());
-        let pictures = if pictures == 1 { "1 picture".to_string() } else { format!("{pictures} pictures") };
+        let (pictures, out) = (counted(plan.prompts.pictures.len(), "picture"), plan.out.display());
         let seed = if plan.given.is_some() { String::new() } else { format!(" (seed {seed})") };
         rank.say(&format!("{pictures} in {out}{seed}"));
         rank.events.send(&Event::Done);
