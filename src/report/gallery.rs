@@ -2,6 +2,7 @@
 //! the same noise at every step, so pictures beside each other differ by training alone.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 
 use maud::{Markup, html};
 
@@ -107,9 +108,9 @@ pub fn strip(runs: &[Run], shots: &Shots) -> Markup {
                 @for (i, rows) in rows.iter().enumerate().filter(|(_, rows)| !rows.is_empty()) {
                     @if runs.len() > 1 { h3.run-name { (swatch(i)) (runs[i].name) } }
                     div.strip id=(format!("strip-{i}")) tabindex="0" role="group" aria-label={ "Pictures of " (runs[i].name) ", scrolls sideways" } {
-                        @for pictures in rows.values() {
+                        @for (pictures, is_new) in with_new_requests(rows) {
                             div.strip-row {
-                                @if let Some(first) = pictures.first() { (prompt(first.picture)) }
+                                @if let Some(first) = pictures.first().filter(|_| is_new) { (prompt(first.picture)) }
                                 (steps(pictures, rows))
                             }
                         }
@@ -118,6 +119,21 @@ pub fn strip(runs: &[Run], shots: &Shots) -> Markup {
             }
         }
     }
+}
+
+/// The rows, and of each whether it is of another request than the one above: what is the same is said once.
+fn with_new_requests<'a, 'b>(rows: &'b BTreeMap<u64, Vec<Taken<'a>>>) -> Vec<(&'b [Taken<'a>], bool)> {
+    let request = |row: &[Taken]| {
+        row.first().map(|taken| Picture { number: 0, step: 0, file: PathBuf::new(), ..taken.picture.clone() })
+    };
+    let mut above = None;
+    let mut marked = Vec::new();
+    for row in rows.values() {
+        let own = request(row);
+        marked.push((row.as_slice(), own != above));
+        above = own;
+    }
+    marked
 }
 
 /// A row's pictures, each in the column of its step.
@@ -207,6 +223,19 @@ mod tests {
         assert_eq!((markup.matches("<article").count(), markup.matches("class=\"pair\"").count()), (1, 2));
         assert!(strip(&runs, &Shots::embedded(&runs)).into_string().is_empty());
         assert!(strip(&runs[..1], &Shots::linked(&runs[..1])).into_string().contains("/pictures/10/0"));
+    }
+
+    #[test]
+    fn what_rows_have_in_common_is_said_once() {
+        let forged = Forged::new("run", 20);
+        forged.pictures(&[0, 10, 20], 3, 16);
+        let index = forged.dir().join("samples/index.jsonl");
+        // The first two of the same prompt.
+        let text = std::fs::read_to_string(&index).unwrap().replace("alert(1)", "alert(0)");
+        std::fs::write(index, text).unwrap();
+        let runs = [Run::open(forged.dir()).unwrap()];
+        let markup = strip(&runs, &Shots::embedded(&runs)).into_string();
+        assert_eq!((markup.matches("class=\"strip-row\"").count(), markup.matches("class=\"prompt\"").count()), (3, 2));
     }
 
     #[test]
