@@ -12,9 +12,9 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use candle_core::{CpuStorage, CustomOp1, Device, Layout, Shape, Storage, Tensor, Var};
+use candle_core::{CustomOp1, Device, Tensor};
 use dblaunch::device::{Element, Keeping, WeightRef, threads};
-use dblaunch::ops::{Conv2d, conv2d, linear};
+use dblaunch::ops::{Conv2d, conv2d, conv2d_op, linear, linear_op};
 use half::{bf16, f16};
 
 #[global_allocator]
@@ -115,65 +115,51 @@ fn measure(case: &str) -> Result<(Duration, f64)> {
     }
 }
 
-type Op = Box<dyn Fn(&Tensor) -> candle_core::Result<Tensor>>;
-
 fn measure_in<T: Element>(words: &[&str]) -> Result<(Duration, f64)> {
     let [pass, kind, sizes @ ..] = words else { bail!("a case needs a pass, a kind and sizes") };
     let sizes: Vec<usize> = sizes.iter().map(|s| s.parse()).collect::<Result<_, _>>()?;
     let trainable = *pass == "backward";
-    let (x, operations, run): (Tensor, usize, Op) = match (*kind, &*sizes) {
+    match (*kind, &*sizes) {
         ("linear", &[rows, inputs, outputs]) => {
             let matrix = weight::<T>(&[outputs, inputs], trainable)?;
             let bias = weight::<T>(&[outputs], trainable)?;
-            let run = move |x: &Tensor| linear(x, &matrix, Some(&bias));
-            (numbers::<T>(&[rows, inputs])?, 2 * rows * inputs * outputs, Box::new(run))
+            let x = numbers::<T>(&[rows, inputs])?;
+            let operations = 2 * rows * inputs * outputs;
+            let op = linear_op(&x, &matrix, Some(&bias))?;
+            measure_op(pass, &x, |x| linear(x, &matrix, Some(&bias)), &op, operations)
         }
         ("conv", &[images, inputs, outputs, height, width, kernel, stride, padding]) => {
             let conv = Conv2d::new(stride, padding);
             let matrix = weight::<T>(&[outputs, inputs, kernel, kernel], trainable)?;
             let bias = weight::<T>(&[outputs], trainable)?;
-            let run = move |x: &Tensor| conv2d(x, &matrix, Some(&bias), conv);
+            let x = numbers::<T>(&[images, inputs, height, width])?;
             let pixels = |size: usize| (size + 2 * padding - kernel) / stride + 1;
             let operations = 2 * images * outputs * pixels(height) * pixels(width) * inputs * kernel * kernel;
-            (numbers::<T>(&[images, inputs, height, width])?, operations, Box::new(run))
+            let op = conv2d_op(&x, &matrix, Some(&bias), conv)?;
+            measure_op(pass, &x, |x| conv2d(x, &matrix, Some(&bias), conv), &op, operations)
         }
         _ => bail!("no such case: {}", words.join(" ")),
-    };
-    match *pass {
-        "forward" => Ok((best(|| run(&x).map(drop))?, operations as f64)),
-        "data" | "backward" => {
-            let x = Var::from_tensor(&x)?;
-            // The gradient of y is all ones: fewer of candle's own sums to subtract than with another op behind.
-            let y = run(x.as_tensor())?;
-            let hollow = x.apply_op1(Hollow { y: y.copy()?, dx: x.copy()? })?;
-            let factor = if trainable { 2.0 } else { 1.0 };
-            let candle = best(|| hollow.backward().map(drop))?;
-            let whole = best(|| y.backward().map(drop))?;
-            Ok((whole.saturating_sub(candle), operations as f64 * factor))
-        }
+    }
+}
+
+/// Backward, the op is called as candle calls it, without candle's own sums around it (`dblaunch bench layers` has those
+/// in).
+fn measure_op(
+    pass: &str,
+    x: &Tensor,
+    forward: impl Fn(&Tensor) -> candle_core::Result<Tensor>,
+    op: &impl CustomOp1,
+    operations: usize,
+) -> Result<(Duration, f64)> {
+    let factor = match pass {
+        "forward" => return Ok((best(|| forward(x).map(drop))?, operations as f64)),
+        "data" => 1.0,
+        "backward" => 2.0,
         other => bail!("no such pass: {other}"),
-    }
-}
-
-/// An op that costs nothing, to find out what candle's own part of a backward costs: it adds every gradient to zeros.
-struct Hollow {
-    y: Tensor,
-    dx: Tensor,
-}
-
-impl CustomOp1 for Hollow {
-    fn name(&self) -> &'static str {
-        "hollow"
-    }
-    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        match &*self.y.storage_and_layout().0 {
-            Storage::Cpu(y) => Ok((y.clone(), self.y.shape().clone())),
-            _ => candle_core::bail!("not on the CPU"),
-        }
-    }
-    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        Ok(Some(self.dx.clone()))
-    }
+    };
+    let y = forward(x)?;
+    let dy = y.affine(0.5, 0.25)?;
+    Ok((best(|| op.bwd(x, &y, &dy).map(drop))?, operations as f64 * factor))
 }
 
 fn values<T: Element>(count: usize) -> Vec<T> {

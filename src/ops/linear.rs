@@ -11,6 +11,11 @@ use crate::device::WeightRef;
 ///
 /// Backward: the gradient of x is dy W; dy^T x is added to the weight's gradient and dy's column sums to the bias's.
 pub fn linear(x: &Tensor, weight: &WeightRef, bias: Option<&WeightRef>) -> Result<Tensor> {
+    x.contiguous()?.apply_op1(linear_op(x, weight, bias)?)
+}
+
+/// The op that [`linear`] applies to `x`, by itself: its two directions can be called, and measured, without a graph.
+pub fn linear_op(x: &Tensor, weight: &WeightRef, bias: Option<&WeightRef>) -> Result<impl CustomOp1 + use<>> {
     let (outputs, inputs) = match *weight.shape() {
         [o, i] | [o, i, 1, 1] => (o, i),
         ref other => bail!("{}: a linear layer's weight has two dimensions, not {other:?}", weight.name()),
@@ -23,7 +28,7 @@ pub fn linear(x: &Tensor, weight: &WeightRef, bias: Option<&WeightRef>) -> Resul
     {
         bail!("{}: its bias has shape {:?}, not [{outputs}]", weight.name(), bias.shape());
     }
-    x.contiguous()?.apply_op1(Linear { weight: weight.clone(), bias: bias.cloned(), outputs, inputs })
+    Ok(Linear { weight: weight.clone(), bias: bias.cloned(), outputs, inputs })
 }
 
 /// Sums are cut into blocks of multiples of this.

@@ -22,11 +22,11 @@ mod vector;
 
 pub use activation::{Activation, activation, add_channels, geglu};
 pub use attention::{Mask, attention};
-pub use conv2d::{Conv2d, conv2d};
+pub use conv2d::{Conv2d, conv2d, conv2d_op};
 pub use embedding::embedding;
 pub use glue::{add, cat_channels};
 pub use group_norm::group_norm;
 pub use layer_norm::layer_norm;
-pub use linear::linear;
+pub use linear::{linear, linear_op};
 pub use tokens::{image_from_tokens, tokens_from_image};
 pub use upsample::upsample_nearest;

@@ -35,6 +35,16 @@ impl Conv2d {
 ///
 /// An image's result and its gradient have the same bits in every batch; weight gradients are summed over the batch.
 pub fn conv2d(x: &Tensor, weight: &WeightRef, bias: Option<&WeightRef>, conv: Conv2d) -> Result<Tensor> {
+    x.contiguous()?.apply_op1(conv2d_op(x, weight, bias, conv)?)
+}
+
+/// The op that [`conv2d`] applies to `x`, by itself: its two directions can be called, and measured, without a graph.
+pub fn conv2d_op(
+    x: &Tensor,
+    weight: &WeightRef,
+    bias: Option<&WeightRef>,
+    conv: Conv2d,
+) -> Result<impl CustomOp1 + use<>> {
     let (_, inputs, height, width) = x.dims4()?;
     let &[outputs, channels, kh, kw] = weight.shape() else {
         bail!("{}: a convolution's weight has four dimensions, not {:?}", weight.name(), weight.shape())
@@ -54,7 +64,7 @@ pub fn conv2d(x: &Tensor, weight: &WeightRef, bias: Option<&WeightRef>, conv: Co
     if kh * kw > MOST_TAPS {
         bail!("{}: no convolution for kernels of more than {MOST_TAPS} taps", weight.name());
     }
-    let op = Convolution {
+    Ok(Convolution {
         weight: weight.clone(),
         bias: bias.cloned(),
         conv,
@@ -63,8 +73,7 @@ pub fn conv2d(x: &Tensor, weight: &WeightRef, bias: Option<&WeightRef>, conv: Co
         kernel: (kh, kw),
         input: (height, width),
         output: ((tall - kh) / conv.stride + 1, (wide - kw) / conv.stride + 1),
-    };
-    x.contiguous()?.apply_op1(op)
+    })
 }
 
 struct Convolution {
