@@ -71,7 +71,7 @@ fn scheduler() -> Value {
         "num_train_timesteps": 1000,
         "prediction_type": "v_prediction",
         "solver_order": 2,
-        "steps_offset": 0,
+        "steps_offset": 1,
         "timestep_spacing": "trailing",
     })
 }
