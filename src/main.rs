@@ -1,5 +1,6 @@
 //! The program: parse, check, start ranks or be one, leave with the right exit status.
 
+use std::io::Write;
 use std::num::NonZeroUsize;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -33,7 +34,7 @@ fn main() -> ExitCode {
         Some(Command::Check(check)) => self::check(&check.request).map(|()| status::DONE),
         Some(Command::Sample(args)) => self::sample(args),
         Some(Command::Report(args)) => report::write(&args.dirs, args.out.as_deref()).map(|path| {
-            println!("{}", path.display());
+            say(&path.display());
             status::DONE
         }),
         Some(Command::Watch(args)) => report::watch(&args.dir, args.port).map(|()| status::DONE),
@@ -51,6 +52,11 @@ fn main() -> ExitCode {
     ExitCode::from(result.unwrap_or_else(|error| launch::report_failure(&error)))
 }
 
+/// A line on standard output. Whoever read it may have gone, as `head` does, which is no failure.
+fn say(what: &dyn std::fmt::Display) {
+    let _ = writeln!(std::io::stdout(), "{what}");
+}
+
 /// Without --nproc: one rank (one per GPU once there are GPUs).
 fn ranks(request: &RequestArgs) -> usize {
     request.nproc.map_or(1, |n| n.get())
@@ -64,7 +70,7 @@ fn config_path(request: &RequestArgs) -> &std::path::Path {
 /// `dblaunch check`: what is wrong, or what would run.
 fn check(request: &RequestArgs) -> Result<()> {
     let report = config::check(config_path(request), &request.overrides, ranks(request))?;
-    println!("{report}");
+    say(&report);
     Ok(())
 }
 
