@@ -101,7 +101,7 @@ const LARGE_BYTES: usize = 1 << 20;
 
 impl Buffer {
     pub(super) fn new(dtype: DType, len: usize, charge: Option<Charge>) -> Result<Self> {
-        if !matches!(dtype, DType::F32 | DType::BF16 | DType::F16) {
+        if !matches!(dtype, DType::F32 | DType::BF16 | DType::F16 | DType::U8) {
             bail!("a parameter buffer cannot hold {dtype:?}");
         }
         let bytes = len * dtype.size_in_bytes();

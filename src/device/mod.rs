@@ -6,6 +6,8 @@ mod arena;
 mod buffer;
 mod files;
 mod layout;
+mod place;
+mod queue;
 mod slot;
 mod team;
 pub mod threads;
@@ -15,6 +17,8 @@ pub use arena::{Arena, Usage};
 pub use buffer::{Buffer, Element};
 pub use files::{free_disk_bytes, map_file, peak_rss_bytes};
 pub use layout::{BLOCK, BucketLayout, Entry, LARGE};
+pub use place::Place;
+pub use queue::{Delays, Pending, Promise, Queue, promise};
 pub use slot::{GradSlot, ParamSlot, WeightRef, WeightView};
 
 use candle_core::{DType, Device};
