@@ -7,8 +7,8 @@
 //! a code that is not zero's; that is not followed: padding must stay zero.
 
 use super::code_book::{Book, CodeBook, ONE, SHARED, ZERO_OF_M};
-use super::lanes::{Lanes, MAGNITUDE, Portable};
-use super::level::{Kernel, Level};
+use super::lanes::{Kernel, Lanes, MAGNITUDE, Portable};
+use super::level::Level;
 use crate::device::BLOCK;
 use crate::device::threads::for_parts;
 
