@@ -9,7 +9,7 @@
 use super::adamw::Coefficients;
 use super::blockwise::{reciprocal, signed_code, unsigned_code, value};
 use super::code_book::{Book, ZERO_OF_M};
-use super::kernel::{Copied, Grad, Master, step};
+use super::kernel::{AHEAD, Copied, Grad, Master, step};
 use super::lanes::{INFINITY_BITS, Kernel, Lanes, MAGNITUDE, Portable};
 use crate::device::BLOCK;
 
@@ -95,6 +95,8 @@ impl<M: Master, C: Copied, G: Grad> Piece8<'_, M, C, G> {
             let mut i = from;
             while i < to {
                 let at = first + i;
+                L::prefetch(self.weights.as_ptr().wrapping_add(at + AHEAD).cast());
+                L::prefetch(self.grads.as_ptr().wrapping_add(at + AHEAD).cast());
                 let g = L::mul(G::load::<L>(self.grads.as_ptr().add(at)), L::splat(c.grad_scale));
                 let g_magnitude = L::and(L::bits(g), L::splat_int(MAGNITUDE));
                 most_grad = L::max_int(most_grad, g_magnitude);

@@ -39,6 +39,8 @@ pub unsafe trait Lanes: Copy + Send + Sync + 'static {
     /// The low 16 bits of each lane, whose upper ones are zero. `past` writes past the caches, which then need not read
     /// first what is written over; it asks for a vector's alignment and for [`Lanes::fence`] before others may look.
     unsafe fn store_words(to: *mut u16, x: Self::I, past: bool);
+    /// Asks for a cache line; `at` may be anywhere.
+    unsafe fn prefetch(_at: *const u8) {}
     /// Waits for what was written past the caches.
     unsafe fn fence() {}
     /// The low 8 bits of each lane, whose upper ones are zero.

@@ -67,6 +67,7 @@ unsafe impl Lanes for Avx512 {
             put_words(to, _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x), past);
         store_words(to: *mut u16, x: __m512i, past: bool) = put_words(to, _mm512_cvtepi32_epi16(x), past);
         fence() = _mm_sfence();
+        prefetch(at: *const u8) = _mm_prefetch::<_MM_HINT_T0>(at.cast());
         store_bytes(to: *mut u8, x: __m512i) = _mm_storeu_si128(to.cast(), _mm512_cvtepi32_epi8(x));
         gather(table: *const u32, index: __m512i) -> __m512i = _mm512_i32gather_epi32::<4>(index, table.cast());
         splat(x: f32) -> __m512 = _mm512_set1_ps(x);
@@ -135,6 +136,7 @@ unsafe impl Lanes for Avx2 {
             put_half_words(to, _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x), past);
         store_words(to: *mut u16, x: __m256i, past: bool) = put_half_words(to, words(x), past);
         fence() = _mm_sfence();
+        prefetch(at: *const u8) = _mm_prefetch::<_MM_HINT_T0>(at.cast());
         store_bytes(to: *mut u8, x: __m256i) = _mm_storel_epi64(to.cast(), _mm_packus_epi16(words(x), words(x)));
         gather(table: *const u32, index: __m256i) -> __m256i = _mm256_i32gather_epi32::<4>(table.cast(), index);
         splat(x: f32) -> __m256 = _mm256_set1_ps(x);
