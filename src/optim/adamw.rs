@@ -125,7 +125,7 @@ impl AdamW {
         update_plain(Piece { c: &c, master: F32Master, weights, copy, past: false, m, v, grads, element: 0 });
     }
 
-    fn coefficients(&self, step: u64, rate: f64, grad_scale: f32) -> Coefficients {
+    pub(super) fn coefficients(&self, step: u64, rate: f64, grad_scale: f32) -> Coefficients {
         let correction1 = 1.0 - self.beta1.powf(step as f64);
         let correction2 = 1.0 - self.beta2.powf(step as f64);
         Coefficients {

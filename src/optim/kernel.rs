@@ -236,3 +236,160 @@ pub unsafe fn step<L: Lanes>(c: &Coefficients, w: L::F, m: L::F, v: L::F) -> L::
         L::sub(L::mul(w, L::splat(c.decay)), change)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::lanes::Divisor;
+    use super::super::level::Level;
+    use super::super::rounding::StochasticRounding;
+    use super::super::testing::{bits, coefficients, hard_numbers, numbers};
+    use super::*;
+
+    const N: usize = 1003;
+
+    /// Everything an update writes, as bits.
+    type Written = (Vec<u32>, Vec<u32>, Vec<u32>, Vec<u32>, bool);
+
+    trait Widened {
+        fn widened(self) -> f32;
+    }
+    impl Widened for f32 {
+        fn widened(self) -> f32 {
+            self
+        }
+    }
+    impl Widened for bf16 {
+        fn widened(self) -> f32 {
+            self.to_f32()
+        }
+    }
+    impl Widened for f16 {
+        fn widened(self) -> f32 {
+            self.to_f32()
+        }
+    }
+    impl Widened for () {
+        fn widened(self) -> f32 {
+            0.0
+        }
+    }
+
+    fn update<M: Master, C: Copied + Widened, G: Grad>(
+        level: Level,
+        n: usize,
+        master: M,
+        weight: impl Fn(f32) -> M::Value,
+        nothing: C,
+        grad: impl Fn(f32) -> G,
+    ) -> Written
+    where
+        M::Value: Widened,
+    {
+        let mut w: Vec<M::Value> = hard_numbers(n, 1, 0.1, true).into_iter().map(weight).collect();
+        let mut m = hard_numbers(n, 2, 1e-3, true);
+        let mut v: Vec<f32> = hard_numbers(n, 3, 1e-6, true).iter().map(|x| x.abs()).collect();
+        let g: Vec<G> = hard_numbers(n, 4, 1e-2, true).into_iter().map(grad).collect();
+        let mut copy = vec![nothing; n];
+        let c = &coefficients(3);
+        let (weights, copied) = (&mut w[..], &mut copy[..]);
+        let piece =
+            Piece { c, master, weights, copy: copied, past: false, m: &mut m, v: &mut v, grads: &g, element: 77 };
+        let finite = level.run(piece) < INFINITY_BITS;
+        let wide = |values: Vec<f32>| bits(&values);
+        let w = wide(w.into_iter().map(Widened::widened).collect());
+        (w, wide(copy.into_iter().map(Widened::widened).collect()), bits(&m), bits(&v), finite)
+    }
+
+    #[test]
+    fn every_instruction_set_gives_the_same_bits() {
+        let keys = StochasticRounding { seed: 1, step: 2, bucket: 3, start: 0 }.keys();
+        let half = bf16::from_f32;
+        for n in [0, 1, 7, 8, 15, 16, 17, 31, N] {
+            let all = |level| {
+                [
+                    update(level, n, F32Master, |x| x, (), |g| g),
+                    update(level, n, F32Master, |x| x, bf16::ZERO, |g| g),
+                    update(level, n, F32Master, |x| x, f16::ZERO, half),
+                    update(level, n, Bf16Master(keys), half, (), half),
+                    update(level, n, Bf16Master(keys), half, f16::ZERO, |g| g),
+                ]
+            };
+            let expected = all(Level::Portable);
+            for level in Level::available() {
+                assert!(all(level) == expected, "{level:?}, {n} elements");
+            }
+        }
+    }
+
+    /// The formula as it stands in PyTorch, and halves rounded on their own afterwards.
+    #[test]
+    fn one_pass_is_the_formula_and_then_rounding() {
+        let c = coefficients(3);
+        let mut expected = hard_numbers(N, 1, 0.1, true);
+        let (mut m, mut v) = (hard_numbers(N, 2, 1e-3, true), hard_numbers(N, 3, 1e-6, true));
+        let grads = hard_numbers(N, 4, 1e-2, true);
+        for (((w, m), v), g) in expected.iter_mut().zip(&mut m).zip(&mut v).zip(&grads) {
+            let g = g * c.grad_scale;
+            *v = v.abs();
+            *m += (g - *m) * c.one_minus_beta1;
+            *v = *v * c.beta2 + c.one_minus_beta2 * g * g;
+            let denominator = v.sqrt() / c.correction2_root.value + c.epsilon;
+            *w = *w * c.decay - c.step_size * (*m / denominator);
+        }
+        for level in Level::available() {
+            let (w, copy, m_found, v_found, _) = update(level, N, F32Master, |x| x, bf16::ZERO, |g| g);
+            assert!((w, m_found, v_found) == (bits(&expected), bits(&m), bits(&v)), "{level:?}");
+            assert_eq!(copy, bits(&expected.iter().map(|&x| bf16::from_f32(x).to_f32()).collect::<Vec<_>>()));
+            let (_, copy, ..) = update(level, N, F32Master, |x| x, f16::ZERO, |g| g);
+            assert_eq!(copy, bits(&expected.iter().map(|&x| f16::from_f32(x).to_f32()).collect::<Vec<_>>()));
+        }
+    }
+
+    #[test]
+    fn one_gradient_that_is_not_finite_is_found_wherever_it_is() {
+        for level in Level::available() {
+            for (at, what) in [(0, f32::NAN), (17, f32::INFINITY), (63, f32::NEG_INFINITY), (66, f32::NAN), (67, 1.0)] {
+                let mut grads = numbers(67, 5, f32::MAX);
+                if let Some(g) = grads.get_mut(at) {
+                    *g = what;
+                }
+                let (mut w, mut m, mut v) = (vec![0f32; 67], vec![0f32; 67], vec![0f32; 67]);
+                let (weights, m, v) = (&mut w[..], &mut m[..], &mut v[..]);
+                let (c, copy) = (&coefficients(1), &mut [(); 67][..]);
+                let piece = Piece { c, master: F32Master, weights, copy, past: false, m, v, grads: &grads, element: 0 };
+                assert_eq!(level.run(piece) < INFINITY_BITS, at == 67, "{level:?} {at}");
+            }
+        }
+    }
+
+    struct Divide<'a>(&'a [f32], Divisor, &'a mut [f32]);
+
+    impl Kernel for Divide<'_> {
+        type Output = ();
+        #[inline(always)]
+        unsafe fn run<L: Lanes>(self) {
+            for (a, to) in self.0.chunks_exact(L::N).zip(self.2.chunks_exact_mut(L::N)) {
+                // SAFETY: inside `vectorize`, and a chunk is a vector.
+                unsafe { L::store(to.as_mut_ptr(), L::divide(L::load(a.as_ptr()), &self.1)) };
+            }
+        }
+    }
+
+    /// For the corrections of many steps and orders, on every 13th fraction: 630,000 quotients each.
+    #[test]
+    fn dividing_by_multiplying_gives_the_quotients_bits() {
+        let mut dividends: Vec<f32> = (0x3f80_0000..0x3f80_0000 + (1 << 23)).step_by(13).map(f32::from_bits).collect();
+        dividends.extend([0.0, f32::INFINITY, f32::NAN, f32::from_bits(1).sqrt(), f32::MAX.sqrt()]);
+        dividends.resize(dividends.len().next_multiple_of(16), 3.0);
+        let corrections = [(0.999f64, 1), (0.999, 2), (0.999, 17), (0.999, 16_700), (0.95, 3), (0.99999, 1), (0.5, 40)];
+        for (beta2, step) in corrections {
+            let divisor = Divisor::new((1.0 - beta2.powi(step)).sqrt() as f32);
+            for level in Level::available() {
+                let mut quotients = vec![0.0; dividends.len()];
+                level.run(Divide(&dividends, divisor, &mut quotients));
+                let expected: Vec<f32> = dividends.iter().map(|a| a / divisor.value).collect();
+                assert!(bits(&quotients) == bits(&expected), "{level:?} {divisor:?}");
+            }
+        }
+    }
+}

@@ -10,6 +10,8 @@ mod level;
 mod lr_schedule;
 mod record;
 mod rounding;
+#[cfg(test)]
+mod testing;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 

@@ -81,9 +81,9 @@ unsafe impl Lanes for Avx512 {
                 let (high, value) = (_mm512_set1_ps(by.high), _mm512_set1_ps(by.value));
                 let quotient = _mm512_fmadd_ps(a, high, _mm512_mul_ps(a, _mm512_set1_ps(by.low)));
                 let left = _mm512_fnmadd_ps(quotient, value, a);
-                // Infinity is not to be corrected by infinity less infinity.
+                // What is not finite stays what it is; infinity less infinity would be no number.
                 let finite = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, _mm512_set1_ps(f32::INFINITY));
-                _mm512_mask3_fmadd_ps(left, high, quotient, finite)
+                _mm512_mask_blend_ps(finite, a, _mm512_fmadd_ps(left, high, quotient))
             } else {
                 _mm512_div_ps(a, _mm512_set1_ps(by.value))
             }
@@ -150,9 +150,9 @@ unsafe impl Lanes for Avx2 {
                 let (high, value) = (_mm256_set1_ps(by.high), _mm256_set1_ps(by.value));
                 let quotient = _mm256_fmadd_ps(a, high, _mm256_mul_ps(a, _mm256_set1_ps(by.low)));
                 let left = _mm256_fnmadd_ps(quotient, value, a);
-                // Infinity is not to be corrected by infinity less infinity.
+                // What is not finite stays what it is; infinity less infinity would be no number.
                 let finite = _mm256_cmp_ps::<_CMP_LT_OQ>(a, _mm256_set1_ps(f32::INFINITY));
-                _mm256_blendv_ps(quotient, _mm256_fmadd_ps(left, high, quotient), finite)
+                _mm256_blendv_ps(a, _mm256_fmadd_ps(left, high, quotient), finite)
             } else {
                 _mm256_div_ps(a, _mm256_set1_ps(by.value))
             }
