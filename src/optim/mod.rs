@@ -12,6 +12,8 @@ mod record;
 mod rounding;
 #[cfg(test)]
 mod testing;
+#[cfg(test)]
+mod tests;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
