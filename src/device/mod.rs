@@ -6,6 +6,7 @@ mod arena;
 mod buffer;
 mod files;
 mod layout;
+pub mod nvme;
 mod place;
 mod queue;
 mod slot;
