@@ -8,12 +8,12 @@ mod dry;
 mod files;
 mod heap;
 mod layout;
+mod memory;
 mod place;
 mod queue;
 mod slot;
 mod team;
 pub mod threads;
-mod tiers;
 
 pub use allocator::Keeping;
 pub use arena::{Arena, Usage};
@@ -26,7 +26,7 @@ pub use place::Place;
 pub use queue::{Delays, Pending, Promise, Queue, promise};
 pub use slot::{GradSlot, ParamSlot, WeightRef, WeightView};
 
-pub use tiers::{Held, Tiers};
+pub use memory::{Held, Memory};
 
 use candle_core::{DType, Device};
 

@@ -5,7 +5,7 @@ use super::{Arena, Place, Usage, activations, device_peak};
 
 /// The two tiers that are memory; the third is a file.
 #[derive(Clone, Debug)]
-pub struct Tiers {
+pub struct Memory {
     pub device: Arena,
     pub host: Arena,
 }
@@ -24,10 +24,10 @@ pub struct Held {
     pub device_peak: usize,
 }
 
-impl Tiers {
+impl Memory {
     /// Limits in bytes: of the device tier (arenas and activations together), and of the host tier's arenas.
     pub fn new(device: Option<usize>, host: Option<usize>) -> Self {
-        Tiers { device: Arena::with_activations("device", device), host: Arena::new("host", host) }
+        Memory { device: Arena::with_activations("device", device), host: Arena::new("host", host) }
     }
 
     /// The arena for what is called `name` and rests in `place`. What rests in a file passes through the host's memory.
@@ -65,11 +65,11 @@ mod tests {
 
     #[test]
     fn what_rests_in_a_file_passes_through_the_host() {
-        let tiers = Tiers::new(None, Some(1 << 20));
-        let _a = tiers.arena(Place::Device, "parameters").alloc(DType::F32, 10, "a").unwrap();
-        let _b = tiers.arena(Place::Nvme, "optimizer").alloc(DType::F32, 20, "b").unwrap();
-        let held = tiers.held();
+        let memory = Memory::new(None, Some(1 << 20));
+        let _a = memory.arena(Place::Device, "parameters").alloc(DType::F32, 10, "a").unwrap();
+        let _b = memory.arena(Place::Nvme, "optimizer").alloc(DType::F32, 20, "b").unwrap();
+        let held = memory.held();
         assert_eq!((held.device.used, held.host.used, held.host_parts[0].0.as_str()), (40, 80, "optimizer"));
-        assert!(tiers.arena(Place::Host, "parameters").alloc(DType::U8, 1 << 20, "c").is_err());
+        assert!(memory.arena(Place::Host, "parameters").alloc(DType::U8, 1 << 20, "c").is_err());
     }
 }
