@@ -14,6 +14,7 @@ mod queue;
 mod slot;
 mod team;
 pub mod threads;
+pub mod trace;
 
 pub use allocator::Keeping;
 pub use arena::{Arena, Usage};
