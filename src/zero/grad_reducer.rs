@@ -63,7 +63,7 @@ impl GradReducer {
         store: &ParamStore,
         slots: impl Iterator<Item = Option<&'s Arc<GradSlot>>>,
     ) -> Result<Self> {
-        let arena = &tiers.memory(tiers.placement.gradients).gradients;
+        let arena = &tiers.states(tiers.placement.gradients).gradients;
         let summed = |(i, slot): (usize, Option<&Arc<GradSlot>>)| {
             let Some(slot) = slot else { return Ok(None) };
             let (name, padded_len) = (store.name(i).to_string(), store.padded_len(i));

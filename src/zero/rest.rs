@@ -44,7 +44,7 @@ impl Rest {
         what: &str,
     ) -> Result<Self> {
         let at = match place {
-            Place::Device | Place::Host => At::Memory(Mutex::new(arena(tiers.memory(place)).alloc(dtype, len, what)?)),
+            Place::Device | Place::Host => At::Memory(Mutex::new(arena(tiers.states(place)).alloc(dtype, len, what)?)),
             Place::Nvme => At::File(tiers.drive()?.allocate(len * dtype.size_in_bytes(), what)?),
         };
         Ok(Rest { dtype, len, at })

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use candle_core::DType;
 
 use super::Placement;
-use crate::device::{Arena, Delays, Place, Queue, StateFile, Usage};
+use crate::device::{Arena, Delays, Memory, Place, Queue, StateFile, Usage};
 
 /// The arenas of the three states that ZeRO partitions, in one tier. What a stage's collectives and copies hold for a
 /// moment is charged to the arena of what they carry.
@@ -20,10 +20,10 @@ pub struct States {
 }
 
 impl States {
-    /// Without limits.
-    pub fn unlimited(tier: Place) -> Self {
-        let [parameters, gradients, optimizer, activations] = ["parameter", "gradient", "optimizer", "activation"]
-            .map(|state| Arena::new(format!("{tier} {state}"), None));
+    /// Below a tier's arena, whose limit binds them together.
+    pub fn within(tier: &Arena) -> Self {
+        let [parameters, gradients, optimizer, activations] =
+            ["parameters", "gradients", "optimizer", "activations"].map(|state| tier.child(state));
         States { parameters, gradients, optimizer, activations }
     }
 
@@ -43,6 +43,7 @@ pub struct Tiers {
     pub gradients: DType,
     /// Bring the next segment's parameters while one computes.
     pub prefetch: bool,
+    pub memory: Memory,
     pub device: States,
     pub host: States,
     /// The run's file on a drive, if anything rests there.
@@ -59,20 +60,32 @@ impl Tiers {
 
     /// Without limits. `delays`: copies and collectives are late now and then.
     pub fn unlimited(placement: Placement, drive: Option<Arc<StateFile>>, delays: Option<Arc<Delays>>) -> Result<Self> {
+        let memory = Memory { device: Arena::new("device", None), host: Arena::new("host", None) };
+        Self::within(memory, placement, drive, delays)
+    }
+
+    /// Within a rank's memory; fp32 masters and sums, with prefetch.
+    pub fn within(
+        memory: Memory,
+        placement: Placement,
+        drive: Option<Arc<StateFile>>,
+        delays: Option<Arc<Delays>>,
+    ) -> Result<Self> {
         Ok(Tiers {
+            device: States::within(&memory.device),
+            host: States::within(&memory.host),
+            memory,
             placement,
             master: DType::F32,
             gradients: DType::F32,
             prefetch: true,
-            device: States::unlimited(Place::Device),
-            host: States::unlimited(Place::Host),
             drive,
             traffic: Arc::new(Queue::late("traffic", delays)?),
         })
     }
 
     /// The arenas of a tier in memory; what rests on a drive passes through the host's.
-    pub fn memory(&self, place: Place) -> &States {
+    pub fn states(&self, place: Place) -> &States {
         match place {
             Place::Device => &self.device,
             Place::Host | Place::Nvme => &self.host,
