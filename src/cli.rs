@@ -2,7 +2,7 @@
 //! command line ends with clap's message and exit status 2.
 
 use std::io::Write;
-use std::num::NonZeroUsize;
+use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::PathBuf;
 
 use clap::{Args, CommandFactory, Parser, Subcommand};
@@ -30,6 +30,9 @@ pub struct TrainArgs {
     /// Compute threads of all ranks on this machine together [default: one per core that may be used]
     #[arg(long, value_name = "N")]
     pub threads: Option<NonZeroUsize>,
+    /// Write a trace of N steps (from the second one on) and a table of where the time went
+    #[arg(long, value_name = "N")]
+    pub profile: Option<NonZeroU32>,
     #[command(flatten)]
     pub request: RequestArgs,
 }
@@ -280,10 +283,11 @@ mod tests {
     #[test]
     fn without_a_command_it_trains() {
         Cli::command().debug_assert();
-        let cli = parse("--nproc 2 --max-restarts 3 --threads 5 --set train.seed=7 --set a.b=c train.toml").unwrap();
+        let cli = parse("--nproc 2 --max-restarts 3 --threads 5 --profile 2 --set train.seed=7 --set a.b=c train.toml")
+            .unwrap();
         assert!(cli.command.is_none());
         assert_eq!(cli.train.max_restarts, 3);
-        assert_eq!(cli.train.threads.unwrap().get(), 5);
+        assert_eq!((cli.train.threads.unwrap().get(), cli.train.profile.unwrap().get()), (5, 2));
         assert_eq!(cli.train.request.nproc.unwrap().get(), 2);
         assert_eq!(cli.train.request.overrides, ["train.seed=7", "a.b=c"]);
         assert_eq!(cli.train.request.config.unwrap(), PathBuf::from("train.toml"));
@@ -326,7 +330,7 @@ mod tests {
     #[test]
     fn a_wrong_line_is_status_2_and_what_is_not_there_is_not_offered() {
         for line in
-            ["", "--nproc 0 t.toml", "--nproc 2", "t.toml u.toml", "check", "--profile 3 t.toml", "completions sh"]
+            ["", "--nproc 0 t.toml", "--nproc 2", "t.toml u.toml", "check", "--profile 0 t.toml", "completions sh"]
         {
             assert_eq!(parse(line).unwrap_err().exit_code(), 2, "{line}");
         }

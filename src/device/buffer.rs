@@ -1,6 +1,5 @@
 //! Flat memory of one dtype, zeroed, aligned for SIMD and for direct I/O, in huge pages where it is large.
 
-use std::alloc::Layout;
 use std::ptr::NonNull;
 
 use anyhow::{Result, bail};
@@ -61,7 +60,7 @@ pub struct Buffer {
 
 #[derive(Debug)]
 enum Memory {
-    /// From the allocator, of exactly the buffer's size.
+    /// From the C library, of the buffer's size.
     Small(NonNull<u8>),
     /// From the system; may be larger than the buffer.
     Large(Option<Mapping>),
@@ -183,8 +182,8 @@ impl Drop for Buffer {
         let bytes = self.byte_len();
         match &mut self.memory {
             Memory::Small(ptr) if bytes > 0 => {
-                // SAFETY: `ptr` came from `alloc_zeroed` with this layout.
-                unsafe { std::alloc::dealloc(ptr.as_ptr(), small_layout(bytes)) };
+                // SAFETY: `ptr` came from `aligned_alloc` and nothing borrows it any more.
+                unsafe { libc::free(ptr.as_ptr().cast()) };
             }
             Memory::Small(_) => {}
             Memory::Large(mapping) => {
@@ -196,17 +195,22 @@ impl Drop for Buffer {
     }
 }
 
-fn small_layout(bytes: usize) -> Layout {
-    Layout::from_size_align(bytes, if bytes < PAGE { 64 } else { PAGE }).expect("a small size is a valid layout")
-}
-
+/// Not from the heap that is counted: arenas count their buffers themselves.
 fn allocate(bytes: usize) -> Result<NonNull<u8>> {
+    let align = if bytes < PAGE { 64 } else { PAGE };
     if bytes == 0 {
         return Ok(NonNull::<u128>::dangling().cast());
     }
-    // SAFETY: the layout has a size above zero.
-    let ptr = unsafe { std::alloc::alloc_zeroed(small_layout(bytes)) };
-    NonNull::new(ptr).ok_or_else(|| anyhow::anyhow!("the system has no {bytes} bytes of memory left"))
+    let size = bytes.next_multiple_of(align);
+    // SAFETY: the alignment is a power of two that divides the size; fresh memory of this size may be written.
+    let ptr = unsafe {
+        let ptr = libc::aligned_alloc(align, size);
+        if !ptr.is_null() {
+            libc::memset(ptr, 0, size);
+        }
+        ptr
+    };
+    NonNull::new(ptr.cast()).ok_or_else(|| anyhow::anyhow!("the system has no {bytes} bytes of memory left"))
 }
 
 /// Fresh zero pages, straight from the system so that dropping them gives them back.

@@ -4,6 +4,7 @@ mod class_images;
 mod export;
 mod items;
 pub mod network;
+pub mod optimizer;
 mod prompts;
 mod rows;
 mod run;

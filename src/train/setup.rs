@@ -8,7 +8,7 @@ use anyhow::Result;
 use candle_core::{DType, Device};
 
 use super::items::Sampler;
-use super::network::{Memory, Network};
+use super::network::{Build, Network};
 use super::prompts::Texts;
 use super::rows::{RowMaker, RowSettings, Vae};
 use super::trainer::Trainer;
@@ -16,19 +16,21 @@ use super::validation::Validation;
 use crate::Refusal;
 use crate::checkpoint::{self, Checkpoint, Position, SegmentRecord};
 use crate::comm::{Communicator, SliceMut};
-use crate::config::{DeviceKind, LrKind as PlannedKind, MixedPrecision, ReduceDtype, Resume, RunPlan, Steps, Toggle};
+use crate::config::{
+    DeviceKind, LrKind as PlannedKind, MixedPrecision, OptimizerKind, ReduceDtype, Resume, RunPlan, Steps, Toggle,
+};
 use crate::data::Dataset;
-use crate::device::{Arena, Compute};
+use crate::device::Compute;
 use crate::diffusion::sampler::SamplerConfig;
 use crate::diffusion::{Draws, NoiseSchedule, Record};
 use crate::launch::{Event, Rank};
 use crate::model::{self, Component, Denoiser, VaeConfig};
-use crate::optim::{LrKind, LrSchedule};
+use crate::optim::{LrKind, LrSchedule, StateKind};
 use crate::pipeline::{Configs, Frozen, PipelineWeights, Prompts};
 use crate::sample::Settings;
 use crate::segment::Keep;
 use crate::track::Trackers;
-use crate::zero::{Ranks, Stage};
+use crate::zero::{Ranks, Stage, Tiers};
 
 /// A network with fewer parameters keeps its graphs under `recompute = "auto"`: they fit wherever its states do.
 const RECOMPUTE_FROM: usize = 100_000_000;
@@ -45,12 +47,12 @@ pub fn build<'a>(plan: &'a RunPlan, model_dir: &Path, rank: &'a Rank) -> Result<
     let weights = PipelineWeights::open(model_dir, plan.model.variant.as_deref().unwrap_or(""))?;
     let dataset = Dataset::open(&plan.dataset_options(false))?;
     let schedule = NoiseSchedule::from_json(&model_dir.join("scheduler").join("scheduler_config.json"))?;
-    let arena = Arena::new("frozen network", None);
+    let frozen = Tiers::on_device()?;
     let compute = compute(plan)?;
 
-    let (network, slots) = network(plan, &configs, &weights, resumed.as_ref(), &comm, compute.dtype)?;
+    let (network, slots) = network(plan, &configs, &weights, resumed.as_ref(), &comm, compute.dtype, seed)?;
     let Texts { prompts, numbers, of_validation } =
-        Texts::read(plan, dataset.captions(), model_dir, &configs, &weights, &arena, &compute)?;
+        Texts::read(plan, dataset.captions(), model_dir, &configs, &weights, &frozen, &compute)?;
     let validation = validation(plan, model_dir, &configs, of_validation, seed)?;
     let batch_items = plan.train.batch_size.saturating_mul(comm.world_size()) as u64;
     let epoch_items = dataset.len() as u64;
@@ -71,7 +73,7 @@ pub fn build<'a>(plan: &'a RunPlan, model_dir: &Path, rank: &'a Rank) -> Result<
     let draws = Draws::new(seed);
     say_where_it_begins(plan, resumed.as_ref(), seed, total_steps, rank);
     let rows = RowMaker {
-        vae: vae(&configs.vae, &weights, &arena, &compute)?,
+        vae: vae(&configs.vae, &weights, &frozen, &compute)?,
         dataset,
         schedule,
         draws,
@@ -117,6 +119,7 @@ pub(super) fn compute(plan: &RunPlan) -> Result<Compute> {
     let dtype = match plan.train.mixed_precision {
         MixedPrecision::No => DType::F32,
         MixedPrecision::Bf16 => DType::BF16,
+        MixedPrecision::Fp16 => DType::F16,
     };
     Ok(Compute { device, dtype })
 }
@@ -168,6 +171,7 @@ fn network(
     resumed: Option<&Checkpoint>,
     comm: &Arc<dyn Communicator>,
     dtype: DType,
+    seed: u64,
 ) -> Result<(Network, model::DenoiserSlots)> {
     let Denoiser { graph, slots } = trained_graph(plan, configs, dtype);
     for &component in trained(plan) {
@@ -176,7 +180,8 @@ fn network(
     }
     let ranks = Ranks {
         comm: comm.clone(),
-        stage: Stage::from_number(plan.zero.stage).ok_or_else(|| Refusal::error("zero.stage is 0, 1, 2 or 3"))?,
+        stage: Stage::from_number(plan.zero.stage_or_usual(comm.world_size()))
+            .ok_or_else(|| Refusal::error("zero.stage is 0, 1, 2 or 3"))?,
         reduce_dtype: match plan.zero.reduce_dtype {
             ReduceDtype::F32 => DType::F32,
             ReduceDtype::Bf16 => DType::BF16,
@@ -197,23 +202,29 @@ fn network(
         Toggle::Auto => graph.parameters() >= RECOMPUTE_FROM,
     };
     let keep = if recompute { Keep::Inputs } else { Keep::Graph };
-    let mut network = Network::load(graph, &ranks, dtype, keep, Memory::unlimited(), source)?;
+    let state = match plan.optimizer.kind {
+        OptimizerKind::AdamW => StateKind::F32,
+        OptimizerKind::AdamW8bit => StateKind::Bits8,
+    };
+    let build = Build { state, seed, ..Build::on_device(&ranks, dtype, keep, &graph)? };
+    let network = Network::load(graph, build, source)?;
     if let Some(checkpoint) = resumed {
-        for (i, moments) in network.moments.iter_mut().enumerate() {
-            if let Some(moments) = moments {
-                checkpoint.read_moments(&network.store, i, moments)?;
+        for i in 0..network.store.len() {
+            for record in network.optimizer.records(i) {
+                let layout = *record.layout();
+                record.write(|bytes| checkpoint.read_state(network.store.name(i), &layout, bytes))??;
             }
         }
     }
     Ok((network, slots))
 }
 
-fn vae(config: &VaeConfig, weights: &PipelineWeights, arena: &Arena, compute: &Compute) -> Result<Vae> {
+fn vae(config: &VaeConfig, weights: &PipelineWeights, tiers: &Tiers, compute: &Compute) -> Result<Vae> {
     let encoder = model::vae_encoder(config);
     weights.component(Component::Vae).check(&model::wanted(&encoder.graph, Component::Vae))?;
     Ok(Vae {
         // fp32 in every precision: some published VAEs overflow in fp16, and it runs without a way back.
-        network: Frozen::load(encoder.graph, DType::F32, arena, weights)?,
+        network: Frozen::load(encoder.graph, DType::F32, tiers, weights)?,
         pixels: encoder.pixels,
         moments: encoder.moments,
         device: compute.device.clone(),
