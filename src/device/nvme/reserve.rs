@@ -245,13 +245,15 @@ fn clear_room(dir: &Path, rank: usize, total: u64) -> Result<()> {
 fn remove_leftovers(dir: &Path) -> usize {
     let Ok(entries) = std::fs::read_dir(dir) else { return 0 };
     let named = |name: &str| name.starts_with(PREFIX) && name.ends_with(SUFFIX);
-    entries
-        .flatten()
-        .filter(|entry| entry.file_name().to_str().is_some_and(named))
-        .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_file()))
-        // An error is somebody else's file, or one that has gone meanwhile.
-        .map(|entry| remove_if_dead(&entry.path()))
-        .count()
+    let mut seen = 0;
+    for entry in entries.flatten() {
+        if entry.file_name().to_str().is_some_and(named) && entry.file_type().is_ok_and(|kind| kind.is_file()) {
+            seen += 1;
+            // An error is somebody else's file, or one that has gone meanwhile.
+            let _ = remove_if_dead(&entry.path());
+        }
+    }
+    seen
 }
 
 /// Removes a state file that no process holds, while holding it itself: else its maker could take it in between.

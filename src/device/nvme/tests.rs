@@ -1,7 +1,7 @@
 //! A state file as its users see it, in all four ways of moving bytes, and what happens when something is wrong.
 
 use std::fs::{File, OpenOptions};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -37,9 +37,13 @@ fn error(pending: Pending<Buffer>) -> String {
     format!("{:#}", pending.wait().unwrap_err())
 }
 
-/// Changes the file as a drive that fails would.
+fn open(path: &Path) -> File {
+    OpenOptions::new().read(true).write(true).open(path).unwrap()
+}
+
+/// To change the file as a drive that fails would.
 fn behind_its_back(file: &StateFile) -> File {
-    OpenOptions::new().read(true).write(true).open(file.path()).unwrap()
+    open(file.path())
 }
 
 #[test]
@@ -94,13 +98,9 @@ fn pieces_of_every_size_make_the_same_request() {
         assert_eq!(back.bytes(), filled(bytes, 5).bytes());
         let mut page = [0; 4096];
         let at = HEADER_BYTES + 3 * MIB as u64;
-        behind_path(&reserved.path).read_exact_at(&mut page, at).unwrap();
+        open(&reserved.path).read_exact_at(&mut page, at).unwrap();
         assert_eq!(page, filled(bytes, 5).bytes()[3 * MIB..3 * MIB + 4096]);
     }
-}
-
-fn behind_path(path: &Path) -> File {
-    OpenOptions::new().read(true).write(true).open(path).unwrap()
 }
 
 #[test]
@@ -220,7 +220,7 @@ fn what_was_never_written_or_is_being_written_is_not_read() {
 
 #[test]
 fn a_drive_that_is_full_after_all_says_so_and_hangs_nothing() {
-    let full = Arc::new(behind_path(Path::new("/dev/full")));
+    let full = Arc::new(open(Path::new("/dev/full")));
     for ring in [false, true] {
         let tuning = Tuning { depth: 2, block: MIB, direct: false, ring };
         let common = Common { piece_bytes: MIB, meter: Arc::default(), delays: None };
@@ -303,8 +303,16 @@ fn a_folder_that_will_not_do_is_refused() {
     let told = refused(StateFileOptions { bytes: 1 << 60, ..options(dir.path(), 0) });
     assert!(told.contains("1.0 EiB") && told.contains("are free") && told.contains("rank 0"), "{told}");
     assert!(refused(StateFileOptions { bytes: u64::MAX, ..options(dir.path(), 0) }).contains("are free"));
-    // Read-only to everybody, root too: the kernel's own.
-    let told = refused(options(Path::new("/proc/self"), MIB));
-    assert!(told.contains("no file can be made") || told.contains("are free"), "{told}");
+    // The kernel's own, which nobody can write to, nor has room.
+    #[cfg(target_os = "linux")]
+    assert!(refused(options(Path::new("/proc/self"), MIB)).contains("0 B are free"));
+    // A folder that may only be read, to everybody but root.
+    let closed = dir.path().join("closed");
+    std::fs::create_dir(&closed).unwrap();
+    std::fs::set_permissions(&closed, std::fs::Permissions::from_mode(0o555)).unwrap();
+    if File::create(closed.join("probe")).is_err() {
+        assert!(refused(options(&closed, MIB)).contains("no file can be made"));
+    }
+    std::fs::remove_dir_all(&closed).unwrap();
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "nothing is left of what was refused");
 }

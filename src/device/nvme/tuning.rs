@@ -32,6 +32,7 @@ const CANDIDATES: [(usize, usize); 6] =
 /// What each writes once and reads twice: the six and what goes before them write 112 MiB.
 const SAMPLE: usize = 16 << 20;
 const REQUESTS: usize = 4;
+/// After this, what is known must do: a slow drive takes longer for each, and its tuning matters less.
 const ENOUGH: Duration = Duration::from_millis(400);
 /// A candidate takes the lead if it needs less than this share of the leader's time.
 const CLEARLY: f64 = 0.93;
@@ -41,6 +42,7 @@ pub(super) fn choose(reserved: &Reserved, bytes: u64, ring: Option<bool>) -> Res
     let (depth, block) = CANDIDATES[0];
     let mut tuning = Tuning { depth, block, direct: reserved.direct, ring: ring != Some(false) };
     let sample = SAMPLE.min(bytes as usize / STATE_BLOCK * STATE_BLOCK);
+    let started = Instant::now();
     // The first write to a place may be slower than all later ones, and a read of what was never written tells nothing.
     let mut first = time(reserved, &tuning, sample);
     if first.is_err() && ring.is_none() {
@@ -52,16 +54,15 @@ pub(super) fn choose(reserved: &Reserved, bytes: u64, ring: Option<bool>) -> Res
     if !tuning.direct || sample < SAMPLE {
         return Ok(tuning);
     }
-    let started = Instant::now();
     let mut best: Option<(f64, Tuning)> = None;
     for (depth, block) in CANDIDATES {
+        if started.elapsed() > ENOUGH {
+            break;
+        }
         let candidate = Tuning { depth, block, ..tuning };
         let seconds = time(reserved, &candidate, sample)?;
         if best.is_none_or(|(least, _)| seconds < CLEARLY * least) {
             best = Some((seconds, candidate));
-        }
-        if started.elapsed() > ENOUGH {
-            break;
         }
     }
     Ok(best.map_or(tuning, |(_, tuning)| tuning))
