@@ -30,6 +30,9 @@ pub struct TrainArgs {
     /// Compute threads of all ranks on this machine together [default: one per core that may be used]
     #[arg(long, value_name = "N")]
     pub threads: Option<NonZeroUsize>,
+    /// Record N steps after the first one: profile.json in the output folder, for https://ui.perfetto.dev, and a table
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub profile: Option<u64>,
     #[command(flatten)]
     pub request: RequestArgs,
 }
@@ -269,10 +272,11 @@ mod tests {
     #[test]
     fn without_a_command_it_trains() {
         Cli::command().debug_assert();
-        let cli = parse("--nproc 2 --max-restarts 3 --threads 5 --set train.seed=7 --set a.b=c train.toml").unwrap();
+        let cli = parse("--nproc 2 --max-restarts 3 --threads 5 --profile 3 --set train.seed=7 --set a.b=c train.toml")
+            .unwrap();
         assert!(cli.command.is_none());
         assert_eq!(cli.train.max_restarts, 3);
-        assert_eq!(cli.train.threads.unwrap().get(), 5);
+        assert_eq!((cli.train.threads.unwrap().get(), cli.train.profile), (5, Some(3)));
         assert_eq!(cli.train.request.nproc.unwrap().get(), 2);
         assert_eq!(cli.train.request.overrides, ["train.seed=7", "a.b=c"]);
         assert_eq!(cli.train.request.config.unwrap(), PathBuf::from("train.toml"));
@@ -315,7 +319,7 @@ mod tests {
     #[test]
     fn a_wrong_line_is_status_2_and_what_is_not_there_is_not_offered() {
         for line in
-            ["", "--nproc 0 t.toml", "--nproc 2", "t.toml u.toml", "check", "--profile 3 t.toml", "completions sh"]
+            ["", "--nproc 0 t.toml", "--nproc 2", "t.toml u.toml", "check", "--profile 0 t.toml", "completions sh"]
         {
             assert_eq!(parse(line).unwrap_err().exit_code(), 2, "{line}");
         }

@@ -4,6 +4,7 @@ use candle_core::{Result, Tensor, Var, bail};
 
 use super::graph::{SegmentGraph, SlotId};
 use super::pullback::{carries_gradient, leaf, pullback};
+use crate::device::trace::{Row, span};
 use crate::ops;
 
 /// What a segment leaves behind on the way forward.
@@ -150,6 +151,7 @@ impl<'g> Tape<'g> {
     }
 
     fn recompute(&self, i: usize) -> Result<Kept> {
+        let _span = span(Row::Compute, || format!("recompute {}", self.graph.nodes[i].name));
         let inputs = self.inputs(i)?.iter().map(leaf).collect::<Result<Vec<_>>>()?;
         let tracked: Vec<Tensor> = inputs.iter().map(|v| v.as_tensor().clone()).collect();
         let outputs = self.graph.nodes[i].forward(&tracked)?;

@@ -3,6 +3,7 @@
 
 mod messages;
 mod metrics;
+mod profile;
 #[cfg(test)]
 mod reader;
 mod tensorboard;
@@ -12,6 +13,7 @@ use std::path::Path;
 use anyhow::Result;
 
 pub use metrics::{MicroRow, StepRow};
+pub use profile::Profiler;
 
 use metrics::Metrics;
 use tensorboard::EventFile;

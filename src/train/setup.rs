@@ -15,7 +15,7 @@ use super::trainer::Trainer;
 use super::validation::Validation;
 use crate::Refusal;
 use crate::checkpoint::{self, Checkpoint, Position, SegmentRecord};
-use crate::comm::{Communicator, SliceMut};
+use crate::comm::{Communicator, SliceMut, Traced};
 use crate::config::{DeviceKind, LrKind as PlannedKind, MixedPrecision, ReduceDtype, Resume, RunPlan, Steps, Toggle};
 use crate::data::Dataset;
 use crate::device::{Arena, Compute};
@@ -27,7 +27,7 @@ use crate::optim::{LrKind, LrSchedule};
 use crate::pipeline::{Configs, Frozen, PipelineWeights, Prompts};
 use crate::sample::Settings;
 use crate::segment::Keep;
-use crate::track::Trackers;
+use crate::track::{Profiler, Trackers};
 use crate::zero::{Ranks, Stage};
 
 /// A network with fewer parameters keeps its graphs under `recompute = "auto"`: they fit wherever its states do.
@@ -35,7 +35,7 @@ const RECOMPUTE_FROM: usize = 100_000_000;
 
 /// Builds a trainer that stands where the run begins or resumes. Collective.
 pub fn build<'a>(plan: &'a RunPlan, model_dir: &Path, rank: &'a Rank) -> Result<Trainer<'a>> {
-    let comm = rank.communicator.clone();
+    let comm: Arc<dyn Communicator> = Arc::new(Traced::new(rank.communicator.clone()));
     let resumed = match resume_folder(plan)? {
         Some(folder) => Some(Checkpoint::open(&folder)?),
         None => None,
@@ -100,6 +100,7 @@ pub fn build<'a>(plan: &'a RunPlan, model_dir: &Path, rank: &'a Rank) -> Result<
         rows,
         sampler: Sampler::new(draws, epoch_items, batch_items),
         trackers: Trackers::closed(),
+        profiler: Profiler::default(),
         position,
         total_steps,
         schedule: lr_schedule(plan, total_steps),

@@ -12,6 +12,7 @@ use anyhow::{Context, Result, bail};
 use candle_core::Tensor;
 
 use super::network::Network;
+use crate::device::trace::{Row, span};
 use crate::optim::AdamW;
 use crate::segment::{SlotId, Tape};
 
@@ -44,6 +45,7 @@ impl Network {
         }
         for (i, node) in self.graph.nodes.iter().enumerate() {
             let _fetched = self.store.fetch(i)?;
+            let _span = span(Row::Compute, || format!("forward {}", node.name));
             tape.run(i).with_context(|| format!("forward of {}", node.name))?;
         }
         let prediction = tape.take(inputs.prediction)?;
@@ -52,7 +54,9 @@ impl Network {
         for (i, node) in self.graph.nodes.iter().enumerate().rev() {
             let fetched = self.store.fetch(i)?;
             self.reducer.open(i)?;
+            let pulling = span(Row::Compute, || format!("backward {}", node.name));
             tape.pull(i).with_context(|| format!("backward of {}", node.name))?;
+            drop(pulling);
             // Released before the gradients travel, so that both are never resident together.
             drop(fetched);
             self.reducer.close(i)?;
@@ -94,6 +98,7 @@ impl Network {
         for i in 0..self.store.len() {
             if let (Some(grads), Some(moments)) = (self.reducer.reduced(i), &mut self.moments[i]) {
                 let Group { adamw, rate } = group(self.store.name(i));
+                let _span = span(Row::Optimizer, || format!("update {}", self.store.name(i)));
                 self.store.update(i, |mut owned| {
                     adamw.update(step, rate, grad_scale, owned.master(), moments, grads);
                     owned.round();

@@ -15,6 +15,7 @@ use super::validation::Validation;
 use crate::checkpoint::{self, Position};
 use crate::comm::{Communicator, CommunicatorExt, Slice, SliceMut};
 use crate::config::{Resume, RunPlan};
+use crate::device::trace::{Row, span};
 use crate::device::{Compute, peak_rss_bytes};
 use crate::diffusion::loss_and_gradient;
 use crate::launch::{Event, Rank};
@@ -22,7 +23,7 @@ use crate::model::{DenoiserSlots, UnetConfig, time_features};
 use crate::optim::{AdamW, LrSchedule};
 use crate::pipeline::{PipelineWeights, Prompts};
 use crate::sample;
-use crate::track::{MicroRow, StepRow, Trackers};
+use crate::track::{MicroRow, Profiler, StepRow, Trackers};
 use crate::zero::Partition;
 
 /// How a run ended, errors aside.
@@ -48,6 +49,7 @@ pub struct Trainer<'a> {
     pub rows: RowMaker,
     pub sampler: Sampler,
     pub trackers: Trackers,
+    pub profiler: Profiler,
     pub position: Position,
     pub total_steps: u64,
     pub schedule: LrSchedule,
@@ -88,11 +90,21 @@ impl Trainer<'_> {
 
     /// Trains to the last step, or until the user interrupts.
     pub fn train(&mut self) -> Result<Ending> {
+        let ending = self.steps()?;
+        self.profile(true)?;
+        Ok(ending)
+    }
+
+    fn steps(&mut self) -> Result<Ending> {
         if self.validate()? == sample::Ending::Interrupted {
             return Ok(Ending::Interrupted);
         }
         while self.position.step < self.total_steps {
-            self.step().with_context(|| format!("step {}", self.position.step + 1))?;
+            let number = self.position.step + 1;
+            let span = self.profiler.step(&*self.comm, number)?;
+            self.step().with_context(|| format!("step {number}"))?;
+            drop(span);
+            self.profile(false)?;
             if self.anyone_interrupted()? {
                 if self.plan.checkpoint.on_interrupt {
                     self.save()?;
@@ -166,6 +178,14 @@ impl Trainer<'_> {
         Ok(())
     }
 
+    /// Writes the profile where one was asked for and is complete, or the run is at its `end`, and shows its table.
+    fn profile(&mut self, end: bool) -> Result<()> {
+        if let Some(table) = self.profiler.finish(&*self.comm, &self.plan.output.dir, end)? {
+            self.rank.say(&table);
+        }
+        Ok(())
+    }
+
     /// The rate of the coming step, of the UNet's group.
     fn rate(&self) -> f64 {
         self.plan.optimizer.learning_rate * self.schedule.factor(self.position.step)
@@ -201,6 +221,7 @@ impl Trainer<'_> {
             let values = prediction.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
             let mut gradient = vec![0f32; values.len()];
             let shape = rows.shape(dims.1);
+            let _span = span(Row::Compute, "loss");
             let value = loss_and_gradient(&values, &rows.targets, shape, &rows.weights, accumulation, &mut gradient);
             loss = value.loss;
             if !loss.is_finite() {
