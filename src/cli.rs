@@ -2,7 +2,7 @@
 //! command line ends with clap's message and exit status 2.
 
 use std::io::Write;
-use std::num::NonZeroUsize;
+use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::PathBuf;
 
 use clap::{Args, CommandFactory, Parser, Subcommand};
@@ -30,9 +30,9 @@ pub struct TrainArgs {
     /// Compute threads of all ranks on this machine together [default: one per core that may be used]
     #[arg(long, value_name = "N")]
     pub threads: Option<NonZeroUsize>,
-    /// Record N steps after the first one: profile.json in the output folder, for https://ui.perfetto.dev, and a table
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
-    pub profile: Option<u64>,
+    /// Write a trace of N steps (from the second one on) and a table of where the time went
+    #[arg(long, value_name = "N")]
+    pub profile: Option<NonZeroU32>,
     #[command(flatten)]
     pub request: RequestArgs,
 }
@@ -272,11 +272,11 @@ mod tests {
     #[test]
     fn without_a_command_it_trains() {
         Cli::command().debug_assert();
-        let cli = parse("--nproc 2 --max-restarts 3 --threads 5 --profile 3 --set train.seed=7 --set a.b=c train.toml")
+        let cli = parse("--nproc 2 --max-restarts 3 --threads 5 --profile 2 --set train.seed=7 --set a.b=c train.toml")
             .unwrap();
         assert!(cli.command.is_none());
         assert_eq!(cli.train.max_restarts, 3);
-        assert_eq!((cli.train.threads.unwrap().get(), cli.train.profile), (5, Some(3)));
+        assert_eq!((cli.train.threads.unwrap().get(), cli.train.profile.unwrap().get()), (5, 2));
         assert_eq!(cli.train.request.nproc.unwrap().get(), 2);
         assert_eq!(cli.train.request.overrides, ["train.seed=7", "a.b=c"]);
         assert_eq!(cli.train.request.config.unwrap(), PathBuf::from("train.toml"));

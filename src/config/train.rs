@@ -36,6 +36,8 @@ pub enum MixedPrecision {
     No,
     /// Activations and gathered weights in bf16, master weights in fp32.
     Bf16,
+    /// The same in fp16, with a scaled loss.
+    Fp16,
 }
 
 impl TrainPlan {
@@ -69,7 +71,7 @@ impl TrainPlan {
                 &[
                     ("no", Ok(MixedPrecision::No)),
                     ("bf16", Ok(MixedPrecision::Bf16)),
-                    ("fp16", Err("fp16 needs a scaled loss, which is not there yet: use \"bf16\", or \"no\" for fp32")),
+                    ("fp16", Ok(MixedPrecision::Fp16)),
                 ],
             ),
             seed: section.seed("seed"),
@@ -90,6 +92,7 @@ impl TrainPlan {
         let precision = match self.mixed_precision {
             MixedPrecision::No => "no",
             MixedPrecision::Bf16 => "bf16",
+            MixedPrecision::Fp16 => "fp16",
         };
         Ok(Writer::default()
             .put_some("max_steps", count(self.max_steps))

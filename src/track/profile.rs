@@ -6,6 +6,7 @@ mod chrome;
 mod table;
 
 use std::fs;
+use std::num::NonZeroU32;
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -29,8 +30,8 @@ pub struct Profiler {
 
 impl Profiler {
     /// Records `steps` steps; None: nothing.
-    pub fn new(steps: Option<u64>) -> Self {
-        Profiler { wanted: steps.unwrap_or(0), seen: 0, recorded: 0 }
+    pub fn new(steps: Option<NonZeroU32>) -> Self {
+        Profiler { wanted: steps.map_or(0, |steps| steps.get().into()), seen: 0, recorded: 0 }
     }
 
     /// Step `step` begins; dropping what this returns ends it.

@@ -109,7 +109,8 @@ fn make(plan: &RunPlan, prior: &PriorPlan, missing: &[u64], model_dir: &Path, ra
     let denoiser = model::denoiser(&configs.unet, None, false, compute.dtype);
     let ranks = Ranks {
         comm: rank.communicator.clone(),
-        stage: Stage::from_number(plan.zero.stage).unwrap_or(Stage::Replicated),
+        stage: Stage::from_number(plan.zero.stage_or_usual(rank.communicator.world_size()))
+            .unwrap_or(Stage::Replicated),
         reduce_dtype: DType::F32,
     };
     let segments = denoiser.graph.nodes.iter().map(|n| (&n.params, None));

@@ -1,6 +1,7 @@
 //! A rank's whole run: set up, train, leave the trained pipeline behind.
 
 use std::fs;
+use std::num::NonZeroU32;
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -18,7 +19,7 @@ use crate::track::Profiler;
 
 /// Trains as `plan` says, from the model in `model_dir`. A collective, like everything in it. Nothing is written before
 /// all that can be refused was looked at. `profile`: steps to record, for `profile.json`.
-pub fn run(plan: &RunPlan, model_dir: &Path, rank: &Rank, profile: Option<u64>) -> Result<Ending> {
+pub fn run(plan: &RunPlan, model_dir: &Path, rank: &Rank, profile: Option<NonZeroU32>) -> Result<Ending> {
     if class_images::complete(plan, model_dir, rank)? == sample::Ending::Interrupted {
         return Ok(Ending::Interrupted);
     }

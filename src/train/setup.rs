@@ -118,6 +118,7 @@ pub(super) fn compute(plan: &RunPlan) -> Result<Compute> {
     let dtype = match plan.train.mixed_precision {
         MixedPrecision::No => DType::F32,
         MixedPrecision::Bf16 => DType::BF16,
+        MixedPrecision::Fp16 => DType::F16,
     };
     Ok(Compute { device, dtype })
 }
@@ -177,7 +178,8 @@ fn network(
     }
     let ranks = Ranks {
         comm: comm.clone(),
-        stage: Stage::from_number(plan.zero.stage).ok_or_else(|| Refusal::error("zero.stage is 0, 1, 2 or 3"))?,
+        stage: Stage::from_number(plan.zero.stage_or_usual(comm.world_size()))
+            .ok_or_else(|| Refusal::error("zero.stage is 0, 1, 2 or 3"))?,
         reduce_dtype: match plan.zero.reduce_dtype {
             ReduceDtype::F32 => DType::F32,
             ReduceDtype::Bf16 => DType::BF16,

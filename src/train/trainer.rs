@@ -78,6 +78,7 @@ impl Trainer<'_> {
     pub fn resolved_config(&self) -> Result<String> {
         let mut resolved = self.plan.clone();
         resolved.train.seed = Some(self.seed);
+        resolved.zero.stage = Some(self.plan.zero.stage_or_usual(self.comm.world_size()));
         resolved.to_toml()
     }
 
@@ -303,7 +304,7 @@ impl Trainer<'_> {
                 moments: &self.network.moments,
                 position: self.position,
                 seed: self.seed,
-                stage: self.plan.zero.stage,
+                stage: self.plan.zero.stage_or_usual(self.comm.world_size()),
                 learning_rate: self.plan.optimizer.learning_rate,
                 keep: self.plan.checkpoint.keep,
             },

@@ -4,9 +4,11 @@
 mod grad_reducer;
 mod param_store;
 mod partition;
+mod placement;
 mod stage;
 
 pub use grad_reducer::GradReducer;
 pub use param_store::{Fetched, Owned, ParamStore, Ranks, WeightSource};
 pub use partition::Partition;
+pub use placement::Placement;
 pub use stage::Stage;
