@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use super::manifest::{FORMAT, Manifest, Position, SegmentRecord};
 use super::shard_file;
 use crate::comm::{Communicator, CommunicatorExt};
-use crate::optim::Moments;
+use crate::optim::{Moments, ScaleState};
 use crate::zero::ParamStore;
 
 /// What goes into a checkpoint.
@@ -22,6 +22,8 @@ pub struct Saving<'a> {
     pub stage: u8,
     /// As configured, before the schedule.
     pub learning_rate: f64,
+    /// Under fp16.
+    pub loss_scale: Option<ScaleState>,
     /// How many checkpoints stay, this one included; None: all.
     pub keep: Option<usize>,
 }
@@ -106,6 +108,7 @@ fn finish(saving: &Saving, aside: &Path, target: &Path, world_size: usize, check
         world_size,
         stage: saving.stage,
         learning_rate: saving.learning_rate,
+        loss_scale: saving.loss_scale,
         segments: trained.map(|i| SegmentRecord::new(store.name(i), store.layout(i))).collect(),
         checksums,
     };

@@ -107,6 +107,11 @@ impl<'g> Tape<'g> {
         node.inputs.iter().map(value).collect()
     }
 
+    /// What is in a slot: an output, until its last reader has run.
+    pub fn value(&self, slot: SlotId) -> Option<&Tensor> {
+        self.values[slot].as_ref()
+    }
+
     /// Takes a result out of its slot.
     pub fn take(&mut self, slot: SlotId) -> Result<Tensor> {
         match self.values[slot].take() {

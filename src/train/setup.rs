@@ -23,7 +23,7 @@ use crate::diffusion::sampler::SamplerConfig;
 use crate::diffusion::{Draws, NoiseSchedule, Record};
 use crate::launch::{Event, Rank};
 use crate::model::{self, Component, Denoiser, VaeConfig};
-use crate::optim::{LrKind, LrSchedule};
+use crate::optim::{LossScale, LrKind, LrSchedule};
 use crate::pipeline::{Configs, Frozen, PipelineWeights, Prompts};
 use crate::sample::Settings;
 use crate::segment::Keep;
@@ -70,6 +70,8 @@ pub fn build<'a>(plan: &'a RunPlan, model_dir: &Path, rank: &'a Rank) -> Result<
     }
     let draws = Draws::new(seed);
     say_where_it_begins(plan, resumed.as_ref(), seed, total_steps, rank);
+    let kept_scale = resumed.as_ref().and_then(|c| c.manifest.loss_scale);
+    let scaling = plan.train.loss_scale.map(|policy| LossScale::new(policy, kept_scale));
     let rows = RowMaker {
         vae: vae(&configs.vae, &weights, &arena, &compute)?,
         dataset,
@@ -104,6 +106,7 @@ pub fn build<'a>(plan: &'a RunPlan, model_dir: &Path, rank: &'a Rank) -> Result<
         position,
         total_steps,
         schedule: lr_schedule(plan, total_steps),
+        scaling,
         seed,
         comm,
     })

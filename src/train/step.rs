@@ -76,11 +76,16 @@ impl Network {
         Ok(())
     }
 
-    /// Completes the sums over ranks and returns the global gradient norm, before clipping: all buckets in order. An
-    /// error on all ranks, naming segments, if a gradient is not finite.
-    pub fn reduce(&mut self) -> Result<f64> {
+    /// Completes the sums over ranks and returns the sum of squares of every segment's gradients, in order; a collective.
+    pub fn squares(&mut self) -> Result<Vec<f64>> {
         self.reducer.finish()?;
-        let squares = self.reducer.squares()?;
+        self.reducer.squares()
+    }
+
+    /// The global gradient norm, before clipping: all buckets in order. An error on all ranks, naming segments, if a
+    /// gradient is not finite.
+    pub fn reduce(&mut self) -> Result<f64> {
+        let squares = self.squares()?;
         let norm = squares.iter().sum::<f64>().sqrt();
         if !norm.is_finite() {
             let bad = (0..squares.len()).filter(|&i| !squares[i].is_finite()).map(|i| self.store.name(i));
@@ -108,6 +113,13 @@ impl Network {
         }
         self.reducer.clear();
         Ok(())
+    }
+}
+
+impl Network {
+    /// Forgets the step's gradients without an update.
+    pub fn skip(&mut self) {
+        self.reducer.clear();
     }
 }
 

@@ -10,6 +10,7 @@ use super::items::{Items, Sampler};
 use super::network::Network;
 use super::rows::{PixelDifference, RowMaker, Rows};
 use super::samples::Samples;
+use super::scaling::Overflowed;
 use super::step::{Group, Inputs, clip_factor};
 use super::validation::Validation;
 use crate::checkpoint::{self, Position};
@@ -20,10 +21,10 @@ use crate::device::{Compute, peak_rss_bytes};
 use crate::diffusion::loss_and_gradient;
 use crate::launch::{Event, Rank};
 use crate::model::{DenoiserSlots, UnetConfig, time_features};
-use crate::optim::{AdamW, LrSchedule};
+use crate::optim::{AdamW, LossScale, LrSchedule};
 use crate::pipeline::{PipelineWeights, Prompts};
 use crate::sample;
-use crate::track::{MicroRow, Profiler, StepRow, Trackers};
+use crate::track::{Kept, MicroRow, Profiler, StepRow, Trackers};
 use crate::zero::Partition;
 
 /// How a run ended, errors aside.
@@ -53,6 +54,8 @@ pub struct Trainer<'a> {
     pub position: Position,
     pub total_steps: u64,
     pub schedule: LrSchedule,
+    /// Under fp16.
+    pub scaling: Option<LossScale>,
     pub seed: u64,
 }
 
@@ -65,9 +68,10 @@ struct MicroReport {
 impl Trainer<'_> {
     /// Opens the trackers on rank 0, once the output folder is there.
     pub fn begin(&mut self) -> Result<()> {
-        let kept = if self.goes_on_here() { self.position.step } else { 0 };
+        let Position { step, micro_step, .. } = self.position;
+        let kept = if self.goes_on_here() { Kept { step, micro_step } } else { Kept::default() };
         if self.comm.rank() == 0 {
-            Samples::of(&self.plan.output.dir).begin((kept > 0).then_some(kept))?;
+            Samples::of(&self.plan.output.dir).begin((kept.step > 0).then_some(kept.step))?;
         }
         let output = &self.plan.output;
         self.trackers = Trackers::open(&output.dir, &output.trackers, kept, self.comm.rank() == 0)?;
@@ -93,6 +97,12 @@ impl Trainer<'_> {
     pub fn train(&mut self) -> Result<Ending> {
         let ending = self.steps()?;
         self.profile(true)?;
+        if let Some(state) = self.scaling.as_ref().map(LossScale::state).filter(|state| state.skipped > 0) {
+            let (skipped, scale) = (state.skipped, state.scale);
+            let said =
+                format!("attempts at steps skipped because fp16 overflowed: {skipped}; the loss scale is {scale}");
+            self.rank.events.send(&Event::Message(said));
+        }
         Ok(ending)
     }
 
@@ -112,6 +122,10 @@ impl Trainer<'_> {
                 }
                 return Ok(Ending::Interrupted);
             }
+            if self.position.step < number {
+                // Skipped: nothing is due that was not before.
+                continue;
+            }
             let every = self.plan.checkpoint.every.map_or(0, |n| n as u64);
             let saves = every > 0 && self.position.step.is_multiple_of(every);
             if saves {
@@ -127,13 +141,15 @@ impl Trainer<'_> {
         Ok(Ending::Done)
     }
 
-    /// One optimizer step: micro-batches until enough are accumulated or the epoch ends, then the update.
+    /// One optimizer step: micro-batches until enough are accumulated or the epoch ends, then the update; or an attempt at
+    /// one, which leaves `position.step` as it is, where fp16 overflowed.
     fn step(&mut self) -> Result<()> {
         let started = Instant::now();
         let (mut losses, mut images) = (0.0, 0usize);
         let accumulation = self.plan.train.accumulation;
         let rate = self.rate();
         let mut micro_batches = 0;
+        let mut overflowed = None;
         loop {
             let micro_step = self.position.micro_step;
             let record = self.rows.replay.as_ref().map(|(record, _)| record);
@@ -143,38 +159,46 @@ impl Trainer<'_> {
             losses += report.loss;
             images += items.items.len() * if self.rows.settings.prior_weight.is_some() { 2 } else { 1 };
             micro_batches += 1;
-            if micro_batches == accumulation || items.ends_epoch {
+            let ends = micro_batches == accumulation || items.ends_epoch;
+            if !report.loss.is_finite() && overflowed.is_none() {
+                overflowed = Some(Overflowed { items, micro_step });
+            }
+            if ends {
                 break;
             }
         }
-        let norm = self.network.reduce()?;
-        self.save_first_gradients()?;
-        let clip = clip_factor(norm, self.plan.train.max_grad_norm.unwrap_or(0.0));
+        let scale = self.loss_scale();
+        let norm = self.norm(overflowed)?;
         let step = self.position.step + 1;
-        let factor = self.schedule.factor(self.position.step);
-        let optimizer = self.plan.optimizer.clone();
-        self.network.update(step, clip, |segment| group(&optimizer, segment, factor))?;
-        self.position.step = step;
+        if let Some(norm) = norm {
+            self.save_first_gradients(scale)?;
+            let clip = clip_factor(norm, self.plan.train.max_grad_norm.unwrap_or(0.0));
+            let factor = self.schedule.factor(self.position.step);
+            let optimizer = self.plan.optimizer.clone();
+            self.network.update(step, clip / scale as f32, |segment| group(&optimizer, segment, factor))?;
+            self.position.step = step;
+        }
         let seconds = started.elapsed().as_secs_f64();
         let row = StepRow {
             step,
             loss: losses / micro_batches as f64,
-            grad_norm: norm,
+            grad_norm: norm.unwrap_or(f64::INFINITY),
             lr: rate,
             seconds,
             images_per_second: images as f64 / seconds,
             peak_vram_bytes: 0,
             peak_rss_bytes: peak_rss_bytes(),
-            skipped: false,
+            skipped: norm.is_none(),
+            loss_scale: self.scaling.is_some().then_some(scale),
         };
         self.trackers.step(&row)?;
         self.rank.events.send(&Event::Step {
-            step,
+            step: self.position.step,
             total: self.total_steps,
             loss: row.loss,
             lr: row.lr,
             images_per_second: row.images_per_second,
-            skipped: false,
+            skipped: row.skipped,
         });
         Ok(())
     }
@@ -216,7 +240,7 @@ impl Trainer<'_> {
         let inputs = self.inputs(&rows)?;
         let mut loss = 0.0;
         let mut trouble = String::new();
-        let accumulation = self.plan.train.accumulation;
+        let (accumulation, scale) = (self.plan.train.accumulation, self.loss_scale() as f32);
         self.network.forward_backward(Some(inputs), |prediction| {
             let dims = prediction.dims4()?;
             let values = prediction.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
@@ -224,6 +248,7 @@ impl Trainer<'_> {
             let shape = rows.shape(dims.1);
             let _span = span(Row::Compute, "loss");
             let value = loss_and_gradient(&values, &rows.targets, shape, &rows.weights, accumulation, &mut gradient);
+            gradient.iter_mut().for_each(|g| *g *= scale);
             loss = value.loss;
             if !loss.is_finite() {
                 trouble = rows.describe((0..rows.len()).filter(|&r| !value.row_mse[r].is_finite()));
@@ -234,7 +259,7 @@ impl Trainer<'_> {
     }
 
     /// The graph's inputs for these rows.
-    fn inputs(&self, rows: &Rows) -> Result<Inputs> {
+    pub(super) fn inputs(&self, rows: &Rows) -> Result<Inputs> {
         let (channels, h, w) = rows.latent;
         let features = time_features(rows.timesteps.iter().map(|&t| t as f32), &self.unet);
         let width = features.len() / rows.len();
@@ -249,7 +274,7 @@ impl Trainer<'_> {
         Ok(Inputs { slots, prediction: self.slots.prediction })
     }
 
-    /// Adds up the ranks' losses; stops all of them, saying where, if the sum is not finite. A collective.
+    /// Adds up the ranks' losses; stops all of them, saying where, if the sum is not finite (but under fp16). A collective.
     fn agree(&self, loss: f64, pixels: PixelDifference, trouble: String) -> Result<MicroReport> {
         let mine = [loss, pixels.max, pixels.sum, pixels.count];
         let mut all = vec![0f64; mine.len() * self.comm.world_size()];
@@ -261,7 +286,7 @@ impl Trainer<'_> {
             report.pixels.sum += rank[2];
             report.pixels.count += rank[3];
         }
-        if report.loss.is_finite() {
+        if report.loss.is_finite() || self.scaling.is_some() {
             return Ok(report);
         }
         let everyone = self.comm.gather_strings(&trouble)?;
@@ -283,12 +308,13 @@ impl Trainer<'_> {
         self.comm.any(self.rank.interrupt.interrupted())
     }
 
-    /// `replay.save_gradients`: the reduced gradients of the first step, before clipping. A collective.
-    fn save_first_gradients(&self) -> Result<()> {
+    /// `replay.save_gradients`: the reduced gradients of the first step, before clipping and without the loss scale. A
+    /// collective.
+    fn save_first_gradients(&self, scale: f64) -> Result<()> {
         let path = self.plan.replay.as_ref().and_then(|r| r.save_gradients.as_ref());
         match path {
             Some(path) if self.position.step == 0 => {
-                super::export::save_gradients(&self.network, &self.weights, &*self.comm, path)
+                super::export::save_gradients(&self.network, scale, &self.weights, &*self.comm, path)
             }
             _ => Ok(()),
         }
@@ -306,6 +332,7 @@ impl Trainer<'_> {
                 seed: self.seed,
                 stage: self.plan.zero.stage_or_usual(self.comm.world_size()),
                 learning_rate: self.plan.optimizer.learning_rate,
+                loss_scale: self.scaling.as_ref().map(LossScale::state),
                 keep: self.plan.checkpoint.keep,
             },
         )

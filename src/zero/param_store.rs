@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use anyhow::{Context, Result};
 use candle_core::DType;
-use half::bf16;
+use half::{bf16, f16};
 
 use super::{Partition, Stage};
 use crate::comm::{Communicator, Slice, SliceMut};
@@ -69,6 +69,7 @@ impl Drop for Fetched<'_> {
 pub enum Owned<'a> {
     F32(&'a mut [f32]),
     Half { master: &'a mut [f32], rounded: &'a mut [bf16] },
+    Fp16 { master: &'a mut [f32], rounded: &'a mut [f16] },
 }
 
 impl Owned<'_> {
@@ -76,14 +77,20 @@ impl Owned<'_> {
     pub fn master(&mut self) -> &mut [f32] {
         match self {
             Owned::F32(weights) => weights,
-            Owned::Half { master, .. } => master,
+            Owned::Half { master, .. } | Owned::Fp16 { master, .. } => master,
         }
     }
 
     /// Makes the rounded copy follow the fp32 weights.
     pub fn round(&mut self) {
-        if let Owned::Half { master, rounded } = self {
-            rounded.iter_mut().zip(master.iter()).for_each(|(to, from)| *to = bf16::from_f32(*from));
+        match self {
+            Owned::F32(_) => {}
+            Owned::Half { master, rounded } => {
+                rounded.iter_mut().zip(master.iter()).for_each(|(to, from)| *to = bf16::from_f32(*from));
+            }
+            Owned::Fp16 { master, rounded } => {
+                rounded.iter_mut().zip(master.iter()).for_each(|(to, from)| *to = f16::from_f32(*from));
+            }
         }
     }
 }
@@ -249,6 +256,9 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 fn owned<'a>(buffer: &'a mut Buffer, range: Range<usize>, master: Option<&'a mut [f32]>) -> Owned<'a> {
     match master {
+        Some(master) if buffer.dtype() == DType::F16 => {
+            Owned::Fp16 { master, rounded: &mut buffer.as_mut_slice()[range] }
+        }
         Some(master) => Owned::Half { master, rounded: &mut buffer.as_mut_slice()[range] },
         None => Owned::F32(&mut buffer.as_mut_slice()[range]),
     }
