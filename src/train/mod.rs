@@ -9,6 +9,7 @@ mod prompts;
 mod rows;
 mod run;
 mod samples;
+mod scaling;
 mod scores;
 mod setup;
 pub mod step;

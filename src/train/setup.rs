@@ -15,7 +15,7 @@ use super::trainer::Trainer;
 use super::validation::Validation;
 use crate::Refusal;
 use crate::checkpoint::{self, Checkpoint, Position, SegmentRecord};
-use crate::comm::{Communicator, SliceMut};
+use crate::comm::{Communicator, SliceMut, Traced};
 use crate::config::{
     DeviceKind, LrKind as PlannedKind, MixedPrecision, OptimizerKind, ReduceDtype, Resume, RunPlan, Steps, Toggle,
 };
@@ -25,11 +25,11 @@ use crate::diffusion::sampler::SamplerConfig;
 use crate::diffusion::{Draws, NoiseSchedule, Record};
 use crate::launch::{Event, Rank};
 use crate::model::{self, Component, Denoiser, VaeConfig};
-use crate::optim::{LrKind, LrSchedule, StateKind};
+use crate::optim::{LossScale, LrKind, LrSchedule, StateKind};
 use crate::pipeline::{Configs, Frozen, PipelineWeights, Prompts};
 use crate::sample::Settings;
 use crate::segment::Keep;
-use crate::track::Trackers;
+use crate::track::{Profiler, Trackers};
 use crate::zero::{Ranks, Stage, Tiers};
 
 /// A network with fewer parameters keeps its graphs under `recompute = "auto"`: they fit wherever its states do.
@@ -37,7 +37,7 @@ const RECOMPUTE_FROM: usize = 100_000_000;
 
 /// Builds a trainer that stands where the run begins or resumes. Collective.
 pub fn build<'a>(plan: &'a RunPlan, model_dir: &Path, rank: &'a Rank) -> Result<Trainer<'a>> {
-    let comm = rank.communicator.clone();
+    let comm: Arc<dyn Communicator> = Arc::new(Traced::new(rank.communicator.clone()));
     let resumed = match resume_folder(plan)? {
         Some(folder) => Some(Checkpoint::open(&folder)?),
         None => None,
@@ -72,6 +72,8 @@ pub fn build<'a>(plan: &'a RunPlan, model_dir: &Path, rank: &'a Rank) -> Result<
     }
     let draws = Draws::new(seed);
     say_where_it_begins(plan, resumed.as_ref(), seed, total_steps, rank);
+    let kept_scale = resumed.as_ref().and_then(|c| c.manifest.loss_scale);
+    let scaling = plan.train.loss_scale.map(|policy| LossScale::new(policy, kept_scale));
     let rows = RowMaker {
         vae: vae(&configs.vae, &weights, &frozen, &compute)?,
         dataset,
@@ -102,9 +104,11 @@ pub fn build<'a>(plan: &'a RunPlan, model_dir: &Path, rank: &'a Rank) -> Result<
         rows,
         sampler: Sampler::new(draws, epoch_items, batch_items),
         trackers: Trackers::closed(),
+        profiler: Profiler::default(),
         position,
         total_steps,
         schedule: lr_schedule(plan, total_steps),
+        scaling,
         seed,
         comm,
     })

@@ -176,8 +176,7 @@ impl Storage {
         let delays = |seed: u64| self.delays.then(|| Delays::new(seed + rank as u64, Duration::from_millis(2)));
         let drive = self.placement.uses_drive().then(|| {
             let dir = self.folder.clone().expect("a folder for what rests on a drive");
-            let options =
-                StateFileOptions { dir, rank, bytes, delays: delays(100), direct: None, ring: None };
+            let options = StateFileOptions { dir, rank, bytes, delays: delays(100), direct: None, ring: None };
             StateFile::create(options).unwrap()
         });
         let tiers = Tiers::unlimited(self.placement, drive, delays(0)).unwrap();
