@@ -1,5 +1,6 @@
 //! Row 4: training. Start with `step.rs`.
 
+pub mod arrange;
 mod class_images;
 mod export;
 mod items;

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use anyhow::Result;
 use candle_core::{DType, Device};
 
+use super::arrange::{self, Formats};
 use super::items::Sampler;
 use super::network::{Build, Network};
 use super::prompts::Texts;
@@ -15,22 +16,20 @@ use super::trainer::Trainer;
 use super::validation::Validation;
 use crate::Refusal;
 use crate::checkpoint::{self, Checkpoint, Position, SegmentRecord};
-use crate::comm::{Communicator, SliceMut, Traced};
-use crate::config::{
-    DeviceKind, LrKind as PlannedKind, MixedPrecision, OptimizerKind, ReduceDtype, Resume, RunPlan, Steps, Toggle,
-};
+use crate::comm::{Communicator, CommunicatorExt, SliceMut, Traced};
+use crate::config::{DeviceKind, LrKind as PlannedKind, MixedPrecision, ReduceDtype, Resume, RunPlan, Steps, Toggle};
 use crate::data::Dataset;
-use crate::device::Compute;
+use crate::device::{Compute, Memory};
 use crate::diffusion::sampler::SamplerConfig;
 use crate::diffusion::{Draws, NoiseSchedule, Record};
 use crate::launch::{Event, Rank};
 use crate::model::{self, Component, Denoiser, VaeConfig};
-use crate::optim::{LossScale, LrKind, LrSchedule, StateKind};
+use crate::optim::{LossScale, LrKind, LrSchedule};
 use crate::pipeline::{Configs, Frozen, PipelineWeights, Prompts};
 use crate::sample::Settings;
 use crate::segment::Keep;
 use crate::track::{Profiler, Trackers};
-use crate::zero::{Ranks, Stage, Tiers};
+use crate::zero::{Placement, Ranks, Stage, Tiers};
 
 /// A network with fewer parameters keeps its graphs under `recompute = "auto"`: they fit wherever its states do.
 const RECOMPUTE_FROM: usize = 100_000_000;
@@ -47,10 +46,11 @@ pub fn build<'a>(plan: &'a RunPlan, model_dir: &Path, rank: &'a Rank) -> Result<
     let weights = PipelineWeights::open(model_dir, plan.model.variant.as_deref().unwrap_or(""))?;
     let dataset = Dataset::open(&plan.dataset_options(false))?;
     let schedule = NoiseSchedule::from_json(&model_dir.join("scheduler").join("scheduler_config.json"))?;
-    let frozen = Tiers::on_device()?;
+    let memory = memory(plan, rank);
+    let frozen = Tiers::within(memory.clone(), Placement::DEVICE, None, None)?;
     let compute = compute(plan)?;
 
-    let (network, slots) = network(plan, &configs, &weights, resumed.as_ref(), &comm, compute.dtype, seed)?;
+    let (network, slots) = network(plan, &configs, &weights, resumed.as_ref(), &comm, compute.dtype, seed, &memory)?;
     let Texts { prompts, numbers, of_validation } =
         Texts::read(plan, dataset.captions(), model_dir, &configs, &weights, &frozen, &compute)?;
     let validation = validation(plan, model_dir, &configs, of_validation, seed)?;
@@ -128,6 +128,12 @@ pub(super) fn compute(plan: &RunPlan) -> Result<Compute> {
     Ok(Compute { device, dtype })
 }
 
+/// The rank's memory with its budgets: all ranks of a machine share `memory.ram`.
+fn memory(plan: &RunPlan, rank: &Rank) -> Memory {
+    let bytes = |budget: Option<u64>, share: usize| budget.map(|bytes| bytes as usize / share);
+    Memory::new(bytes(plan.memory.vram, 1), bytes(plan.memory.ram, rank.world.local_world_size))
+}
+
 /// Which components train.
 pub fn trained(plan: &RunPlan) -> &'static [Component] {
     match plan.model.train_text_encoder {
@@ -176,6 +182,7 @@ fn network(
     comm: &Arc<dyn Communicator>,
     dtype: DType,
     seed: u64,
+    memory: &Memory,
 ) -> Result<(Network, model::DenoiserSlots)> {
     let Denoiser { graph, slots } = trained_graph(plan, configs, dtype);
     for &component in trained(plan) {
@@ -205,12 +212,12 @@ fn network(
         Toggle::Off => false,
         Toggle::Auto => graph.parameters() >= RECOMPUTE_FROM,
     };
-    let keep = if recompute { Keep::Inputs } else { Keep::Graph };
-    let state = match plan.optimizer.kind {
-        OptimizerKind::AdamW => StateKind::F32,
-        OptimizerKind::AdamW8bit => StateKind::Bits8,
-    };
-    let build = Build { state, seed, ..Build::on_device(&ranks, dtype, keep, &graph)? };
+    let keep = vec![if recompute { Keep::Inputs } else { Keep::Graph }; graph.nodes.len()];
+    let placement = plan.zero.placement();
+    let formats = Formats::of(plan, dtype);
+    let tiers = arrange::tiers(&graph, &ranks, placement, formats, memory, plan.zero.nvme_dir.as_deref());
+    let tiers = Tiers { prefetch: plan.zero.prefetch, ..ranks.comm.agree(tiers)? };
+    let build = Build { ranks, dtype, keep, tiers, state: formats.state, seed };
     let network = Network::load(graph, build, source)?;
     if let Some(checkpoint) = resumed {
         for i in 0..network.store.len() {
