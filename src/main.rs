@@ -101,7 +101,7 @@ fn be_a_rank(args: &TrainArgs, world: &World) -> Result<u8> {
     if rank.goes_on && checkpoint::latest(&plan.output.dir)?.is_some() {
         plan.checkpoint.resume = Resume::Latest;
     }
-    Ok(match train::run(&plan, &model_dir, &rank) {
+    Ok(match train::run(&plan, &model_dir, &rank, args.profile) {
         Ok(train::Ending::Done) => status::DONE,
         Ok(train::Ending::Interrupted) => status::INTERRUPTED,
         // Told while the rank is still there, so that the others learn the cause and not that it left.

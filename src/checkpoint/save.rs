@@ -9,7 +9,7 @@ use candle_core::DType;
 use super::manifest::{FORMAT, Manifest, Position, SegmentRecord, StateName};
 use super::shard_file::{self, Flat};
 use crate::comm::{Communicator, CommunicatorExt};
-use crate::optim::{Part, RecordLayout, StateKind};
+use crate::optim::{Part, RecordLayout, ScaleState, StateKind};
 use crate::train::optimizer::Optimizer;
 use crate::zero::{self, ParamStore};
 
@@ -25,6 +25,8 @@ pub struct Saving<'a> {
     pub stage: u8,
     /// As configured, before the schedule.
     pub learning_rate: f64,
+    /// Under fp16.
+    pub loss_scale: Option<ScaleState>,
     /// How many checkpoints stay, this one included; None: all.
     pub keep: Option<usize>,
 }
@@ -146,6 +148,7 @@ fn finish(saving: &Saving, aside: &Path, target: &Path, world_size: usize, check
         stage: saving.stage,
         learning_rate: saving.learning_rate,
         state: StateName::of(saving.state),
+        loss_scale: saving.loss_scale,
         segments: trained.map(|i| SegmentRecord::new(store.name(i), store.layout(i))).collect(),
         checksums,
     };

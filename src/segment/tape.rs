@@ -6,6 +6,7 @@ use super::graph::{SegmentGraph, SlotId};
 use super::pullback::{carries_gradient, leaf, pullback};
 use super::value::Value;
 use crate::device::Arena;
+use crate::device::trace::{Row, span};
 use crate::ops;
 
 /// What a segment leaves behind on the way forward.
@@ -123,6 +124,14 @@ impl<'g> Tape<'g> {
         node.inputs.iter().map(value).collect()
     }
 
+    /// What is in a slot: an output, until its last reader has run.
+    pub fn value(&self, slot: SlotId) -> Option<&Tensor> {
+        match self.values[slot].as_ref()? {
+            Value::Device(tensor) => Some(tensor),
+            Value::Host { .. } => None,
+        }
+    }
+
     /// Takes a result out of its slot.
     pub fn take(&mut self, slot: SlotId) -> Result<Tensor> {
         match self.values[slot].take() {
@@ -167,6 +176,7 @@ impl<'g> Tape<'g> {
     }
 
     fn recompute(&mut self, i: usize) -> Result<Kept> {
+        let _span = span(Row::Compute, || format!("recompute {}", self.graph.nodes[i].name));
         for &slot in &self.graph.nodes[i].inputs {
             // Back on the device, for this segment and those before it.
             if let Some(value @ Value::Host { .. }) = &self.values[slot] {

@@ -1,5 +1,6 @@
 //! Row 4: training. Start with `step.rs`.
 
+pub mod arrange;
 mod class_images;
 mod export;
 mod items;
@@ -9,6 +10,7 @@ mod prompts;
 mod rows;
 mod run;
 mod samples;
+mod scaling;
 mod scores;
 mod setup;
 pub mod step;

@@ -19,7 +19,7 @@ use super::network::Network;
 use super::optimizer::StepScale;
 use crate::device::trace::{Row, span};
 use crate::optim::AdamW;
-use crate::segment::{Keep, SlotId, Tape};
+use crate::segment::{SlotId, Tape};
 use crate::zero::Placement;
 
 /// This rank's rows of a micro-batch, as the graph's input slots take them.
@@ -74,11 +74,9 @@ impl Network {
         for (i, node) in graph.nodes.iter().enumerate().rev() {
             let fetched = parameters.fetch()?;
             self.reducer.open(i)?;
-            {
-                let what = if self.keep[i] == Keep::Graph { "backward" } else { "recompute and backward" };
-                let _span = span(Row::Compute, || format!("{what} {}", node.name));
-                tape.pull(i).with_context(|| format!("backward of {}", node.name))?;
-            }
+            let pulling = span(Row::Compute, || format!("backward {}", node.name));
+            tape.pull(i).with_context(|| format!("backward of {}", node.name))?;
+            drop(pulling);
             // Released before the gradients travel, so that both are never resident together.
             drop(fetched);
             let ready = prepare(&self.store, &self.optimizer, &self.reducer, i, then);

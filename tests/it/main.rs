@@ -10,6 +10,7 @@ mod interrupt;
 mod layers;
 mod parity;
 mod pictures;
+mod profile;
 mod ranks;
 mod resume;
 mod sample;

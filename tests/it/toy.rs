@@ -172,12 +172,11 @@ impl Storage {
         }
     }
 
-    fn tiers(&self, rank: usize) -> Tiers {
+    fn tiers(&self, rank: usize, bytes: u64) -> Tiers {
         let delays = |seed: u64| self.delays.then(|| Delays::new(seed + rank as u64, Duration::from_millis(2)));
         let drive = self.placement.uses_drive().then(|| {
             let dir = self.folder.clone().expect("a folder for what rests on a drive");
-            let options =
-                StateFileOptions { dir, rank, bytes: 64 << 20, delays: delays(100), direct: None, ring: None };
+            let options = StateFileOptions { dir, rank, bytes, delays: delays(100), direct: None, ring: None };
             StateFile::create(options).unwrap()
         });
         let tiers = Tiers::unlimited(self.placement, drive, delays(0)).unwrap();
@@ -205,7 +204,8 @@ pub fn network(ranks: &Ranks, run: &Run, source: &dyn WeightSource) -> (Toy, Net
         ranks: ranks.clone(),
         dtype: run.dtype,
         keep: vec![run.keep; graph.nodes.len()],
-        tiers: run.storage.tiers(ranks.comm.rank()),
+        // Enough; what is taken is zeroed first.
+        tiers: run.storage.tiers(ranks.comm.rank(), if run.width == WIDTH { 1 << 20 } else { 96 << 20 }),
         state: run.storage.state,
         seed: 7,
     };
