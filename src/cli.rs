@@ -80,6 +80,9 @@ pub enum BenchCommand {
         bytes: u64,
         #[arg(long, default_value = "3")]
         rounds: NonZeroUsize,
+        /// Wait for a line of standard input before each pass, to take turns with another program
+        #[arg(long)]
+        wait: bool,
     },
 }
 
