@@ -8,7 +8,7 @@ use anyhow::Result;
 use candle_core::DType;
 use half::{bf16, f16};
 
-use super::kernel::{Bf16Master, Copied, F32Master, Grad, Master, Piece};
+use super::kernel::{Bf16Master, Copied, F32Master, Grad, Master, Piece, past_the_caches};
 use super::kernel8::Piece8;
 use super::lanes::{Divisor, INFINITY_BITS};
 use super::level::Level;
@@ -122,10 +122,10 @@ impl AdamW {
         let c = self.coefficients(step, rate, grad_scale);
         let (m, v) = (moments.m.as_mut_slice::<f32>(), moments.v.as_mut_slice::<f32>());
         let copy = &mut vec![(); weights.len()];
-        update_plain(Piece { c: &c, master: F32Master, weights, copy, m, v, grads, element: 0 });
+        update_plain(Piece { c: &c, master: F32Master, weights, copy, past: false, m, v, grads, element: 0 });
     }
 
-    fn coefficients(&self, step: u64, rate: f64, grad_scale: f32) -> Coefficients {
+    pub(super) fn coefficients(&self, step: u64, rate: f64, grad_scale: f32) -> Coefficients {
         let correction1 = 1.0 - self.beta1.powf(step as f64);
         let correction2 = 1.0 - self.beta2.powf(step as f64);
         Coefficients {
@@ -174,6 +174,7 @@ impl Chunk<'_> {
             coded + record.m.len() == weights.len() && weights.len() == copy.len() && copy.len() == grads.len(),
             "AdamW over ranges of different lengths"
         );
+        let past = past_the_caches(copy, copy.len());
         let (coded_weights, weights) = weights.split_at_mut(coded);
         let (coded_copy, copy) = copy.split_at_mut(coded);
         let (coded_grads, grads) = grads.split_at(coded);
@@ -183,6 +184,7 @@ impl Chunk<'_> {
             master,
             weights: coded_weights,
             copy: coded_copy,
+            past,
             m8,
             v8,
             m_absmax,
@@ -190,14 +192,14 @@ impl Chunk<'_> {
             grads: coded_grads,
             element,
         });
-        let element = element.wrapping_add(coded as u32);
-        update_plain(Piece { c, master, weights, copy, m, v, grads, element }) && finite_coded
+        let (element, past) = (element.wrapping_add(coded as u32), past && coded.is_multiple_of(BLOCK));
+        update_plain(Piece { c, master, weights, copy, past, m, v, grads, element }) && finite_coded
     }
 }
 
 /// Updates a range with 32-bit moments on all threads; gives whether all gradients were finite.
 fn update_plain<M: Master, C: Copied, G: Grad>(all: Piece<'_, M, C, G>) -> bool {
-    let Piece { c, master, weights, copy, m, v, grads, element } = all;
+    let Piece { c, master, weights, copy, past, m, v, grads, element } = all;
     let n = weights.len();
     assert!(
         copy.len() == n && m.len() == n && v.len() == n && grads.len() == n,
@@ -209,7 +211,7 @@ fn update_plain<M: Master, C: Copied, G: Grad>(all: Piece<'_, M, C, G>) -> bool 
     let pieces = pieces.zip(grads.chunks(PIECE)).collect();
     for_parts(pieces, 4 * n, |i, ((((weights, copy), m), v), grads)| {
         let element = element.wrapping_add((i * PIECE) as u32);
-        let most = Level::best().run(Piece { c, master, weights, copy, m, v, grads, element });
+        let most = Level::best().run(Piece { c, master, weights, copy, past, m, v, grads, element });
         if most >= INFINITY_BITS {
             finite.store(false, Ordering::Relaxed);
         }
@@ -220,7 +222,7 @@ fn update_plain<M: Master, C: Copied, G: Grad>(all: Piece<'_, M, C, G>) -> bool 
 /// As [`update_plain`], with 8-bit moments.
 fn update_coded<M: Master, C: Copied, G: Grad>(all: Piece8<'_, M, C, G>) -> bool {
     const BLOCKS: usize = PIECE / BLOCK;
-    let Piece8 { c, master, weights, copy, m8, v8, m_absmax, v_absmax, grads, element } = all;
+    let Piece8 { c, master, weights, copy, past, m8, v8, m_absmax, v_absmax, grads, element } = all;
     let n = weights.len();
     let finite = AtomicBool::new(true);
     let pieces = weights.chunks_mut(PIECE).zip(copy.chunks_mut(PIECE)).zip(grads.chunks(PIECE));
@@ -228,7 +230,7 @@ fn update_coded<M: Master, C: Copied, G: Grad>(all: Piece8<'_, M, C, G>) -> bool
     let pieces = pieces.zip(m_absmax.chunks_mut(BLOCKS)).zip(v_absmax.chunks_mut(BLOCKS)).collect();
     for_parts(pieces, 8 * n, |i, ((((((weights, copy), grads), m8), v8), m_absmax), v_absmax)| {
         let element = element.wrapping_add((i * PIECE) as u32);
-        let piece = Piece8 { c, master, weights, copy, m8, v8, m_absmax, v_absmax, grads, element };
+        let piece = Piece8 { c, master, weights, copy, past, m8, v8, m_absmax, v_absmax, grads, element };
         if Level::best().run(piece) >= INFINITY_BITS {
             finite.store(false, Ordering::Relaxed);
         }

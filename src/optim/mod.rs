@@ -11,6 +11,8 @@ mod loss_scale;
 mod lr_schedule;
 mod record;
 mod rounding;
+#[cfg(test)]
+mod testing;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
