@@ -129,7 +129,7 @@ fn norms_take_their_moments_beyond_the_range() {
 #[test]
 fn scores_beyond_the_range_have_their_softmax() {
     for (dtype, _) in HALVES {
-        // The score of a query and its own key is 160 * 64 * 128 / sqrt(160) = 103620; of the others 0.
+        // The score of a query and its own key is 32 * 320 * 640 / sqrt(160) = 518000; of the others 0.
         let (tokens, d) = (5, 160);
         let at = |scale: f32| move |i: usize| if (i / 32) % tokens == i / d % tokens { scale } else { 0.0 };
         let (q, k) = (leaf(&[1, tokens, d], dtype, at(320.0)), leaf(&[1, tokens, d], dtype, at(640.0)));
