@@ -47,14 +47,14 @@ pub enum Command {
     Report(ReportArgs),
     /// Show a run live in the browser, to this machine alone
     Watch(WatchArgs),
-    /// Measure memory or speed on networks of published shapes with made-up weights; nothing is written
+    /// Measure memory or speed on networks of published shapes with made-up weights, or a drive; nothing stays written
     #[command(subcommand)]
     Bench(BenchCommand),
     /// Print a completion script for a shell
     Completions { shell: Shell },
 }
 
-#[derive(Clone, Copy, Debug, Subcommand)]
+#[derive(Clone, Debug, Subcommand)]
 pub enum BenchCommand {
     /// What each rank holds while SD 1.5's UNet trains
     Memory {
@@ -81,6 +81,17 @@ pub enum BenchCommand {
         repeats: NonZeroUsize,
         #[arg(long, value_enum, default_value_t = BenchDtype::F32)]
         dtype: BenchDtype,
+    },
+    /// How fast state goes to a drive and comes back, in a temporary file
+    Disk {
+        /// Folder on the drive
+        #[arg(long)]
+        dir: PathBuf,
+        /// What is written and read each time
+        #[arg(long, default_value_t = 1 << 30, value_parser = clap::value_parser!(u64).range(1..=1 << 50))]
+        bytes: u64,
+        #[arg(long, default_value = "3")]
+        rounds: NonZeroUsize,
     },
 }
 

@@ -38,7 +38,7 @@ fn main() -> ExitCode {
             status::DONE
         }),
         Some(Command::Watch(args)) => report::watch(&args.dir, args.port).map(|()| status::DONE),
-        Some(Command::Bench(command)) => self::bench(*command),
+        Some(Command::Bench(command)) => self::bench(command),
         Some(Command::Completions { shell }) => {
             cli::write_completions(*shell, &mut std::io::stdout());
             Ok(status::DONE)
@@ -134,8 +134,9 @@ fn sample(args: &SampleArgs) -> Result<u8> {
 }
 
 /// `dblaunch bench`: memory is measured in ranks of its own.
-fn bench(command: BenchCommand) -> Result<u8> {
-    match command {
+fn bench(command: &BenchCommand) -> Result<u8> {
+    match *command {
+        BenchCommand::Disk { ref dir, bytes, rounds } => bench::disk(dir, bytes, rounds.get())?,
         BenchCommand::Layers { batch, latent, repeats, dtype } => {
             let dtype = match dtype {
                 BenchDtype::F32 => DType::F32,

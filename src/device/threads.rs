@@ -5,6 +5,7 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::{Mutex, OnceLock};
 
+use super::dry::is_dry;
 use super::team::{Team, is_helper};
 
 static TEAM: OnceLock<Team> = OnceLock::new();
@@ -45,6 +46,9 @@ pub fn threads() -> usize {
 /// (`cost`: a rough count of elementary operations).
 pub fn parallel_for(tasks: usize, cost: usize, work: impl Fn(usize) + Sync + Send) {
     const WORTH_IT: usize = 1 << 15;
+    if is_dry() {
+        return;
+    }
     if tasks <= 1 || cost < WORTH_IT || is_helper() || threads() == 1 {
         (0..tasks).for_each(work);
         return;

@@ -1,9 +1,11 @@
 //! Row 4: training. Start with `step.rs`.
 
+pub mod arrange;
 mod class_images;
 mod export;
 mod items;
 pub mod network;
+pub mod optimizer;
 mod prompts;
 mod rows;
 mod run;

@@ -8,10 +8,11 @@ use candle_core::{DType, Tensor};
 
 use super::items::{Items, Sampler};
 use super::network::Network;
+use super::optimizer::StepScale;
 use super::rows::{PixelDifference, RowMaker, Rows};
 use super::samples::Samples;
 use super::scaling::Overflowed;
-use super::step::{Group, Inputs, clip_factor};
+use super::step::{Group, Inputs, Then, clip_factor};
 use super::validation::Validation;
 use crate::checkpoint::{self, Position};
 use crate::comm::{Communicator, CommunicatorExt, Slice, SliceMut};
@@ -149,33 +150,42 @@ impl Trainer<'_> {
         let accumulation = self.plan.train.accumulation;
         let rate = self.rate();
         let mut micro_batches = 0;
+        let step = self.position.step + 1;
+        let factor = self.schedule.factor(self.position.step);
+        let optimizer = self.plan.optimizer.clone();
+        let group = |segment: &str| group(&optimizer, segment, factor);
+        let at_once = self.updates_at_once();
         let mut overflowed = None;
         loop {
             let micro_step = self.position.micro_step;
             let record = self.rows.replay.as_ref().map(|(record, _)| record);
             let items = self.sampler.next(&mut self.position, record)?;
-            let report = self.micro_batch(&items, micro_step)?;
+            let last = micro_batches + 1 == accumulation || items.ends_epoch;
+            let then = match (last, at_once) {
+                (false, _) => Then::Accumulate,
+                (true, false) => Then::Norm,
+                (true, true) => Then::Update(StepScale { step, grad_scale: 1.0 }, &group),
+            };
+            let report = self.micro_batch(&items, micro_step, then)?;
             self.trackers.micro_step(&self.micro_row(micro_step, &report, rate))?;
             losses += report.loss;
             images += items.items.len() * if self.rows.settings.prior_weight.is_some() { 2 } else { 1 };
             micro_batches += 1;
-            let ends = micro_batches == accumulation || items.ends_epoch;
             if !report.loss.is_finite() && overflowed.is_none() {
                 overflowed = Some(Overflowed { items, micro_step });
             }
-            if ends {
+            if last {
                 break;
             }
         }
         let scale = self.loss_scale();
         let norm = self.norm(overflowed)?;
-        let step = self.position.step + 1;
         if let Some(norm) = norm {
-            self.save_first_gradients(scale)?;
-            let clip = clip_factor(norm, self.plan.train.max_grad_norm.unwrap_or(0.0));
-            let factor = self.schedule.factor(self.position.step);
-            let optimizer = self.plan.optimizer.clone();
-            self.network.update(step, clip / scale as f32, |segment| group(&optimizer, segment, factor))?;
+            if !at_once {
+                self.save_first_gradients(scale)?;
+                let clip = clip_factor(norm, self.plan.train.max_grad_norm.unwrap_or(0.0));
+                self.network.update(step, clip / scale as f32, group)?;
+            }
             self.position.step = step;
         }
         let seconds = started.elapsed().as_secs_f64();
@@ -201,6 +211,13 @@ impl Trainer<'_> {
             skipped: row.skipped,
         });
         Ok(())
+    }
+
+    /// Whether the coming step's update depends on nothing that only the whole backward tells.
+    fn updates_at_once(&self) -> bool {
+        let saves_gradients =
+            self.position.step == 0 && self.plan.replay.as_ref().is_some_and(|r| r.save_gradients.is_some());
+        self.plan.train.max_grad_norm.is_none() && self.compute.dtype != DType::F16 && !saves_gradients
     }
 
     /// Writes the profile where one was asked for and is complete, or the run is at its `end`, and shows its table.
@@ -229,11 +246,11 @@ impl Trainer<'_> {
     }
 
     /// Forward and backward of one micro-batch: this rank's rows here, the others' there.
-    fn micro_batch(&mut self, items: &Items, micro_step: u64) -> Result<MicroReport> {
+    fn micro_batch(&mut self, items: &Items, micro_step: u64, then: Then) -> Result<MicroReport> {
         let partition = Partition::new(self.comm.rank(), self.comm.world_size());
         let local = partition.items(items.items.len());
         if local.is_empty() {
-            self.network.forward_backward(None, |_| bail!("a rank without rows has no loss"))?;
+            self.network.forward_backward(None, then, |_| bail!("a rank without rows has no loss"))?;
             return self.agree(0.0, PixelDifference::default(), String::new());
         }
         let rows = self.rows.rows(&items.items, local, micro_step)?;
@@ -241,7 +258,7 @@ impl Trainer<'_> {
         let mut loss = 0.0;
         let mut trouble = String::new();
         let (accumulation, scale) = (self.plan.train.accumulation, self.loss_scale() as f32);
-        self.network.forward_backward(Some(inputs), |prediction| {
+        self.network.forward_backward(Some(inputs), then, |prediction| {
             let dims = prediction.dims4()?;
             let values = prediction.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
             let mut gradient = vec![0f32; values.len()];
@@ -327,7 +344,8 @@ impl Trainer<'_> {
             &checkpoint::Saving {
                 output_dir: &self.plan.output.dir,
                 store: &self.network.store,
-                moments: &self.network.moments,
+                optimizer: &self.network.optimizer,
+                state: self.network.optimizer.state(),
                 position: self.position,
                 seed: self.seed,
                 stage: self.plan.zero.stage_or_usual(self.comm.world_size()),

@@ -16,5 +16,6 @@ mod ranks;
 mod resume;
 mod sample;
 mod sharing;
+mod tiers;
 mod toy;
 mod tracking;
