@@ -5,6 +5,7 @@ mod captions;
 mod config;
 mod demo;
 mod equivalence;
+mod half;
 mod harness;
 mod interrupt;
 mod layers;
