@@ -23,11 +23,10 @@ pub use dry::{Tally, dry, forget_peak, is_dry, note_flops, note_kept_scratch, ta
 pub use files::{free_disk_bytes, map_file, peak_rss_bytes};
 pub use heap::{activations, count_activations_from_here, device_peak, within_budget};
 pub use layout::{BLOCK, BucketLayout, Entry, LARGE};
+pub use memory::{Held, Memory};
 pub use place::Place;
 pub use queue::{Delays, Pending, Promise, Queue, promise};
 pub use slot::{GradSlot, ParamSlot, WeightRef, WeightView};
-
-pub use memory::{Held, Memory};
 
 use candle_core::{DType, Device};
 

@@ -7,7 +7,7 @@ use super::pullback::{carries_gradient, leaf, pullback};
 use crate::ops;
 
 /// What a segment leaves behind on the way forward.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub enum Keep {
     /// Nothing: there is no way back (frozen networks, sampling).
     Nothing,

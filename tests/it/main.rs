@@ -10,9 +10,14 @@ mod interrupt;
 mod layers;
 mod parity;
 mod pictures;
+mod plan;
 mod ranks;
 mod resume;
 mod sample;
 mod sharing;
 mod toy;
 mod tracking;
+
+/// The program's own, which counts what activations take.
+#[global_allocator]
+static ALLOCATOR: dblaunch::device::Keeping<std::alloc::System> = dblaunch::device::Keeping::over(std::alloc::System);
