@@ -8,13 +8,13 @@ use std::time::Duration;
 use anyhow::Result;
 use candle_core::DType;
 use clap::Parser;
-use dblaunch::cli::{self, BenchCommand, BenchDtype, Cli, Command, RequestArgs, SampleArgs, TrainArgs};
+use dblaunch::cli::{self, BenchCommand, BenchDtype, Cli, Command, PlanArgs, RequestArgs, SampleArgs, TrainArgs};
 use dblaunch::config::{self, Resume};
 use dblaunch::device::Keeping;
 use dblaunch::launch::{self, LaunchRequest, Output, Rank, World, status};
 use dblaunch::sample::{self, command as sampling};
 use dblaunch::zero::Stage;
-use dblaunch::{bench, checkpoint, hub, report, train};
+use dblaunch::{bench, checkpoint, hub, plan, report, train};
 
 /// Activations come and go by the megabyte; the same pages are handed out again instead of asking the system.
 #[global_allocator]
@@ -24,21 +24,17 @@ static ALLOCATOR: Keeping<mimalloc::MiMalloc> = Keeping::over(mimalloc::MiMalloc
 const TIMEOUT: Duration = Duration::from_secs(600);
 
 fn main() -> ExitCode {
-    let arguments: Vec<String> = std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned()).collect();
-    if let Some(message) = cli::not_there_yet(arguments.iter().map(String::as_str)) {
-        eprintln!("dblaunch: {message}");
-        return ExitCode::from(status::REFUSED);
-    }
     let cli = Cli::parse();
     let result = match &cli.command {
         Some(Command::Check(check)) => self::check(&check.request).map(|()| status::DONE),
+        Some(Command::Plan(args)) => self::plan(args).map(|()| status::DONE),
         Some(Command::Sample(args)) => self::sample(args),
         Some(Command::Report(args)) => report::write(&args.dirs, args.out.as_deref()).map(|path| {
             say(&path.display());
             status::DONE
         }),
         Some(Command::Watch(args)) => report::watch(&args.dir, args.port).map(|()| status::DONE),
-        Some(Command::Bench(command)) => self::bench(*command),
+        Some(Command::Bench(command)) => self::bench(command),
         Some(Command::Completions { shell }) => {
             cli::write_completions(*shell, &mut std::io::stdout());
             Ok(status::DONE)
@@ -74,6 +70,20 @@ fn check(request: &RequestArgs) -> Result<()> {
     Ok(())
 }
 
+/// `dblaunch plan`: what a run would take, or the smallest changes with which it would fit.
+fn plan(args: &PlanArgs) -> Result<()> {
+    let table = plan::command::plan(&plan::command::Asked {
+        config: config_path(&args.request),
+        overrides: &args.request.overrides,
+        world_size: ranks(&args.request),
+        vram: args.vram.as_deref(),
+        ram: args.ram.as_deref(),
+        card: args.card.as_deref(),
+    })?;
+    say(&table.trim_end());
+    Ok(())
+}
+
 /// The launcher: checks the request, then starts the ranks and stays with them.
 fn start_ranks(args: &TrainArgs) -> Result<u8> {
     let nproc = ranks(&args.request);
@@ -101,7 +111,7 @@ fn be_a_rank(args: &TrainArgs, world: &World) -> Result<u8> {
     if rank.goes_on && checkpoint::latest(&plan.output.dir)?.is_some() {
         plan.checkpoint.resume = Resume::Latest;
     }
-    Ok(match train::run(&plan, &model_dir, &rank) {
+    Ok(match train::run(&plan, &model_dir, &rank, args.profile) {
         Ok(train::Ending::Done) => status::DONE,
         Ok(train::Ending::Interrupted) => status::INTERRUPTED,
         // Told while the rank is still there, so that the others learn the cause and not that it left.
@@ -134,8 +144,9 @@ fn sample(args: &SampleArgs) -> Result<u8> {
 }
 
 /// `dblaunch bench`: memory is measured in ranks of its own.
-fn bench(command: BenchCommand) -> Result<u8> {
-    match command {
+fn bench(command: &BenchCommand) -> Result<u8> {
+    match *command {
+        BenchCommand::Disk { ref dir, bytes, rounds } => bench::disk(dir, bytes, rounds.get())?,
         BenchCommand::Layers { batch, latent, repeats, dtype } => {
             let dtype = match dtype {
                 BenchDtype::F32 => DType::F32,

@@ -12,7 +12,8 @@ use crate::device::peak_rss_bytes;
 use crate::launch::Rank;
 use crate::model::Denoiser;
 use crate::segment::Keep;
-use crate::train::network::{Memory, Network};
+use crate::train::network::{Build, Network};
+use crate::train::step::Then;
 use crate::zero::{Ranks, Stage};
 
 const MIB: f64 = (1 << 20) as f64;
@@ -26,21 +27,24 @@ pub fn memory(rank: &Rank, stage: Stage, latent: usize, steps: u64) -> Result<()
     let parameters = graph.parameters();
     let mut sizes: Vec<usize> = graph.nodes.iter().map(|n| n.params.layout().padded_len(comm.world_size())).collect();
     sizes.sort_unstable_by(|a, b| b.cmp(a));
-    let mut network = Network::load(graph, &ranks, DType::F32, Keep::Inputs, Memory::unlimited(), &shape::Made)?;
-    let owned = network.memory.usage().map(|usage| usage.used as f64);
+    let build = Build::on_device(&ranks, DType::F32, Keep::Inputs, &graph)?;
+    let states = build.tiers.device.clone();
+    let mut network = Network::load(graph, build, &shape::Made)?;
+    let owned = states.usage().map(|usage| usage.used as f64);
     let mut seconds = 0.0;
     for step in 1..=steps {
         let started = Instant::now();
         let inputs = shape::unet_inputs(&config, &slots, latent, comm.rank() as u64)?;
         let rows = comm.world_size() as f64;
-        network
-            .forward_backward(Some(inputs), |prediction| Ok((prediction / (prediction.elem_count() as f64 * rows))?))?;
+        network.forward_backward(Some(inputs), Then::Norm, |prediction| {
+            Ok((prediction / (prediction.elem_count() as f64 * rows))?)
+        })?;
         let norm = network.reduce()?;
         network.update(step, crate::train::step::clip_factor(norm, 1.0), |_| shape::group())?;
         // The last step's: the first one also touches every page for the first time.
         seconds = started.elapsed().as_secs_f64();
     }
-    let peaks = network.memory.usage().map(|usage| usage.peak as f64);
+    let peaks = states.usage().map(|usage| usage.peak as f64);
     let mine = [owned[0], owned[1], owned[2], peaks[0], peaks[1], peaks[2], peak_rss_bytes() as f64, seconds];
     let mut all = vec![0f64; mine.len() * comm.world_size()];
     comm.all_gather(Slice::F64(&mine), SliceMut::F64(&mut all))?;

@@ -6,6 +6,7 @@ mod check;
 mod data;
 mod document;
 mod keys;
+mod loss_scale;
 mod memory;
 mod model;
 mod model_folder;
@@ -174,7 +175,7 @@ mod tests {
     fn the_resolved_configuration_loads_to_the_same_plan() {
         let everything = "image_interpolation = \"lanczos\"\n\
             [prior]\nclass_dir = \"class\"\nclass_prompt = \"a \\\"dog\\\"\"\nloss_weight = 0.7\n\
-            [train]\nmax_steps = 7\nseed = 9007199254740993\nsnr_gamma = 5\nsnr_gamma_v = \"plus_one\"\nrecompute = true\nmax_grad_norm = 0\nmixed_precision = \"fp16\"\n\
+            [train]\nmax_steps = 7\nseed = 9007199254740993\nsnr_gamma = 5\nsnr_gamma_v = \"plus_one\"\nrecompute = true\nmax_grad_norm = 0\nmixed_precision = \"fp16\"\nloss_scale_window = 500\n\
             [optimizer]\nkind = \"adamw8bit\"\nmaster_dtype = \"bf16\"\nlearning_rate = 3.3e-7\nscale_lr = true\nbeta2 = 0.95\n\
             [lr_schedule]\nkind = \"cosine_with_restarts\"\ncycles = 3\nwarmup_steps = 2\n\
             [zero]\nreduce_dtype = \"bf16\"\ntimeout_seconds = 0.5\nstage = 1\noffload_params = \"none\"\noffload_optimizer = \"nvme\"\n\

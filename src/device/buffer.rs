@@ -48,7 +48,7 @@ impl Element for f16 {
     }
 }
 
-/// Host memory, 4 KiB aligned from 1 MiB on, else 64 bytes.
+/// Host memory, aligned to a page from [`PAGE`] bytes on, so that a drive can read into it; else to 64 bytes.
 #[derive(Debug)]
 pub struct Buffer {
     memory: Memory,
@@ -95,6 +95,9 @@ impl Drop for Mapping {
 unsafe impl Send for Buffer {}
 // SAFETY: as above.
 unsafe impl Sync for Buffer {}
+
+/// What direct I/O wants memory, lengths and places in a file to be multiples of.
+pub(super) const PAGE: usize = 4096;
 
 const LARGE_BYTES: usize = 1 << 20;
 
@@ -194,14 +197,14 @@ impl Drop for Buffer {
 
 /// Not from the heap that is counted: arenas count their buffers themselves.
 fn allocate(bytes: usize) -> Result<NonNull<u8>> {
-    const ALIGN: usize = 64;
+    let align = if bytes < PAGE { 64 } else { PAGE };
     if bytes == 0 {
         return Ok(NonNull::<u128>::dangling().cast());
     }
-    let size = bytes.next_multiple_of(ALIGN);
+    let size = bytes.next_multiple_of(align);
     // SAFETY: the alignment is a power of two that divides the size; fresh memory of this size may be written.
     let ptr = unsafe {
-        let ptr = libc::aligned_alloc(ALIGN, size);
+        let ptr = libc::aligned_alloc(align, size);
         if !ptr.is_null() {
             libc::memset(ptr, 0, size);
         }
@@ -239,12 +242,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn buffers_are_zeroed_and_typed() {
-        for len in [0, 3, 1 << 19] {
+    fn buffers_are_zeroed_aligned_and_typed() {
+        for len in [0, 3, 1024, 5000, 1 << 19] {
             let mut buffer = Buffer::unbudgeted(DType::F32, len).unwrap();
             assert!(buffer.as_slice::<f32>().iter().all(|&x| x == 0.0));
             buffer.as_mut_slice::<f32>().fill(1.5);
             assert_eq!(buffer.bytes().len(), 4 * len);
+            assert!(4 * len < PAGE || (buffer.bytes().as_ptr() as usize).is_multiple_of(PAGE));
         }
     }
 }

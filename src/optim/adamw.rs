@@ -1,10 +1,21 @@
-//! AdamW (Loshchilov and Hutter, 2019) in fp32, with PyTorch's order of operations so that its numbers are equal.
+//! AdamW (Loshchilov and Hutter, 2019) with PyTorch's order of operations, so that its numbers are equal: what it is
+//! told, and how a chunk is shared out among threads. The arithmetic is in [`super::kernel`] and, for 8-bit moments, in
+//! [`super::kernel8`].
+
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Result;
 use candle_core::DType;
+use half::{bf16, f16};
 
+use super::kernel::{Bf16Master, Copied, F32Master, Grad, Master, Piece};
+use super::kernel8::Piece8;
+use super::lanes::{Divisor, INFINITY_BITS};
+use super::level::Level;
+use super::record::{PartsMut, RecordLayout};
+use super::rounding::StochasticRounding;
 use crate::device::threads::for_parts;
-use crate::device::{Arena, Buffer};
+use crate::device::{Arena, BLOCK, Buffer};
 
 /// The moments of one segment's owned range.
 pub struct Moments {
@@ -18,6 +29,26 @@ impl Moments {
     }
 }
 
+/// The master weights that are updated.
+pub enum Weights<'a> {
+    F32(&'a mut [f32]),
+    Bf16 { values: &'a mut [bf16], rounding: StochasticRounding },
+}
+
+/// The half-precision copy of the updated master weights, written in the same pass, rounded to nearest even.
+pub enum Rounded<'a> {
+    None,
+    Bf16(&'a mut [bf16]),
+    F16(&'a mut [f16]),
+}
+
+/// Gradients, as they were accumulated.
+#[derive(Clone, Copy)]
+pub enum Grads<'a> {
+    F32(&'a [f32]),
+    Bf16(&'a [bf16]),
+}
+
 /// One group's settings.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AdamW {
@@ -27,9 +58,58 @@ pub struct AdamW {
     pub weight_decay: f64,
 }
 
+/// One update's numbers.
+#[derive(Clone, Copy)]
+pub struct Coefficients {
+    pub decay: f32,
+    pub beta1: f32,
+    pub one_minus_beta1: f32,
+    pub beta2: f32,
+    pub one_minus_beta2: f32,
+    pub correction2_root: Divisor,
+    pub epsilon: f32,
+    pub step_size: f32,
+    pub grad_scale: f32,
+}
+
+/// Elements that a thread takes at a time.
+const PIECE: usize = 1 << 14;
+
 impl AdamW {
-    /// One update of a range: `step` counts from 1, `grad_scale` is the clipping factor. Zero gradients, moments and
-    /// weights (padding) stay zero.
+    /// One update of one chunk, in one pass. `step` counts from 1; gradients are multiplied by `grad_scale` (the clipping
+    /// factor over the loss scale). Gives whether every gradient was finite after that; if one was not, 32-bit moments
+    /// and weights have taken it in, as in PyTorch, and 8-bit ones have left its element out, as in bitsandbytes.
+    ///
+    /// Zero gradients, moments and weights (padding) stay zero. Every instruction set and number of threads, and every cut
+    /// into chunks gives the same bits.
+    #[allow(clippy::too_many_arguments, reason = "what a step is made of; a struct would only repeat the names")]
+    pub fn update_chunk(
+        &self,
+        step: u64,
+        rate: f64,
+        grad_scale: f32,
+        layout: &RecordLayout,
+        record: &mut [u8],
+        weights: Weights,
+        rounded: Rounded,
+        grads: Grads,
+    ) -> bool {
+        let c = self.coefficients(step, rate, grad_scale);
+        let record = layout.split_mut(record);
+        let chunk = |element: usize| Chunk { c: &c, coded: layout.coded(), element: element as u32, record };
+        match (weights, grads) {
+            (Weights::F32(w), Grads::F32(g)) => chunk(layout.start()).update(F32Master, w, rounded, g),
+            (Weights::F32(w), Grads::Bf16(g)) => chunk(layout.start()).update(F32Master, w, rounded, g),
+            (Weights::Bf16 { values, rounding }, Grads::F32(g)) => {
+                chunk(rounding.start as usize).update(Bf16Master(rounding.keys()), values, rounded, g)
+            }
+            (Weights::Bf16 { values, rounding }, Grads::Bf16(g)) => {
+                chunk(rounding.start as usize).update(Bf16Master(rounding.keys()), values, rounded, g)
+            }
+        }
+    }
+
+    /// One update of a whole range in f32, as [`AdamW::update_chunk`].
     pub fn update(
         &self,
         step: u64,
@@ -39,14 +119,10 @@ impl AdamW {
         moments: &mut Moments,
         grads: &[f32],
     ) {
-        let n = weights.len();
+        let c = self.coefficients(step, rate, grad_scale);
         let (m, v) = (moments.m.as_mut_slice::<f32>(), moments.v.as_mut_slice::<f32>());
-        assert!(m.len() == n && v.len() == n && grads.len() == n, "AdamW over ranges of different lengths");
-        let coefficients = self.coefficients(step, rate, grad_scale);
-        const PIECE: usize = 1 << 14;
-        let pieces = weights.chunks_mut(PIECE).zip(m.chunks_mut(PIECE)).zip(v.chunks_mut(PIECE));
-        let pieces = pieces.zip(grads.chunks(PIECE)).collect();
-        for_parts(pieces, 4 * n, |_, (((w, m), v), g)| update_piece(coefficients, w, m, v, g));
+        let copy = &mut vec![(); weights.len()];
+        update_plain(Piece { c: &c, master: F32Master, weights, copy, m, v, grads, element: 0 });
     }
 
     fn coefficients(&self, step: u64, rate: f64, grad_scale: f32) -> Coefficients {
@@ -54,10 +130,11 @@ impl AdamW {
         let correction2 = 1.0 - self.beta2.powf(step as f64);
         Coefficients {
             decay: (1.0 - rate * self.weight_decay) as f32,
+            beta1: self.beta1 as f32,
             one_minus_beta1: (1.0 - self.beta1) as f32,
             beta2: self.beta2 as f32,
             one_minus_beta2: (1.0 - self.beta2) as f32,
-            correction2_root: correction2.sqrt() as f32,
+            correction2_root: Divisor::new(correction2.sqrt() as f32),
             epsilon: self.epsilon as f32,
             step_size: (rate / correction1) as f32,
             grad_scale,
@@ -65,26 +142,98 @@ impl AdamW {
     }
 }
 
-#[derive(Clone, Copy)]
-struct Coefficients {
-    decay: f32,
-    one_minus_beta1: f32,
-    beta2: f32,
-    one_minus_beta2: f32,
-    correction2_root: f32,
-    epsilon: f32,
-    step_size: f32,
-    grad_scale: f32,
+/// One chunk's state and the numbers of its update.
+struct Chunk<'a> {
+    c: &'a Coefficients,
+    /// Elements with 8-bit moments; they come first.
+    coded: usize,
+    /// The element in the bucket of the first one.
+    element: u32,
+    record: PartsMut<'a>,
 }
 
-fn update_piece(c: Coefficients, weights: &mut [f32], m: &mut [f32], v: &mut [f32], grads: &[f32]) {
-    for (((w, m), v), g) in weights.iter_mut().zip(m).zip(v).zip(grads) {
-        let g = g * c.grad_scale;
-        *m += (g - *m) * c.one_minus_beta1;
-        *v = *v * c.beta2 + c.one_minus_beta2 * g * g;
-        let denominator = v.sqrt() / c.correction2_root + c.epsilon;
-        *w = *w * c.decay - c.step_size * (*m / denominator);
+impl Chunk<'_> {
+    fn update<M: Master, G: Grad>(self, master: M, w: &mut [M::Value], rounded: Rounded, grads: &[G]) -> bool {
+        match rounded {
+            Rounded::None => self.update_all(master, w, &mut vec![(); w.len()], grads),
+            Rounded::Bf16(copy) => self.update_all(master, w, copy, grads),
+            Rounded::F16(copy) => self.update_all(master, w, copy, grads),
+        }
     }
+
+    /// Gives whether all gradients were finite.
+    fn update_all<M: Master, C: Copied, G: Grad>(
+        self,
+        master: M,
+        weights: &mut [M::Value],
+        copy: &mut [C],
+        grads: &[G],
+    ) -> bool {
+        let (c, coded, element, record) = (self.c, self.coded, self.element, self.record);
+        assert!(
+            coded + record.m.len() == weights.len() && weights.len() == copy.len() && copy.len() == grads.len(),
+            "AdamW over ranges of different lengths"
+        );
+        let (coded_weights, weights) = weights.split_at_mut(coded);
+        let (coded_copy, copy) = copy.split_at_mut(coded);
+        let (coded_grads, grads) = grads.split_at(coded);
+        let PartsMut { m8, v8, m_absmax, v_absmax, m, v } = record;
+        let finite_coded = update_coded(Piece8 {
+            c,
+            master,
+            weights: coded_weights,
+            copy: coded_copy,
+            m8,
+            v8,
+            m_absmax,
+            v_absmax,
+            grads: coded_grads,
+            element,
+        });
+        let element = element.wrapping_add(coded as u32);
+        update_plain(Piece { c, master, weights, copy, m, v, grads, element }) && finite_coded
+    }
+}
+
+/// Updates a range with 32-bit moments on all threads; gives whether all gradients were finite.
+fn update_plain<M: Master, C: Copied, G: Grad>(all: Piece<'_, M, C, G>) -> bool {
+    let Piece { c, master, weights, copy, m, v, grads, element } = all;
+    let n = weights.len();
+    assert!(
+        copy.len() == n && m.len() == n && v.len() == n && grads.len() == n,
+        "AdamW over ranges of different lengths"
+    );
+    let finite = AtomicBool::new(true);
+    let pieces =
+        weights.chunks_mut(PIECE).zip(copy.chunks_mut(PIECE)).zip(m.chunks_mut(PIECE)).zip(v.chunks_mut(PIECE));
+    let pieces = pieces.zip(grads.chunks(PIECE)).collect();
+    for_parts(pieces, 4 * n, |i, ((((weights, copy), m), v), grads)| {
+        let element = element.wrapping_add((i * PIECE) as u32);
+        let most = Level::best().run(Piece { c, master, weights, copy, m, v, grads, element });
+        if most >= INFINITY_BITS {
+            finite.store(false, Ordering::Relaxed);
+        }
+    });
+    finite.into_inner()
+}
+
+/// As [`update_plain`], with 8-bit moments.
+fn update_coded<M: Master, C: Copied, G: Grad>(all: Piece8<'_, M, C, G>) -> bool {
+    const BLOCKS: usize = PIECE / BLOCK;
+    let Piece8 { c, master, weights, copy, m8, v8, m_absmax, v_absmax, grads, element } = all;
+    let n = weights.len();
+    let finite = AtomicBool::new(true);
+    let pieces = weights.chunks_mut(PIECE).zip(copy.chunks_mut(PIECE)).zip(grads.chunks(PIECE));
+    let pieces = pieces.zip(m8.chunks_mut(PIECE)).zip(v8.chunks_mut(PIECE));
+    let pieces = pieces.zip(m_absmax.chunks_mut(BLOCKS)).zip(v_absmax.chunks_mut(BLOCKS)).collect();
+    for_parts(pieces, 8 * n, |i, ((((((weights, copy), grads), m8), v8), m_absmax), v_absmax)| {
+        let element = element.wrapping_add((i * PIECE) as u32);
+        let piece = Piece8 { c, master, weights, copy, m8, v8, m_absmax, v_absmax, grads, element };
+        if Level::best().run(piece) >= INFINITY_BITS {
+            finite.store(false, Ordering::Relaxed);
+        }
+    });
+    finite.into_inner()
 }
 
 #[cfg(test)]

@@ -1,7 +1,21 @@
-//! Row 3: optimizers over owned shards, and learning-rate schedules. Knows flat ranges, no layers and no ranks.
+//! Row 3: optimizers over owned shards, learning-rate schedules and loss scaling. Knows flat ranges, no layers and no ranks.
 
 mod adamw;
+mod blockwise;
+mod code_book;
+mod kernel;
+mod kernel8;
+mod lanes;
+mod level;
+mod loss_scale;
 mod lr_schedule;
+mod record;
+mod rounding;
+#[cfg(target_arch = "x86_64")]
+mod x86;
 
-pub use adamw::{AdamW, Moments};
+pub use adamw::{AdamW, Grads, Moments, Rounded, Weights};
+pub use loss_scale::{LossScale, Overflow, ScalePolicy, ScaleState};
 pub use lr_schedule::{LrKind, LrSchedule};
+pub use record::{CHUNK, Part, RecordLayout, StateKind};
+pub use rounding::StochasticRounding;

@@ -45,6 +45,8 @@ pub struct FrozenFacts {
 #[derive(Clone, Debug)]
 pub struct Facts {
     pub dtype: DType,
+    /// Parameters that train, without padding.
+    pub parameters: usize,
     /// Rows of a micro-batch on the rank that has most.
     pub rows: usize,
     pub segments: Vec<SegmentFacts>,
@@ -115,6 +117,7 @@ impl Facts {
         let moments = 8 * configs.vae.latent_channels * side * side;
         Ok(Facts {
             dtype,
+            parameters: graph.nodes.iter().filter(|n| n.grads.is_some()).map(|n| n.params.layout().parameters()).sum(),
             rows,
             segments,
             slots: sizes,

@@ -18,4 +18,9 @@ impl Placement {
     /// Everything on the compute device.
     pub const DEVICE: Placement =
         Placement { parameters: Place::Device, gradients: Place::Device, optimizer: Place::Device };
+
+    /// Whether anything rests on a drive.
+    pub fn uses_drive(&self) -> bool {
+        [self.parameters, self.gradients, self.optimizer].contains(&Place::Nvme)
+    }
 }

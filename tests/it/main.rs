@@ -11,10 +11,12 @@ mod layers;
 mod parity;
 mod pictures;
 mod plan;
+mod profile;
 mod ranks;
 mod resume;
 mod sample;
 mod sharing;
+mod tiers;
 mod toy;
 mod tracking;
 

@@ -100,7 +100,9 @@ fn compare(what: &str, plan: &RunPlan, configs: &Configs, keep: impl Fn(usize) -
         "{what}: predicted {predicted} measured {measured}: {:+.2} % (planned in {planned:.2?})",
         100.0 * (predicted as f64 / measured as f64 - 1.0)
     );
-    if std::env::var_os("PROBE").is_none() { assert!((predicted as f64 / measured as f64 - 1.0).abs() < 0.05, "{what}: {predicted} for {measured}"); }
+    if std::env::var_os("PROBE").is_none() {
+        assert!((predicted as f64 / measured as f64 - 1.0).abs() < 0.05, "{what}: {predicted} for {measured}");
+    }
 }
 
 const SMALL: &[&str] = &["data.resolution=64", "train.batch_size=2"];

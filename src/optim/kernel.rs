@@ -1,0 +1,220 @@
+//! AdamW over one piece of a range in one pass: reads master, moments and gradient once, writes master, moments and the
+//! half-precision copy once. The only place where its arithmetic is written down, for every instruction set.
+
+use half::{bf16, f16};
+
+use super::adamw::Coefficients;
+use super::lanes::{INFINITY_BITS, Lanes, MAGNITUDE, Portable};
+use super::level::Kernel;
+use super::rounding::{DrawKeys, FACTORS};
+
+/// Numbers that gradients rest in.
+pub trait Grad: Copy + Send + Sync + 'static {
+    /// # Safety
+    /// As [`Lanes::load`].
+    unsafe fn load<L: Lanes>(from: *const Self) -> L::F;
+}
+
+impl Grad for f32 {
+    #[inline(always)]
+    unsafe fn load<L: Lanes>(from: *const f32) -> L::F {
+        // SAFETY: the caller's promise.
+        unsafe { L::load(from) }
+    }
+}
+
+impl Grad for bf16 {
+    #[inline(always)]
+    unsafe fn load<L: Lanes>(from: *const bf16) -> L::F {
+        // SAFETY: the caller's promise.
+        unsafe { L::load_bf16(from) }
+    }
+}
+
+/// How the master weights rest.
+pub trait Master: Copy + Send + Sync {
+    type Value: Copy + Send;
+    /// # Safety
+    /// As [`Lanes::load`].
+    unsafe fn load<L: Lanes>(from: *const Self::Value) -> L::F;
+    /// Rounds the master to what it rests in and gives that back. `element`: of the bucket, of the first lane.
+    ///
+    /// # Safety
+    /// As [`Lanes::store`].
+    unsafe fn store<L: Lanes>(self, to: *mut Self::Value, element: u32, x: L::F) -> L::F;
+}
+
+#[derive(Clone, Copy)]
+pub struct F32Master;
+
+impl Master for F32Master {
+    type Value = f32;
+    #[inline(always)]
+    unsafe fn load<L: Lanes>(from: *const f32) -> L::F {
+        // SAFETY: the caller's promise.
+        unsafe { L::load(from) }
+    }
+    #[inline(always)]
+    unsafe fn store<L: Lanes>(self, to: *mut f32, _: u32, x: L::F) -> L::F {
+        // SAFETY: the caller's promise.
+        unsafe { L::store(to, x) };
+        x
+    }
+}
+
+#[derive(Clone, Copy)]
+pub struct Bf16Master(pub DrawKeys);
+
+impl Master for Bf16Master {
+    type Value = bf16;
+    #[inline(always)]
+    unsafe fn load<L: Lanes>(from: *const bf16) -> L::F {
+        // SAFETY: the caller's promise.
+        unsafe { L::load_bf16(from) }
+    }
+    #[inline(always)]
+    unsafe fn store<L: Lanes>(self, to: *mut bf16, element: u32, x: L::F) -> L::F {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let draw = L::and(draws::<L>(self.0, element), L::splat_int(0xffff));
+            let rounded = upper_half::<L>(x, draw);
+            L::store_words(to.cast(), L::shift::<16>(rounded));
+            L::float(rounded)
+        }
+    }
+}
+
+/// The half-precision copy.
+pub trait Copied: Copy + Send {
+    /// # Safety
+    /// As [`Lanes::store`].
+    unsafe fn store<L: Lanes>(to: *mut Self, x: L::F);
+}
+
+/// No copy.
+impl Copied for () {
+    #[inline(always)]
+    unsafe fn store<L: Lanes>(_: *mut (), _: L::F) {}
+}
+
+impl Copied for bf16 {
+    #[inline(always)]
+    unsafe fn store<L: Lanes>(to: *mut bf16, x: L::F) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            // To nearest, ties to even: just under half of what is cut off, and a little more if the last bit is odd.
+            let odd = L::and(L::shift::<16>(L::bits(x)), L::splat_int(1));
+            let rounded = upper_half::<L>(x, L::add_int(odd, L::splat_int(0x7fff)));
+            L::store_words(to.cast(), L::shift::<16>(rounded));
+        }
+    }
+}
+
+impl Copied for f16 {
+    #[inline(always)]
+    unsafe fn store<L: Lanes>(to: *mut f16, x: L::F) {
+        // SAFETY: the caller's promise.
+        unsafe { L::store_f16(to, x) }
+    }
+}
+
+/// The bits of a bf16 as the upper half of an f32's: `bias` (below 2^16) is added before the lower half is cut off. What
+/// is no number stays none.
+#[inline(always)]
+unsafe fn upper_half<L: Lanes>(x: L::F, bias: L::I) -> L::I {
+    // SAFETY: called inside `vectorize`.
+    unsafe {
+        let bits = L::bits(x);
+        let magnitude = L::and(bits, L::splat_int(MAGNITUDE));
+        let quiet = L::or(bits, L::splat_int(0x0040_0000));
+        let biased = L::add_int(bits, bias);
+        let kept = L::where_above(magnitude, L::splat_int(INFINITY_BITS), quiet, biased);
+        L::and(kept, L::splat_int(0xffff_0000))
+    }
+}
+
+/// A draw of 16 bits for each lane's element, see [`super::rounding`].
+#[inline(always)]
+unsafe fn draws<L: Lanes>(keys: DrawKeys, element: u32) -> L::I {
+    // SAFETY: called inside `vectorize`.
+    unsafe {
+        let element = L::add_int(L::splat_int(element), L::numbers());
+        let mut x = L::xor(element, L::splat_int(keys.first));
+        x = L::mul_int(L::xor(x, L::shift::<16>(x)), L::splat_int(FACTORS[0]));
+        x = L::xor(L::xor(x, L::shift::<15>(x)), L::splat_int(keys.second));
+        x = L::mul_int(x, L::splat_int(FACTORS[1]));
+        L::shift::<16>(x)
+    }
+}
+
+/// One piece of a range; all of one length.
+pub struct Piece<'a, M: Master, C: Copied, G: Grad> {
+    pub c: &'a Coefficients,
+    pub master: M,
+    pub weights: &'a mut [M::Value],
+    pub copy: &'a mut [C],
+    pub m: &'a mut [f32],
+    pub v: &'a mut [f32],
+    pub grads: &'a [G],
+    /// The element in the bucket of the first one.
+    pub element: u32,
+}
+
+/// Gives the largest magnitude of the scaled gradients as bits of an f32: those of infinity or more if one was not finite.
+impl<M: Master, C: Copied, G: Grad> Kernel for Piece<'_, M, C, G> {
+    type Output = u32;
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(mut self) -> u32 {
+        let whole = self.weights.len() / L::N * L::N;
+        // SAFETY: the caller's promise.
+        unsafe {
+            let most = self.update_range::<L>(0, whole);
+            most.max(self.update_range::<Portable>(whole, self.weights.len()))
+        }
+    }
+}
+
+impl<M: Master, C: Copied, G: Grad> Piece<'_, M, C, G> {
+    /// Elements `from..to`, a multiple of the lanes.
+    #[inline(always)]
+    unsafe fn update_range<L: Lanes>(&mut self, from: usize, to: usize) -> u32 {
+        let (c, n) = (self.c, self.weights.len());
+        assert!(to <= n && self.copy.len() == n && self.m.len() == n && self.v.len() == n && self.grads.len() == n);
+        let (weights, copy) = (self.weights.as_mut_ptr(), self.copy.as_mut_ptr());
+        let (m, v, grads) = (self.m.as_mut_ptr(), self.v.as_mut_ptr(), self.grads.as_ptr());
+        // SAFETY: `L::N` elements from `i` are inside all five, whose lengths are equal; called inside `vectorize`.
+        unsafe {
+            let mut most = L::splat_int(0);
+            let mut i = from;
+            while i < to {
+                let g = L::mul(G::load::<L>(grads.add(i)), L::splat(c.grad_scale));
+                most = L::max_int(most, L::and(L::bits(g), L::splat_int(MAGNITUDE)));
+                let (m_old, v_old) = (L::load(m.add(i)), L::load(v.add(i)));
+                let m_new = L::add(m_old, L::mul(L::sub(g, m_old), L::splat(c.one_minus_beta1)));
+                let gg = L::mul(L::mul(L::splat(c.one_minus_beta2), g), g);
+                let v_new = L::add(L::mul(v_old, L::splat(c.beta2)), gg);
+                L::store(m.add(i), m_new);
+                L::store(v.add(i), v_new);
+                let w = step::<L>(c, M::load::<L>(weights.add(i)), m_new, v_new);
+                let w = self.master.store::<L>(weights.add(i), self.element.wrapping_add(i as u32), w);
+                C::store::<L>(copy.add(i), w);
+                i += L::N;
+            }
+            L::most(most)
+        }
+    }
+}
+
+/// The weights after a step with these moments, PyTorch's order of operations.
+///
+/// # Safety
+/// Inside [`Lanes::vectorize`].
+#[inline(always)]
+pub unsafe fn step<L: Lanes>(c: &Coefficients, w: L::F, m: L::F, v: L::F) -> L::F {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let denominator = L::add(L::divide(L::sqrt(v), &c.correction2_root), L::splat(c.epsilon));
+        let change = L::mul(L::splat(c.step_size), L::div(m, denominator));
+        L::sub(L::mul(w, L::splat(c.decay)), change)
+    }
+}
