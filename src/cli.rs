@@ -59,19 +59,7 @@ pub enum Command {
 #[derive(Clone, Debug, Subcommand)]
 pub enum BenchCommand {
     /// What each rank holds while SD 1.5's UNet trains
-    Memory {
-        /// Ranks on this machine
-        #[arg(long, default_value = "1")]
-        nproc: NonZeroUsize,
-        /// ZeRO stage
-        #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=3))]
-        stage: u8,
-        /// Side of the latents; 64 for pictures of 512 pixels
-        #[arg(long, default_value_t = 16, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(8..))]
-        latent: usize,
-        #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..))]
-        steps: u64,
-    },
+    Memory(MemoryArgs),
     /// How long forward, backward and update of one level of SD 1.5's UNet take
     Layers {
         #[arg(long, default_value = "1")]
@@ -94,7 +82,59 @@ pub enum BenchCommand {
         bytes: u64,
         #[arg(long, default_value = "3")]
         rounds: NonZeroUsize,
+        /// Wait for a line of standard input before each pass, to take turns with another program
+        #[arg(long)]
+        wait: bool,
     },
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct MemoryArgs {
+    /// Ranks on this machine
+    #[arg(long, default_value = "1")]
+    pub nproc: NonZeroUsize,
+    /// ZeRO stage
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=3))]
+    pub stage: u8,
+    /// Side of the latents; 64 for pictures of 512 pixels
+    #[arg(long, default_value_t = 16, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(8..))]
+    pub latent: usize,
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..))]
+    pub steps: u64,
+    /// Where parameters rest
+    #[arg(long, value_enum, default_value_t = BenchPlace::Device)]
+    pub parameters: BenchPlace,
+    /// Where sums of gradients rest
+    #[arg(long, value_enum, default_value_t = BenchPlace::Device)]
+    pub gradients: BenchPlace,
+    /// Where optimizer state rests
+    #[arg(long, value_enum, default_value_t = BenchPlace::Device)]
+    pub optimizer: BenchPlace,
+    /// A folder for what rests on nvme
+    #[arg(long)]
+    pub nvme_dir: Option<PathBuf>,
+    /// 8-bit optimizer state
+    #[arg(long)]
+    pub adam8bit: bool,
+    /// bf16 master weights
+    #[arg(long)]
+    pub master_bf16: bool,
+    /// Sums of gradients in bf16
+    #[arg(long)]
+    pub gradients_bf16: bool,
+    /// What ops compute in
+    #[arg(long, value_enum, default_value_t = BenchDtype::F32)]
+    pub dtype: BenchDtype,
+    /// Bound on the gradients' norm; 0: none, and updates begin under the backward
+    #[arg(long, default_value_t = 1.0)]
+    pub max_grad_norm: f64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum BenchPlace {
+    Device,
+    Host,
+    Nvme,
 }
 
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]

@@ -8,12 +8,16 @@ use std::time::Duration;
 use anyhow::Result;
 use candle_core::DType;
 use clap::Parser;
-use dblaunch::cli::{self, BenchCommand, BenchDtype, Cli, Command, PlanArgs, RequestArgs, SampleArgs, TrainArgs};
+use dblaunch::cli::{
+    self, BenchCommand, BenchDtype, BenchPlace, Cli, Command, MemoryArgs, PlanArgs, RequestArgs, SampleArgs, TrainArgs,
+};
 use dblaunch::config::{self, Resume};
-use dblaunch::device::Keeping;
+use dblaunch::device::{Keeping, Place};
 use dblaunch::launch::{self, LaunchRequest, Output, Rank, World, status};
+use dblaunch::optim::StateKind;
 use dblaunch::sample::{self, command as sampling};
-use dblaunch::zero::Stage;
+use dblaunch::train::arrange::Formats;
+use dblaunch::zero::{Placement, Stage};
 use dblaunch::{bench, checkpoint, hub, plan, report, train};
 
 /// Activations come and go by the megabyte; the same pages are handed out again instead of asking the system.
@@ -146,27 +150,56 @@ fn sample(args: &SampleArgs) -> Result<u8> {
 /// `dblaunch bench`: memory is measured in ranks of its own.
 fn bench(command: &BenchCommand) -> Result<u8> {
     match *command {
-        BenchCommand::Disk { ref dir, bytes, rounds } => bench::disk(dir, bytes, rounds.get())?,
+        BenchCommand::Disk { ref dir, bytes, rounds, wait } => bench::disk(dir, bytes, rounds.get(), wait)?,
         BenchCommand::Layers { batch, latent, repeats, dtype } => {
-            let dtype = match dtype {
-                BenchDtype::F32 => DType::F32,
-                BenchDtype::Bf16 => DType::BF16,
-            };
-            bench::layers(batch.get(), latent, repeats.get(), dtype)?;
+            bench::layers(batch.get(), latent, repeats.get(), bench_dtype(dtype))?;
         }
-        BenchCommand::Memory { nproc, stage, latent, steps } => match World::from_environment()? {
+        BenchCommand::Memory(ref args) => match World::from_environment()? {
             None => {
                 let arguments = std::env::args_os().skip(1).collect();
-                return launch::run(&LaunchRequest::this_program(nproc.get(), arguments)?, Output::standard());
+                return launch::run(&LaunchRequest::this_program(args.nproc.get(), arguments)?, Output::standard());
             }
             Some(_) => {
                 let rank = Rank::start(TIMEOUT, None)?;
-                let stage = Stage::from_number(stage).unwrap_or(Stage::Replicated);
-                if let Err(error) = bench::memory(&rank, stage, latent, steps) {
+                if let Err(error) = bench::memory(&rank, &memory_case(args)) {
                     return Ok(launch::report_failure(&error));
                 }
             }
         },
     }
     Ok(status::DONE)
+}
+
+fn memory_case(args: &MemoryArgs) -> bench::MemoryCase {
+    let place = |place: BenchPlace| match place {
+        BenchPlace::Device => Place::Device,
+        BenchPlace::Host => Place::Host,
+        BenchPlace::Nvme => Place::Nvme,
+    };
+    let half = |half: bool| if half { DType::BF16 } else { DType::F32 };
+    bench::MemoryCase {
+        stage: Stage::from_number(args.stage).unwrap_or(Stage::Replicated),
+        latent: args.latent,
+        steps: args.steps,
+        placement: Placement {
+            parameters: place(args.parameters),
+            gradients: place(args.gradients),
+            optimizer: place(args.optimizer),
+        },
+        formats: Formats {
+            compute: bench_dtype(args.dtype),
+            master: half(args.master_bf16),
+            gradients: half(args.gradients_bf16),
+            state: if args.adam8bit { StateKind::Bits8 } else { StateKind::F32 },
+        },
+        nvme_dir: args.nvme_dir.clone(),
+        max_grad_norm: args.max_grad_norm,
+    }
+}
+
+fn bench_dtype(dtype: BenchDtype) -> DType {
+    match dtype {
+        BenchDtype::F32 => DType::F32,
+        BenchDtype::Bf16 => DType::BF16,
+    }
 }

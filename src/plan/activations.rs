@@ -13,8 +13,10 @@ pub struct Profile {
     pub objective: usize,
     /// While segment i runs backward.
     pub backward: Vec<usize>,
-    /// Of these, what is on the host at most.
+    /// What waits on the host at most.
     pub host: usize,
+    /// What moves there, and back.
+    pub moved: usize,
 }
 
 impl Profile {
@@ -64,28 +66,36 @@ impl<'f> Wiring<'f> {
     pub fn profile(&self, keep: &[Keep]) -> Profile {
         let (facts, count) = (self.facts, self.facts.segments.len());
         let mut state = State::of(self);
-        facts.given.iter().for_each(|&slot| state.values[slot] = true);
+        facts.given.iter().for_each(|&slot| state.values[slot] = At::Device);
         let mut profile = Profile { forward: vec![0; count], backward: vec![0; count], ..Profile::default() };
         for (i, segment) in facts.segments.iter().enumerate() {
             let measured = &segment.measured;
             let above = if keep[i] == Keep::Graph { measured.graph.above } else { measured.plain.above };
             profile.forward[i] = state.held() + above;
             state.graphs[i] = keep[i] == Keep::Graph;
-            segment.outputs.iter().for_each(|&slot| state.values[slot] = true);
-            for &slot in &segment.inputs {
-                if self.readers[slot].is_some_and(|(_, last)| last == i) && !self.needed_again(slot, keep) {
-                    state.values[slot] = false;
+            segment.outputs.iter().for_each(|&slot| state.values[slot] = At::Device);
+            for &slot in segment.inputs.iter().filter(|&&slot| self.readers[slot].is_some_and(|(_, last)| last == i)) {
+                if !self.needed_again(slot, keep) {
+                    state.values[slot] = At::Nowhere;
+                } else if keep[i] == Keep::Host {
+                    state.values[slot] = At::Host;
+                    profile.moved += facts.slots[slot];
                 }
             }
+            profile.host = profile.host.max(state.on_host());
         }
         let predicted = facts.slots[facts.prediction];
         // The prediction as fp32, its gradient, and that in the dtype of the run.
         let fp32 = predicted * 4 / facts.dtype.size_in_bytes();
         profile.objective = state.held() + 2 * fp32 + predicted;
-        state.values[facts.prediction] = false;
+        state.values[facts.prediction] = At::Nowhere;
         state.grads[facts.prediction] = true;
         for (i, segment) in facts.segments.iter().enumerate().rev() {
             let measured = &segment.measured;
+            if keep[i].recomputes() {
+                let waiting = segment.inputs.iter().filter(|&&slot| state.values[slot] == At::Host);
+                waiting.copied().collect::<Vec<_>>().into_iter().for_each(|slot| state.values[slot] = At::Device);
+            }
             let above = if keep[i] == Keep::Graph { measured.pull.above } else { measured.repeat.above };
             profile.backward[i] = state.held() + above;
             state.graphs[i] = false;
@@ -95,7 +105,7 @@ impl<'f> Wiring<'f> {
                     state.grads[slot] = true;
                 }
                 if self.readers[slot].is_some_and(|(first, _)| first == i) {
-                    state.values[slot] = false;
+                    state.values[slot] = At::Nowhere;
                 }
             }
         }
@@ -105,14 +115,22 @@ impl<'f> Wiring<'f> {
     /// Whether some reader of the slot runs again on the way back.
     fn needed_again(&self, slot: usize, keep: &[Keep]) -> bool {
         let Some((first, last)) = self.readers[slot] else { return false };
-        (first..=last).any(|r| keep[r] == Keep::Inputs && self.facts.segments[r].inputs.contains(&slot))
+        (first..=last).any(|r| keep[r].recomputes() && self.facts.segments[r].inputs.contains(&slot))
     }
+}
+
+/// Where a slot's value is.
+#[derive(Clone, Copy, PartialEq)]
+enum At {
+    Nowhere,
+    Device,
+    Host,
 }
 
 /// What is there between turns.
 struct State<'w, 'f> {
     wiring: &'w Wiring<'f>,
-    values: Vec<bool>,
+    values: Vec<At>,
     grads: Vec<bool>,
     graphs: Vec<bool>,
 }
@@ -120,18 +138,24 @@ struct State<'w, 'f> {
 impl<'w, 'f> State<'w, 'f> {
     fn of(wiring: &'w Wiring<'f>) -> Self {
         let (slots, segments) = (wiring.facts.slots.len(), wiring.facts.segments.len());
-        State { wiring, values: vec![false; slots], grads: vec![false; slots], graphs: vec![false; segments] }
+        State { wiring, values: vec![At::Nowhere; slots], grads: vec![false; slots], graphs: vec![false; segments] }
     }
 
+    /// On the device.
     fn held(&self) -> usize {
         let sizes = &self.wiring.facts.slots;
         let graphs = (0..self.graphs.len()).filter(|&i| self.graphs[i]).map(|i| self.wiring.graphs[i]).sum::<usize>();
         let own = |slot: &usize| {
             // A kept graph holds its outputs itself.
-            self.values[*slot] && !self.wiring.writer[*slot].is_some_and(|i| self.graphs[i])
+            self.values[*slot] == At::Device && !self.wiring.writer[*slot].is_some_and(|i| self.graphs[i])
         };
         let values = (0..sizes.len()).filter(own).map(|slot| sizes[slot]).sum::<usize>();
         let grads = (0..sizes.len()).filter(|&slot| self.grads[slot]).map(|slot| sizes[slot]).sum::<usize>();
         graphs + values + grads
+    }
+
+    fn on_host(&self) -> usize {
+        let sizes = &self.wiring.facts.slots;
+        (0..sizes.len()).filter(|&slot| self.values[slot] == At::Host).map(|slot| sizes[slot]).sum()
     }
 }

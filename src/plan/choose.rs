@@ -152,24 +152,36 @@ impl<'a> Question<'a> {
     fn with_graphs(&self, wiring: &Wiring, stage: u8, placement: Placement) -> Choice {
         let count = self.facts.segments.len();
         let all = |keep: Keep| Choice { stage, placement, keep: vec![keep; count] };
-        match self.plan.train.recompute {
-            Toggle::On => return all(Keep::Inputs),
-            Toggle::Off => return all(Keep::Graph),
-            Toggle::Auto => {}
-        }
         let fits = |choice: &Choice| self.budgets.fit(&bytes(self.facts, wiring, self.terms, choice));
         let everything = all(Keep::Graph);
-        if fits(&everything) {
+        let toggle = self.plan.train.recompute;
+        if toggle == Toggle::Off || (toggle == Toggle::Auto && fits(&everything)) {
             return everything;
         }
-        let mut choice = all(Keep::Inputs);
+        let inputs = all(Keep::Inputs);
+        let enough = fits(&inputs);
+        let mut choice = if enough { inputs.clone() } else { all(Keep::Host) };
+        if !enough && !fits(&choice) {
+            // Waiting on the host is no help; the budget is short of something else.
+            return inputs;
+        }
         let worth = |i: usize| self.facts.segments[i].measured.plain.flops / wiring.graph(i).max(1) as f64;
         let mut order: Vec<usize> = (0..count).collect();
         order.sort_by(|&a, &b| worth(b).total_cmp(&worth(a)).then(b.cmp(&a)));
+        let better: &[Keep] = match (toggle, enough) {
+            (Toggle::On, true) => &[],
+            (Toggle::On, false) => &[Keep::Inputs],
+            (_, true) => &[Keep::Graph],
+            (_, false) => &[Keep::Graph, Keep::Inputs],
+        };
         for i in order {
-            choice.keep[i] = Keep::Graph;
-            if !fits(&choice) {
-                choice.keep[i] = Keep::Inputs;
+            let before = choice.keep[i];
+            let found = better.iter().any(|&keep| {
+                choice.keep[i] = keep;
+                fits(&choice)
+            });
+            if !found {
+                choice.keep[i] = before;
             }
         }
         choice
@@ -203,6 +215,10 @@ impl<'a> Question<'a> {
         }
         let kept = choice.keep.iter().filter(|keep| **keep == Keep::Graph).count();
         let count = choice.keep.len();
+        let waiting = choice.keep.iter().filter(|keep| **keep == Keep::Host).count();
+        if waiting > 0 {
+            reasons.push(format!("the inputs of {waiting} segments wait on the host: beside the rest they do not fit on the device"));
+        }
         reasons.push(match (self.plan.train.recompute, kept) {
             (Toggle::On, _) => "every segment runs again on the way back: train.recompute = true".to_string(),
             (Toggle::Off, _) => "no segment runs again: train.recompute = false".to_string(),

@@ -104,16 +104,18 @@ impl Decision {
             }
         };
         for (tier, bytes, parts) in [("device", device, &held.device_parts), ("host", host, &held.host_parts)] {
-            let part = |name: &str| parts.iter().find(|(known, _)| known.contains(name)).map(|(_, usage)| usage.peak);
-            for (name, predicted) in [
-                ("parameter", bytes.parameters),
-                ("gradient", bytes.gradients),
+            let part = |name: &str| parts.iter().find(|(known, _)| known == name).map(|(_, usage)| usage.peak);
+            let states = [
+                ("parameters", bytes.parameters + bytes.frozen),
+                ("gradients", bytes.gradients),
                 ("optimizer", bytes.optimizer),
-                ("frozen", bytes.frozen),
-            ] {
+            ];
+            for (name, predicted) in states {
                 add(format!("{tier}.{name}"), predicted, part(name));
             }
         }
+        let waiting = held.host_parts.iter().find(|(name, _)| name == "activations").map(|(_, usage)| usage.peak);
+        add("host.activations".to_string(), host.activations, waiting);
         add("device.activations".to_string(), device.activations, held.activations.map(|usage| usage.peak));
         // Without a counting allocator only the arenas' part of the tier is known.
         add("device".to_string(), device.total, held.activations.map(|_| held.device_peak));

@@ -7,15 +7,13 @@ use serde::{Deserialize, Serialize};
 use super::activations::{Profile, Wiring};
 use super::facts::{Facts, SegmentFacts, compute_dtype};
 use crate::config::{GradAccumDtype, MasterDtype, OptimizerKind, ReduceDtype, RunPlan};
-use crate::device::Place;
+use crate::device::{Place, StateFile};
 use crate::optim::{CHUNK, RecordLayout, StateKind};
 use crate::segment::Keep;
 use crate::zero::Placement;
 
 /// Pieces that the optimizer's thread has in memory at a time: read ahead, computed, written behind.
 const PIECES: usize = 5;
-/// Regions of the state file begin on multiples of this.
-const SECTOR: usize = 4096;
 
 /// What is chosen.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -321,7 +319,7 @@ impl<'a> Ledger<'a> {
             ..TierBytes::default()
         };
         host.total = host.parameters + host.gradients + host.optimizer + host.activations;
-        Bytes { device, host, drive: self.drive(), traffic: self.traffic(), fullest }
+        Bytes { device, host, drive: self.drive(), traffic: self.traffic(profile), fullest }
     }
 
     fn named(&self, what: &str, i: usize) -> String {
@@ -331,7 +329,7 @@ impl<'a> Ledger<'a> {
     /// What the state file holds.
     fn drive(&self) -> usize {
         let place = self.place();
-        let sector = |bytes: usize| bytes.next_multiple_of(SECTOR);
+        let sector = |bytes: usize| StateFile::room(bytes) as usize;
         let mut bytes = 0;
         for (sizes, segment) in self.sizes.iter().zip(&self.facts.segments) {
             if place.parameters == Place::Nvme {
@@ -346,13 +344,14 @@ impl<'a> Ledger<'a> {
     }
 
     /// Bytes that travel in a step.
-    fn traffic(&self) -> Traffic {
+    fn traffic(&self, profile: &Profile) -> Traffic {
         let (place, terms, micro) = (self.place(), &self.terms, self.terms.accumulation);
         let trained = |of: fn(&Sizes) -> usize| -> usize { self.sizes.iter().filter(|s| s.trains).map(of).sum() };
         let all = |of: fn(&Sizes) -> usize| -> usize { self.sizes.iter().map(of).sum() };
         let others = |bytes: usize| bytes / terms.world_size * (terms.world_size - 1);
         let [_, masters, _, state] = self.at_rest();
-        let mut traffic = Traffic::default();
+        let waiting = micro * profile.moved;
+        let mut traffic = Traffic { to_device: waiting, to_host: waiting, ..Traffic::default() };
         // Forward and backward of every micro-batch bring the parameters.
         let brought = 2 * micro * all(|s| s.owned) * terms.rest();
         match place.parameters {

@@ -66,7 +66,7 @@ fn measured(plan: &RunPlan, configs: &Configs, keep: &[Keep]) -> usize {
                 given.push((text.rows, Tensor::zeros(&[rows], DType::U32, &Device::Cpu).unwrap()));
             }
         }
-        let mut tape = Tape::with_choice(&graph, keep.to_vec());
+        let mut tape = Tape::with_choice(&graph, keep.to_vec(), dblaunch::device::Arena::new("host", None));
         given.into_iter().for_each(|(slot, value)| tape.set(slot, value));
         (0..graph.nodes.len()).for_each(|i| tape.run(i).unwrap());
         let prediction = tape.take(slots.prediction).unwrap();
