@@ -217,7 +217,9 @@ impl<'a> Question<'a> {
         let count = choice.keep.len();
         let waiting = choice.keep.iter().filter(|keep| **keep == Keep::Host).count();
         if waiting > 0 {
-            reasons.push(format!("the inputs of {waiting} segments wait on the host: beside the rest they do not fit on the device"));
+            reasons.push(format!(
+                "the inputs of {waiting} segments wait on the host: beside the rest they do not fit on the device"
+            ));
         }
         reasons.push(match (self.plan.train.recompute, kept) {
             (Toggle::On, _) => "every segment runs again on the way back: train.recompute = true".to_string(),
