@@ -9,7 +9,7 @@ use anyhow::Result;
 use candle_core::DType;
 use clap::Parser;
 use dblaunch::cli::{
-    self, BenchCommand, BenchDtype, BenchPlace, Cli, Command, MemoryArgs, RequestArgs, SampleArgs, TrainArgs,
+    self, BenchCommand, BenchDtype, BenchPlace, Cli, Command, MemoryArgs, PlanArgs, RequestArgs, SampleArgs, TrainArgs,
 };
 use dblaunch::config::{self, Resume};
 use dblaunch::device::{Keeping, Place};
@@ -18,7 +18,7 @@ use dblaunch::optim::StateKind;
 use dblaunch::sample::{self, command as sampling};
 use dblaunch::train::arrange::Formats;
 use dblaunch::zero::{Placement, Stage};
-use dblaunch::{bench, checkpoint, hub, report, train};
+use dblaunch::{bench, checkpoint, hub, plan, report, train};
 
 /// Activations come and go by the megabyte; the same pages are handed out again instead of asking the system.
 #[global_allocator]
@@ -28,14 +28,10 @@ static ALLOCATOR: Keeping<mimalloc::MiMalloc> = Keeping::over(mimalloc::MiMalloc
 const TIMEOUT: Duration = Duration::from_secs(600);
 
 fn main() -> ExitCode {
-    let arguments: Vec<String> = std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned()).collect();
-    if let Some(message) = cli::not_there_yet(arguments.iter().map(String::as_str)) {
-        eprintln!("dblaunch: {message}");
-        return ExitCode::from(status::REFUSED);
-    }
     let cli = Cli::parse();
     let result = match &cli.command {
         Some(Command::Check(check)) => self::check(&check.request).map(|()| status::DONE),
+        Some(Command::Plan(args)) => self::plan(args).map(|()| status::DONE),
         Some(Command::Sample(args)) => self::sample(args),
         Some(Command::Report(args)) => report::write(&args.dirs, args.out.as_deref()).map(|path| {
             say(&path.display());
@@ -75,6 +71,20 @@ fn config_path(request: &RequestArgs) -> &std::path::Path {
 fn check(request: &RequestArgs) -> Result<()> {
     let report = config::check(config_path(request), &request.overrides, ranks(request))?;
     say(&report);
+    Ok(())
+}
+
+/// `dblaunch plan`: what a run would take, or the smallest changes with which it would fit.
+fn plan(args: &PlanArgs) -> Result<()> {
+    let table = plan::command::plan(&plan::command::Asked {
+        config: config_path(&args.request),
+        overrides: &args.request.overrides,
+        world_size: ranks(&args.request),
+        vram: args.vram.as_deref(),
+        ram: args.ram.as_deref(),
+        card: args.card.as_deref(),
+    })?;
+    say(&table.trim_end());
     Ok(())
 }
 
