@@ -15,8 +15,8 @@ use dblaunch::model::{Autoencoder, VaeConfig, autoencoder};
 use dblaunch::optim::AdamW;
 use dblaunch::pipeline::PipelineWeights;
 use dblaunch::segment::{Keep, Tape};
-use dblaunch::train::network::{Memory, Network};
-use dblaunch::train::step::{Group, Inputs, clip_factor};
+use dblaunch::train::network::{Build, Network};
+use dblaunch::train::step::{Group, Inputs, Then, clip_factor};
 use dblaunch::zero::{Ranks, Stage};
 use serde_json::Value;
 
@@ -40,14 +40,15 @@ pub fn train(pipeline: &Path, steps: u64) -> Result<()> {
     let weights = PipelineWeights::open(pipeline, "")?;
     let ranks = Ranks { comm: Arc::new(Solo), stage: Stage::Replicated, reduce_dtype: DType::F32 };
     let Autoencoder { graph, pixels, noise, moments, reconstruction } = vae;
-    let mut network = Network::load(graph, &ranks, DType::F32, Keep::Graph, Memory::unlimited(), &weights)?;
+    let build = Build::on_device(&ranks, DType::F32, Keep::Graph, &graph)?;
+    let mut network = Network::load(graph, build, &weights)?;
     let begun = Instant::now();
     let mut recent = 0.0;
     for step in 0..steps {
         let picture = batch(step * BATCH as u64)?;
         let slots = vec![(pixels, picture.clone()), (noise, deviations(&config, step)?)];
         let mut error = 0.0;
-        network.forward_backward(Some(Inputs { slots, prediction: reconstruction }), |made| {
+        network.forward_backward(Some(Inputs { slots, prediction: reconstruction }), Then::Norm, |made| {
             let (value, gradient) = absolute_error(made, &picture)?;
             error = value;
             Ok(gradient)

@@ -13,8 +13,8 @@ use crate::comm::Solo;
 use crate::diffusion::Draws;
 use crate::model::Denoiser;
 use crate::segment::Keep;
-use crate::train::network::{Memory, Network};
-use crate::train::step::Inputs;
+use crate::train::network::{Build, Network};
+use crate::train::step::{Inputs, Then};
 use crate::zero::{Ranks, Stage};
 
 /// Times `repeats` steps after one that is not counted, batch `batch`, `latent` x `latent` latents; prints one JSON line
@@ -28,7 +28,10 @@ pub fn layers(batch: usize, latent: usize, repeats: usize, dtype: DType) -> Resu
     let [x, temb, context] = [graph.nodes[0].inputs[0], graph.nodes[0].inputs[1], graph.nodes[0].inputs[2]];
     let prediction = graph.nodes[count - 1].outputs[0];
     let ranks = Ranks { comm: Arc::new(Solo), stage: Stage::Replicated, reduce_dtype: DType::F32 };
-    let mut network = Network::load(graph, &ranks, dtype, Keep::Graph, Memory::unlimited(), &shape::Made)?;
+    let mut network = {
+        let build = Build::on_device(&ranks, dtype, Keep::Graph, &graph)?;
+        Network::load(graph, build, &shape::Made)?
+    };
     let channels = config.levels[0].channels;
     let draws = Draws::new(1);
     let slots = vec![
@@ -41,7 +44,7 @@ pub fn layers(batch: usize, latent: usize, repeats: usize, dtype: DType) -> Resu
         let started = Instant::now();
         let mut forward = 0.0;
         let inputs = Inputs { slots: slots.clone(), prediction };
-        network.forward_backward(Some(inputs), |y| {
+        network.forward_backward(Some(inputs), Then::Norm, |y| {
             forward = started.elapsed().as_secs_f64();
             Ok((y * (2.0 / y.elem_count() as f64))?)
         })?;

@@ -6,12 +6,14 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use candle_core::DType;
 
 use super::manifest::{Manifest, SegmentRecord};
 use super::shard_file::{self, ShardFile};
 use crate::Refusal;
-use crate::device::BucketLayout;
-use crate::zero::{ParamStore, Partition, WeightSource};
+use crate::device::{BucketLayout, Buffer};
+use crate::optim::RecordLayout;
+use crate::zero::{Partition, WeightSource};
 
 /// All whole checkpoints of a run, oldest first.
 pub fn all(output_dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
@@ -97,30 +99,67 @@ impl Checkpoint {
         )))
     }
 
-    /// Elements `range` of segment `segment`'s `kind` ("master", "m", "v"), whoever wrote them; past the end is zero.
-    pub fn read(&self, segment: &str, kind: &str, range: Range<usize>, into: &mut [f32]) -> Result<()> {
-        let record = self.manifest.segments.iter().find(|s| s.name == segment);
-        let record = record.with_context(|| format!("{} has no segment {segment}", self.path.display()))?;
-        let layout = BucketLayout::new(record.tensors.clone());
-        let world_size = self.manifest.world_size;
-        let padded_len = layout.padded_len(world_size);
+    /// Elements `range` of segment `segment`'s fp32 weights, whoever wrote them; past the end is zero.
+    fn read_weights(&self, segment: &str, range: Range<usize>, into: &mut [f32]) -> Result<()> {
         into.fill(0.0);
-        for (rank, file) in self.files.iter().enumerate() {
-            let shard = Partition::new(rank, world_size).shard(padded_len);
+        for (file, shard) in self.shards(segment)? {
             let (from, to) = (shard.start.max(range.start), shard.end.min(range.end));
             if from < to {
                 let part = &mut into[from - range.start..to - range.start];
-                file.read(&format!("{segment}.{kind}"), from - shard.start, part)?;
+                file.read(&format!("{segment}.master"), from - shard.start, part)?;
             }
         }
         Ok(())
     }
 
-    /// The moments of what this rank's optimizer sees of segment `i`.
-    pub fn read_moments(&self, store: &ParamStore, i: usize, moments: &mut crate::optim::Moments) -> Result<()> {
-        let range = store.optimizer_range(i);
-        self.read(store.name(i), "m", range.clone(), moments.m.as_mut_slice())?;
-        self.read(store.name(i), "v", range, moments.v.as_mut_slice())
+    /// Each rank's file, with the elements of the segment's bucket that are in it.
+    fn shards(&self, segment: &str) -> Result<impl Iterator<Item = (&ShardFile, Range<usize>)>> {
+        let padded_len = self.layout(segment)?.padded_len(self.manifest.world_size);
+        let shard = move |rank| Partition::new(rank, self.manifest.world_size).shard(padded_len);
+        Ok(self.files.iter().enumerate().map(move |(rank, file)| (file, shard(rank))))
+    }
+
+    fn layout(&self, segment: &str) -> Result<BucketLayout> {
+        let record = self.manifest.segments.iter().find(|s| s.name == segment);
+        let record = record.with_context(|| format!("{} has no segment {segment}", self.path.display()))?;
+        Ok(BucketLayout::new(record.tensors.clone()))
+    }
+
+    /// One record of segment `segment`'s optimizer state, whoever wrote its parts. State that was written in another
+    /// kind is converted.
+    pub fn read_state(&self, segment: &str, layout: &RecordLayout, record: &mut [u8]) -> Result<()> {
+        let theirs = self.manifest.state.kind();
+        if theirs == layout.kind() {
+            return self.read_parts(segment, layout, record);
+        }
+        let small_from = self.layout(segment)?.small_from;
+        let their_layout = RecordLayout::new(theirs, layout.start(), layout.elements(), small_from);
+        let mut their_record = Buffer::unbudgeted(DType::U8, their_layout.bytes())?;
+        their_layout.initialise(their_record.bytes_mut());
+        self.read_parts(segment, &their_layout, their_record.bytes_mut())?;
+        let (mut m, mut v) = (vec![0f32; layout.elements()], vec![0f32; layout.elements()]);
+        their_layout.read_moments_f32(their_record.bytes(), &mut m, &mut v);
+        layout.write_moments_f32(record, &m, &v);
+        Ok(())
+    }
+
+    fn read_parts(&self, segment: &str, layout: &RecordLayout, record: &mut [u8]) -> Result<()> {
+        let small_from = self.layout(segment)?.small_from;
+        for (file, shard) in self.shards(segment)? {
+            let theirs = RecordLayout::new(layout.kind(), shard.start, shard.len(), small_from).parts();
+            for part in layout.parts() {
+                let Some(their_part) = theirs.iter().find(|p| p.name == part.name) else { continue };
+                let from = part.elements.start.max(their_part.elements.start);
+                let to = part.elements.end.min(their_part.elements.end);
+                if from < to {
+                    let bytes = their_part.bytes_of(from..to);
+                    let name = format!("{segment}.{}", part.name);
+                    let read = file.bytes(&name, bytes.start - their_part.bytes.start, bytes.len())?;
+                    record[part.bytes_of(from..to)].copy_from_slice(read);
+                }
+            }
+        }
+        Ok(())
     }
 }
 
@@ -139,6 +178,6 @@ impl WeightSource for Checkpoint {
         let &(segment, offset) =
             self.places.get(name).with_context(|| format!("{} has no tensor {name}", self.path.display()))?;
         let segment = &self.manifest.segments[segment].name;
-        Checkpoint::read(self, segment, "master", range.start + offset..range.end + offset, into)
+        self.read_weights(segment, range.start + offset..range.end + offset, into)
     }
 }

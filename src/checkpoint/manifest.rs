@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::device::BucketLayout;
+use crate::optim::{ScaleState, StateKind};
 
 /// Raised when older programs can no longer read what newer ones write.
 pub const FORMAT: u32 = 1;
@@ -37,6 +38,32 @@ impl SegmentRecord {
     }
 }
 
+/// What moments are written in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum StateName {
+    #[default]
+    F32,
+    /// Codes and scales, as they are in memory.
+    Bits8,
+}
+
+impl StateName {
+    pub fn of(kind: StateKind) -> Self {
+        match kind {
+            StateKind::F32 => StateName::F32,
+            StateKind::Bits8 => StateName::Bits8,
+        }
+    }
+
+    pub fn kind(self) -> StateKind {
+        match self {
+            StateName::F32 => StateKind::F32,
+            StateName::Bits8 => StateKind::Bits8,
+        }
+    }
+}
+
 /// `manifest.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Manifest {
@@ -49,6 +76,12 @@ pub struct Manifest {
     pub stage: u8,
     /// The configured rate, before the schedule; resuming with another one is said.
     pub learning_rate: f64,
+    /// What the optimizer's moments are written in.
+    #[serde(default)]
+    pub state: StateName,
+    /// Of a run in fp16; checkpoints from before there was fp16 have none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss_scale: Option<ScaleState>,
     pub segments: Vec<SegmentRecord>,
     /// xxh3 of every rank's file, in rank order, as hexadecimal.
     pub checksums: Vec<String>,
@@ -107,12 +140,17 @@ mod tests {
             world_size: 1,
             stage: 2,
             learning_rate: 1.0 / 3.0,
+            state: StateName::Bits8,
+            loss_scale: Some(ScaleState { scale: 0.5, good_steps: 7, skipped: 2, skipped_in_a_row: 0 }),
             segments: vec![SegmentRecord { name: "a".into(), len: 6, tensors: vec![("a.w".into(), vec![2, 3])] }],
             checksums: vec!["00".into()],
         };
         let text = manifest.to_json().unwrap();
         let read = Manifest::from_json(text.as_bytes()).unwrap();
         assert_eq!((read.position, read.seed, &read.segments), (manifest.position, manifest.seed, &manifest.segments));
+        assert_eq!(read.loss_scale, manifest.loss_scale);
+        let older = Manifest { loss_scale: None, ..manifest.clone() }.to_json().unwrap();
+        assert!(!older.contains("loss_scale") && Manifest::from_json(older.as_bytes()).unwrap().loss_scale.is_none());
         for (from, to, words) in [
             ("\"step\": 3", "\"step\": 4", "damaged"),
             ("\"format\": 1", "\"format\": 9", "dblaunch wrote it in format 9"),

@@ -4,34 +4,31 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
+use candle_core::DType;
 
-use super::manifest::{FORMAT, Manifest, Position, SegmentRecord};
-use super::shard_file;
+use super::manifest::{FORMAT, Manifest, Position, SegmentRecord, StateName};
+use super::shard_file::{self, Flat};
 use crate::comm::{Communicator, CommunicatorExt};
-use crate::optim::Moments;
-use crate::zero::ParamStore;
+use crate::optim::{Part, RecordLayout, ScaleState, StateKind};
+use crate::train::optimizer::Optimizer;
+use crate::zero::{self, ParamStore};
 
 /// What goes into a checkpoint.
 pub struct Saving<'a> {
     pub output_dir: &'a Path,
     pub store: &'a ParamStore,
-    /// One for each segment that trains.
-    pub moments: &'a [Option<Moments>],
+    pub optimizer: &'a Optimizer,
+    /// What its moments rest in.
+    pub state: StateKind,
     pub position: Position,
     pub seed: u64,
     pub stage: u8,
     /// As configured, before the schedule.
     pub learning_rate: f64,
+    /// Under fp16.
+    pub loss_scale: Option<ScaleState>,
     /// How many checkpoints stay, this one included; None: all.
     pub keep: Option<usize>,
-}
-
-/// Names and lengths of this rank's tensors: weights and both moments of its shard of every segment that trains.
-fn tensors(store: &ParamStore) -> Vec<(String, usize)> {
-    let trained = (0..store.len()).filter(|&i| store.trains(i));
-    trained
-        .flat_map(|i| ["master", "m", "v"].map(|kind| (format!("{}.{kind}", store.name(i)), store.shard(i).len())))
-        .collect()
 }
 
 /// Writes `checkpoint-N/`; a collective. On an error nothing that looks like a checkpoint is left. Weights that are not
@@ -40,7 +37,8 @@ pub fn save(comm: &dyn Communicator, saving: &Saving) -> Result<PathBuf> {
     let name = format!("checkpoint-{}", saving.position.step);
     let target = saving.output_dir.join(&name);
     let aside = saving.output_dir.join(format!(".writing-{name}"));
-    comm.agree(prepare(comm, &aside))?;
+    let settled = (0..saving.store.len()).try_for_each(|i| saving.store.settle(i));
+    comm.agree(settled.and_then(|()| prepare(comm, &aside)))?;
     let written = comm.agree(write_shard(comm, saving, &aside)).inspect_err(|_| discard(comm, &aside))?;
     let checksums = comm.gather_strings(&format!("{written:016x}"))?;
     let finished = match comm.rank() {
@@ -61,25 +59,68 @@ fn prepare(comm: &dyn Communicator, aside: &Path) -> Result<()> {
     Ok(())
 }
 
+/// One tensor of this rank's file.
+struct Saved {
+    segment: usize,
+    /// A part of the optimizer's state; None: the fp32 weights.
+    part: Option<Part>,
+}
+
+/// This rank's tensors: weights and the parts of the optimizer's state of its shard of every segment that trains.
+fn saved(saving: &Saving) -> Vec<Saved> {
+    let store = saving.store;
+    let of = |i: usize| {
+        let (shard, small_from) = (store.shard(i), store.layout(i).small_from);
+        let parts = RecordLayout::new(saving.state, shard.start, shard.len(), small_from).parts();
+        [None].into_iter().chain(parts.into_iter().map(Some)).map(move |part| Saved { segment: i, part })
+    };
+    (0..store.len()).filter(|&i| store.trains(i)).flat_map(of).collect()
+}
+
 fn write_shard(comm: &dyn Communicator, saving: &Saving, aside: &Path) -> Result<u64> {
     let store = saving.store;
     let path = aside.join(shard_file::file_name(comm.rank(), comm.world_size()));
-    let trained: Vec<usize> = (0..store.len()).filter(|&i| store.trains(i)).collect();
-    shard_file::write(&path, &tensors(store), |tensor, put| {
-        let i = trained[tensor / 3];
-        let start = store.shard(i).start - store.optimizer_range(i).start;
-        let range = start..start + store.shard(i).len();
-        let moments = saving.moments[i].as_ref().context("a segment that trains has moments")?;
-        match tensor % 3 {
-            0 => store.update(i, |mut owned| {
-                let weights = &owned.master()[range];
-                ensure!(all_finite(weights), "the weights of {} are not finite", store.name(i));
-                put(weights)
-            })?,
-            1 => put(&moments.m.as_slice::<f32>()[range]),
-            _ => put(&moments.v.as_slice::<f32>()[range]),
+    let saved = saved(saving);
+    let flat = |saved: &Saved| {
+        let name = store.name(saved.segment);
+        match &saved.part {
+            None => Flat { name: format!("{name}.master"), dtype: DType::F32, len: store.shard(saved.segment).len() },
+            Some(part) => Flat { name: format!("{name}.{}", part.name), dtype: part.dtype, len: part.len() },
+        }
+    };
+    shard_file::write(&path, &saved.iter().map(flat).collect::<Vec<_>>(), |tensor, put| {
+        let Saved { segment, part } = &saved[tensor];
+        match part {
+            None => write_weights(store, *segment, put),
+            Some(part) => write_part(saving.optimizer, *segment, part, put),
         }
     })
+}
+
+fn write_weights(store: &ParamStore, i: usize, put: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+    let shard = store.shard(i);
+    for piece in zero::pieces(shard.len()) {
+        let mut weights = vec![0f32; piece.len()];
+        store.read_master(i, shard.start + piece.start..shard.start + piece.end, &mut weights)?;
+        ensure!(all_finite(&weights), "the weights of {} are not finite", store.name(i));
+        // The machine's own (little-endian) bytes are safetensors'.
+        put(bytemuck::cast_slice(&weights))?;
+    }
+    Ok(())
+}
+
+/// What the optimizer's records hold of one part of the shard's state, in order.
+fn write_part(optimizer: &Optimizer, i: usize, wanted: &Part, put: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+    for record in optimizer.records(i) {
+        let parts = record.layout().parts();
+        let Some(part) = parts.iter().find(|part| part.name == wanted.name) else { continue };
+        let from = part.elements.start.max(wanted.elements.start);
+        let to = part.elements.end.min(wanted.elements.end);
+        if from < to {
+            record.read(|bytes| put(&bytes[part.bytes_of(from..to)]))??;
+        }
+    }
+    Ok(())
 }
 
 /// Without branches, so that it runs at the memory's speed.
@@ -106,6 +147,8 @@ fn finish(saving: &Saving, aside: &Path, target: &Path, world_size: usize, check
         world_size,
         stage: saving.stage,
         learning_rate: saving.learning_rate,
+        state: StateName::of(saving.state),
+        loss_scale: saving.loss_scale,
         segments: trained.map(|i| SegmentRecord::new(store.name(i), store.layout(i))).collect(),
         checksums,
     };

@@ -1,10 +1,11 @@
-//! One rank's file: flat fp32 tensors in safetensors format, written in one pass and read in place.
+//! One rank's file: flat tensors in safetensors format, written in one pass and read in place.
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
+use candle_core::DType;
 use memmap2::Mmap;
 use serde_json::{Map, Value, json};
 use xxhash_rust::xxh3::Xxh3;
@@ -13,11 +14,26 @@ pub fn file_name(rank: usize, world_size: usize) -> String {
     format!("rank-{rank:05}-of-{world_size:05}.safetensors")
 }
 
-/// Writes named fp32 tensors whose lengths are known beforehand; returns the file's xxh3. Synced to disk on return.
+/// A tensor that is to be written.
+pub struct Flat {
+    pub name: String,
+    /// fp32 or u8.
+    pub dtype: DType,
+    pub len: usize,
+}
+
+impl Flat {
+    fn bytes(&self) -> usize {
+        self.len * self.dtype.size_in_bytes()
+    }
+}
+
+/// Writes tensors whose lengths are known beforehand; `fill` puts the bytes of the n-th in order. Returns the file's
+/// xxh3. Synced to disk on return.
 pub fn write(
     path: &Path,
-    tensors: &[(String, usize)],
-    mut fill: impl FnMut(usize, &mut dyn FnMut(&[f32]) -> Result<()>) -> Result<()>,
+    tensors: &[Flat],
+    mut fill: impl FnMut(usize, &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()>,
 ) -> Result<u64> {
     let file = File::create(path).with_context(|| format!("creating {}", path.display()))?;
     let mut out = Hashed { out: BufWriter::with_capacity(1 << 20, file), hash: Xxh3::new() };
@@ -25,25 +41,27 @@ pub fn write(
     let writing = || format!("writing {}", path.display());
     out.put(&(header.len() as u64).to_le_bytes()).with_context(writing)?;
     out.put(&header).with_context(writing)?;
-    for (i, (name, len)) in tensors.iter().enumerate() {
+    for (i, tensor) in tensors.iter().enumerate() {
         let mut written = 0;
-        fill(i, &mut |values: &[f32]| {
-            written += values.len();
-            out.put(bytes_of(values)).with_context(writing)
+        fill(i, &mut |bytes: &[u8]| {
+            written += bytes.len();
+            out.put(bytes).with_context(writing)
         })?;
-        assert_eq!(written, *len, "{name}: wrong length");
+        assert_eq!(written, tensor.bytes(), "{}: wrong length", tensor.name);
     }
     let file = out.out.into_inner().map_err(|e| e.into_error()).with_context(writing)?;
     file.sync_all().with_context(|| format!("syncing {}", path.display()))?;
     Ok(out.hash.digest())
 }
 
-fn header(tensors: &[(String, usize)]) -> Vec<u8> {
+fn header(tensors: &[Flat]) -> Vec<u8> {
     let mut map = Map::new();
     let mut offset = 0;
-    for (name, len) in tensors {
-        let end = offset + 4 * len;
-        map.insert(name.clone(), json!({ "dtype": "F32", "shape": [len], "data_offsets": [offset, end] }));
+    for tensor in tensors {
+        let end = offset + tensor.bytes();
+        let dtype = if tensor.dtype == DType::U8 { "U8" } else { "F32" };
+        let place = json!({ "dtype": dtype, "shape": [tensor.len], "data_offsets": [offset, end] });
+        map.insert(tensor.name.clone(), place);
         offset = end;
     }
     let mut bytes = Value::Object(map).to_string().into_bytes();
@@ -61,11 +79,6 @@ impl Hashed {
         self.hash.update(bytes);
         self.out.write_all(bytes)
     }
-}
-
-/// The machine's own (little-endian) bytes, which are safetensors'.
-fn bytes_of(values: &[f32]) -> &[u8] {
-    bytemuck::cast_slice(values)
 }
 
 /// A rank's file, mapped.
@@ -100,20 +113,25 @@ impl ShardFile {
         Ok(ShardFile { path: path.to_path_buf(), map, tensors, data_from: 8 + header_len })
     }
 
-    /// Elements `from..from + into.len()` of a tensor.
+    /// Elements `from..from + into.len()` of an fp32 tensor.
     pub fn read(&self, name: &str, from: usize, into: &mut [f32]) -> Result<()> {
-        let missing = || format!("{}: tensor {name} is missing or short", self.path.display());
-        let offsets = self.tensors.get(name).and_then(|t| t["data_offsets"].as_array()).with_context(missing)?;
-        let start = offsets.first().and_then(Value::as_u64).with_context(missing)? as usize;
-        let end = offsets.get(1).and_then(Value::as_u64).with_context(missing)? as usize;
-        let (a, b) = (start + 4 * from, start + 4 * (from + into.len()));
-        if b > end {
-            bail!(missing());
-        }
-        let bytes = self.map.get(self.data_from + a..self.data_from + b).with_context(missing)?;
+        let bytes = self.bytes(name, 4 * from, 4 * into.len())?;
         for (to, raw) in into.iter_mut().zip(bytes.chunks_exact(4)) {
             *to = f32::from_le_bytes([raw[0], raw[1], raw[2], raw[3]]);
         }
         Ok(())
+    }
+
+    /// `len` bytes of a tensor from its byte `from` on.
+    pub fn bytes(&self, name: &str, from: usize, len: usize) -> Result<&[u8]> {
+        let missing = || format!("{}: tensor {name} is missing or short", self.path.display());
+        let offsets = self.tensors.get(name).and_then(|t| t["data_offsets"].as_array()).with_context(missing)?;
+        let start = offsets.first().and_then(Value::as_u64).with_context(missing)? as usize;
+        let end = offsets.get(1).and_then(Value::as_u64).with_context(missing)? as usize;
+        if start + from + len > end {
+            bail!(missing());
+        }
+        let from = self.data_from + start + from;
+        self.map.get(from..from + len).with_context(missing)
     }
 }

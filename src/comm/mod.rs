@@ -11,6 +11,7 @@ mod rendezvous;
 mod shared;
 mod slice;
 mod solo;
+mod traced;
 mod values;
 mod window;
 
@@ -23,6 +24,7 @@ pub use call::{Call, Kind, Scalar};
 pub use rendezvous::Rendezvous;
 pub use shared::Shared;
 pub use solo::Solo;
+pub use traced::Traced;
 pub use values::CommunicatorExt;
 pub use window::{MAX_RANKS, Window};
 

@@ -13,6 +13,7 @@ use super::{Draft, ModelSource, Resume, RunPlan, Steps};
 use super::{output_folder, sampling};
 use crate::checkpoint::{self, Checkpoint};
 use crate::data::{self, Dataset, DatasetOptions};
+use crate::device::Place;
 use crate::diffusion::{NoiseSchedule, Record, RecordUse};
 use crate::model::{Component, VaeConfig};
 use crate::{Refusal, hub};
@@ -23,6 +24,7 @@ const INSPECTIONS: &[fn(&mut Inspection)] = &[
     images,
     pictures,
     ranks,
+    tiers,
     replay,
     warmup,
     resume,
@@ -219,6 +221,28 @@ fn ranks(inspection: &mut Inspection) {
     }
 }
 
+/// The folder for the state file, if one is named.
+fn tiers(inspection: &mut Inspection) {
+    let zero = &inspection.plan.zero;
+    let Some(dir) = zero.nvme_dir.clone() else { return };
+    if zero.places().iter().all(|(_, place)| place.is_some_and(|place| place != Place::Nvme)) {
+        let what =
+            format!("zero.nvme_dir is {}, and no offload_… key says \"nvme\": nothing goes there", dir.display());
+        return inspection.facts.notes.push(what);
+    }
+    let what = match std::fs::metadata(&dir) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => "there is no such folder",
+        Err(_) => "this folder cannot be read",
+        Ok(found) if !found.is_dir() => "this is not a folder",
+        Ok(_) => return,
+    };
+    inspection.problem(
+        "zero",
+        "nvme_dir",
+        &format!("{what}: name a folder on a fast drive that this program may write in"),
+    );
+}
+
 /// The record of a replay. (The folder for its gradients is looked at with the output folder.)
 fn replay(inspection: &mut Inspection) {
     let Some(draws) = inspection.plan.replay.as_ref().map(|replay| replay.draws.clone()) else { return };
@@ -346,7 +370,8 @@ impl fmt::Display for Report {
         }
         self.write_steps(f)?;
         let (optimizer, schedule) = (&plan.optimizer, plan.lr_schedule.kind.name());
-        write!(f, "  optimizer   adamw, learning rate {:e} ({schedule})", optimizer.learning_rate)?;
+        let kind = optimizer.kind.name();
+        write!(f, "  optimizer   {kind}, learning rate {:e} ({schedule})", optimizer.learning_rate)?;
         if plan.model.train_text_encoder && optimizer.text_encoder_learning_rate != optimizer.learning_rate {
             write!(f, ", text encoder {:e}", optimizer.text_encoder_learning_rate)?;
         }
@@ -354,7 +379,8 @@ impl fmt::Display for Report {
             super::DeviceKind::Cpu => "CPU",
             super::DeviceKind::Cuda => "GPU",
         };
-        writeln!(f, "\n  ranks       {} on the {device}, ZeRO stage {}", self.world_size, plan.zero.stage)?;
+        let stage = plan.zero.stage_or_usual(self.world_size);
+        writeln!(f, "\n  ranks       {} on the {device}, ZeRO stage {stage}", self.world_size)?;
         self.write_output(f)?;
         for note in &facts.notes {
             writeln!(f, "  note        {note}")?;

@@ -6,6 +6,8 @@ mod check;
 mod data;
 mod document;
 mod keys;
+mod loss_scale;
+mod memory;
 mod model;
 mod model_folder;
 mod optimizer;
@@ -83,13 +85,13 @@ impl Draft {
             prior,
             optimizer: OptimizerPlan::read(&section("optimizer"), images_per_step),
             lr_schedule: LrSchedulePlan::read(&section("lr_schedule")),
-            zero: ZeroPlan::read(&section("zero"), world_size),
+            zero: ZeroPlan::read(&section("zero")),
+            memory: MemoryPlan::read(&section("memory")),
             checkpoint: CheckpointPlan::read(&section("checkpoint"), &output.dir),
             replay: ReplayPlan::read(&section("replay")),
             train,
             output,
         };
-        zero::refuse_memory(&section("memory"));
         refuse_lora(&section("lora"));
         cross_check(&plan, &section("data"), &section("lr_schedule"));
         let problems = problems.into_inner();
@@ -151,7 +153,8 @@ mod tests {
         assert_eq!((plan.train.max_steps, plan.train.max_grad_norm, plan.train.seed), (None, Some(1.0), None));
         assert_eq!((plan.optimizer.learning_rate, plan.optimizer.text_encoder_learning_rate), (5e-6, 5e-6));
         assert_eq!((plan.optimizer.weight_decay, plan.optimizer.epsilon), (0.01, 1e-8));
-        assert_eq!((plan.zero.stage, plan.zero.timeout_seconds), (0, 600.0));
+        assert_eq!((plan.zero.stage, plan.zero.timeout_seconds), (None, 600.0));
+        assert_eq!((plan.zero.places().map(|(_, place)| place), plan.memory), ([None; 3], MemoryPlan::default()));
         assert!(plan.checkpoint.on_interrupt && plan.prior.is_none() && plan.replay.is_none());
     }
 
@@ -160,22 +163,24 @@ mod tests {
         let plan =
             draft("[optimizer]\nlearning_rate = 1e-6\nscale_lr = true\n", &["train.gradient_accumulation_steps=2"], 3)
                 .plan;
-        assert_eq!(plan.zero.stage, 2);
+        assert_eq!((plan.zero.stage_or_usual(3), plan.zero.stage_or_usual(1)), (2, 0));
         assert_eq!(plan.optimizer.learning_rate, 1e-6 * 24.0);
         assert_eq!(plan.optimizer.text_encoder_learning_rate, 1e-6 * 24.0);
         let own = draft("[optimizer]\nscale_lr = true\ntext_encoder_learning_rate = 1e-7\n", &[], 2).plan;
         assert_eq!(own.optimizer.text_encoder_learning_rate, 1e-7);
-        assert_eq!(draft("[zero]\nstage = 3\n", &[], 1).plan.zero.stage, 3);
+        assert_eq!(draft("[zero]\nstage = 3\n", &[], 1).plan.zero.stage, Some(3));
     }
 
     #[test]
     fn the_resolved_configuration_loads_to_the_same_plan() {
         let everything = "image_interpolation = \"lanczos\"\n\
             [prior]\nclass_dir = \"class\"\nclass_prompt = \"a \\\"dog\\\"\"\nloss_weight = 0.7\n\
-            [train]\nmax_steps = 7\nseed = 9007199254740993\nsnr_gamma = 5\nsnr_gamma_v = \"plus_one\"\nrecompute = true\nmax_grad_norm = 0\nmixed_precision = \"bf16\"\n\
-            [optimizer]\nlearning_rate = 3.3e-7\nscale_lr = true\nbeta2 = 0.95\n\
+            [train]\nmax_steps = 7\nseed = 9007199254740993\nsnr_gamma = 5\nsnr_gamma_v = \"plus_one\"\nrecompute = true\nmax_grad_norm = 0\nmixed_precision = \"fp16\"\nloss_scale_window = 500\n\
+            [optimizer]\nkind = \"adamw8bit\"\nmaster_dtype = \"bf16\"\nlearning_rate = 3.3e-7\nscale_lr = true\nbeta2 = 0.95\n\
             [lr_schedule]\nkind = \"cosine_with_restarts\"\ncycles = 3\nwarmup_steps = 2\n\
-            [zero]\nreduce_dtype = \"bf16\"\ntimeout_seconds = 0.5\n\
+            [zero]\nreduce_dtype = \"bf16\"\ntimeout_seconds = 0.5\nstage = 1\noffload_params = \"none\"\noffload_optimizer = \"nvme\"\n\
+            offload_gradients = \"host\"\nnvme_dir = \"fast\"\ngrad_accum_dtype = \"bf16\"\nprefetch = false\n\
+            [memory]\nvram = \"3.7GiB\"\nram = \"24GB\"\n\
             [checkpoint]\nevery = 5\nkeep = 2\nresume = \"checkpoint-5\"\n\
             [replay]\ndraws = \"d.safetensors\"\npixels = \"recorded\"\nsave_gradients = \"g.safetensors\"\n";
         // The section of [data] is last in LEAST but for [output], so its key goes through --set.

@@ -14,13 +14,36 @@ pub struct OptimizerPlan {
     pub weight_decay: f64,
     pub text_encoder_weight_decay: f64,
     pub epsilon: f64,
+    pub master_dtype: MasterDtype,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OptimizerKind {
-    /// Decoupled weight decay, state and master weights in fp32.
+    /// Decoupled weight decay, state in fp32.
     AdamW,
+    /// The same with blockwise 8-bit state, as bitsandbytes defines it.
+    AdamW8bit,
 }
+
+/// What the weights that the optimizer changes are kept in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MasterDtype {
+    F32,
+    /// With stochastic rounding: no second copy of the weights at all.
+    Bf16,
+}
+
+const OPTIMIZERS: [Choice<OptimizerKind>; 2] =
+    [("adamw", Ok(OptimizerKind::AdamW)), ("adamw8bit", Ok(OptimizerKind::AdamW8bit))];
+
+const MASTERS: [Choice<MasterDtype>; 3] = [
+    ("fp32", Ok(MasterDtype::F32)),
+    ("bf16", Ok(MasterDtype::Bf16)),
+    (
+        "fp16",
+        Err("updates would fall below fp16's smallest steps: use \"bf16\", which is rounded at random, or \"fp32\""),
+    ),
+];
 
 impl OptimizerPlan {
     /// `images_per_step` is batch size × accumulation × ranks: what `scale_lr` multiplies the learning rate by. A
@@ -32,20 +55,8 @@ impl OptimizerPlan {
         let beta = |key: &str, default: f64| {
             section.number(key, "at least 0 and below 1", |beta| (0.0..1.0).contains(&beta)).unwrap_or(default)
         };
-        section.choice(
-            "master_dtype",
-            (),
-            &[("fp32", Ok(())), ("bf16", Err("bf16 master weights are not there yet: use \"fp32\""))],
-        );
         Self {
-            kind: section.choice(
-                "kind",
-                OptimizerKind::AdamW,
-                &[
-                    ("adamw", Ok(OptimizerKind::AdamW)),
-                    ("adamw8bit", Err("8-bit state is not there yet: use \"adamw\"")),
-                ],
-            ),
+            kind: section.choice("kind", OptimizerKind::AdamW, &OPTIMIZERS),
             learning_rate,
             text_encoder_learning_rate: section.at_least_zero("text_encoder_learning_rate").unwrap_or(learning_rate),
             beta1: beta("beta1", 0.9),
@@ -53,13 +64,13 @@ impl OptimizerPlan {
             weight_decay,
             text_encoder_weight_decay: section.at_least_zero("text_encoder_weight_decay").unwrap_or(weight_decay),
             epsilon: section.above_zero("epsilon").unwrap_or(1e-8),
+            master_dtype: section.choice("master_dtype", MasterDtype::F32, &MASTERS),
         }
     }
 
     pub(super) fn write(&self) -> toml::Table {
-        let OptimizerKind::AdamW = self.kind;
         Writer::default()
-            .put("kind", "adamw")
+            .put("kind", self.kind.name())
             .put("learning_rate", self.learning_rate)
             .put("text_encoder_learning_rate", self.text_encoder_learning_rate)
             .put("beta1", self.beta1)
@@ -69,8 +80,15 @@ impl OptimizerPlan {
             .put("epsilon", self.epsilon)
             // The rates above are scaled already.
             .put("scale_lr", false)
-            .put("master_dtype", "fp32")
+            .put_some("master_dtype", MASTERS.iter().find(|(_, dtype)| *dtype == Ok(self.master_dtype)).map(|m| m.0))
             .finish()
+    }
+}
+
+impl OptimizerKind {
+    /// The optimizer's name in the configuration.
+    pub fn name(self) -> &'static str {
+        OPTIMIZERS.iter().find(|(_, kind)| *kind == Ok(self)).map_or("adamw", |(name, _)| name)
     }
 }
 

@@ -6,15 +6,16 @@ use anyhow::Result;
 use crate::data::{CaptionOptions, DatasetOptions, KEEP_BYTES};
 
 pub use super::data::{DataPlan, PriorPlan};
+pub use super::memory::{MemoryPlan, parse_size};
 pub use super::model::{DeviceKind, ModelPlan, ModelSource};
-pub use super::optimizer::{LrKind, LrSchedulePlan, OptimizerKind, OptimizerPlan};
+pub use super::optimizer::{LrKind, LrSchedulePlan, MasterDtype, OptimizerKind, OptimizerPlan};
 pub use super::output::{CheckpointPlan, OutputPlan, ReplayPixels, ReplayPlan, Resume, SaveDtype};
 pub use super::train::{MixedPrecision, TrainPlan};
 pub use super::validation::{ScoresPlan, ValidationPlan};
-pub use super::zero::{ReduceDtype, ZeroPlan};
+pub use super::zero::{GradAccumDtype, ReduceDtype, ZeroPlan};
 
 /// A validated run. Values are final: `"auto"` is resolved wherever the configuration alone can, and learning rates
-/// are scaled.
+/// are scaled. What is left to the planner, stage and tiers, is `None`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RunPlan {
     pub model: ModelPlan,
@@ -25,6 +26,7 @@ pub struct RunPlan {
     pub optimizer: OptimizerPlan,
     pub lr_schedule: LrSchedulePlan,
     pub zero: ZeroPlan,
+    pub memory: MemoryPlan,
     pub checkpoint: CheckpointPlan,
     /// Present if pictures are made during the run.
     pub validation: Option<ValidationPlan>,
@@ -115,6 +117,9 @@ impl RunPlan {
         add("optimizer", self.optimizer.write());
         add("lr_schedule", self.lr_schedule.write());
         add("zero", self.zero.write());
+        if let Some(memory) = self.memory.write() {
+            add("memory", memory);
+        }
         add("checkpoint", self.checkpoint.write());
         if let Some(validation) = &self.validation {
             add("validation", validation.write()?);

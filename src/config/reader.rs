@@ -160,6 +160,15 @@ impl<'a> Reader<'a> {
         self.number(key, "a finite number above 0", |number| number > 0.0)
     }
 
+    /// A loss scale: a number above 0; None for "dynamic", or 0 as DeepSpeed writes it.
+    pub fn scale(&self, key: &str) -> Option<f64> {
+        match self.entry(key)?.value {
+            Value::Integer(0) => None,
+            Value::Text(_) => self.pick(key, &self.text(key)?, &[("dynamic", Ok(None))]).flatten(),
+            _ => self.above_zero(key),
+        }
+    }
+
     /// One of several names.
     pub fn choice<T: Copy>(&self, key: &str, default: T, choices: &[Choice<T>]) -> T {
         self.text(key).and_then(|name| self.pick(key, &name, choices)).unwrap_or(default)

@@ -2,9 +2,11 @@
 
 use anyhow::{Context, Result};
 
+use super::loss_scale;
 use super::plan::{Toggle, Writer};
 use super::reader::Reader;
 use crate::diffusion::VelocityWeight;
+use crate::optim::ScalePolicy;
 
 #[derive(Clone, Debug, PartialEq)]
 pub struct TrainPlan {
@@ -18,6 +20,8 @@ pub struct TrainPlan {
     /// Bound on the joint L2 norm of all gradients; none means no clipping.
     pub max_grad_norm: Option<f64>,
     pub mixed_precision: MixedPrecision,
+    /// How the loss is scaled; None but under fp16.
+    pub loss_scale: Option<ScalePolicy>,
     /// Where unset, rank 0 draws one below 2^63 and everyone uses it.
     pub seed: Option<u64>,
     /// Min-SNR's gamma; none weighs all time steps alike.
@@ -36,6 +40,8 @@ pub enum MixedPrecision {
     No,
     /// Activations and gathered weights in bf16, master weights in fp32.
     Bf16,
+    /// The same in fp16, with a scaled loss.
+    Fp16,
 }
 
 impl TrainPlan {
@@ -56,6 +62,11 @@ impl TrainPlan {
                 "without snr_gamma this does nothing: set snr_gamma (5.0 is usual), or leave this out",
             );
         }
+        let mixed_precision = section.choice(
+            "mixed_precision",
+            MixedPrecision::No,
+            &[("no", Ok(MixedPrecision::No)), ("bf16", Ok(MixedPrecision::Bf16)), ("fp16", Ok(MixedPrecision::Fp16))],
+        );
         let max_grad_norm = section.at_least_zero("max_grad_norm").unwrap_or(1.0);
         Self {
             max_steps: section.count("max_steps", 1),
@@ -63,15 +74,8 @@ impl TrainPlan {
             batch_size: section.count("batch_size", 1).unwrap_or(4),
             accumulation: section.count("gradient_accumulation_steps", 1).unwrap_or(1),
             max_grad_norm: Some(max_grad_norm).filter(|norm| *norm > 0.0),
-            mixed_precision: section.choice(
-                "mixed_precision",
-                MixedPrecision::No,
-                &[
-                    ("no", Ok(MixedPrecision::No)),
-                    ("bf16", Ok(MixedPrecision::Bf16)),
-                    ("fp16", Err("fp16 needs a scaled loss, which is not there yet: use \"bf16\", or \"no\" for fp32")),
-                ],
-            ),
+            mixed_precision,
+            loss_scale: loss_scale::read(section, mixed_precision),
             seed: section.seed("seed"),
             snr_gamma,
             snr_velocity,
@@ -90,14 +94,16 @@ impl TrainPlan {
         let precision = match self.mixed_precision {
             MixedPrecision::No => "no",
             MixedPrecision::Bf16 => "bf16",
+            MixedPrecision::Fp16 => "fp16",
         };
-        Ok(Writer::default()
+        let section = Writer::default()
             .put_some("max_steps", count(self.max_steps))
             .put_count("epochs", self.epochs)
             .put_count("batch_size", self.batch_size)
             .put_count("gradient_accumulation_steps", self.accumulation)
             .put("max_grad_norm", self.max_grad_norm.unwrap_or(0.0))
-            .put("mixed_precision", precision)
+            .put("mixed_precision", precision);
+        Ok(loss_scale::write(self.loss_scale, section)
             .put_some("seed", seed)
             .put_some("snr_gamma", self.snr_gamma)
             .put_some("snr_gamma_v", self.snr_gamma.map(|_| velocity))

@@ -1,14 +1,29 @@
-//! `[zero]` and `[memory]`: how the run is spread over ranks.
+//! `[zero]`: how the run is spread over ranks, and in which memory each state rests.
+
+use std::path::PathBuf;
 
 use super::plan::Writer;
-use super::reader::Reader;
+use super::reader::{Choice, Reader};
+use crate::device::Place;
+use crate::zero::Placement;
 
+/// Every `None` stands for "auto": the planner chooses.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ZeroPlan {
     /// 0 to 3: nothing, optimizer state, also gradients, also parameters are partitioned.
-    pub stage: u8,
+    pub stage: Option<u8>,
+    /// Where parameters rest between uses.
+    pub offload_params: Option<Place>,
+    /// Where optimizer state and separate master weights rest.
+    pub offload_optimizer: Option<Place>,
+    /// Where the sums of gradients rest; never on a drive.
+    pub offload_gradients: Option<Place>,
+    /// The folder for the run's state file, on a fast drive.
+    pub nvme_dir: Option<PathBuf>,
     /// What gradients travel as; sums are taken in fp32.
     pub reduce_dtype: ReduceDtype,
+    /// What gradients rest as between micro-batches and until the update.
+    pub grad_accum_dtype: GradAccumDtype,
     /// Fetch the next segment's parameters while this one computes.
     pub prefetch: bool,
     /// How long a collective waits for a rank that does not join.
@@ -22,65 +37,122 @@ pub enum ReduceDtype {
     F16,
 }
 
-const DTYPES: [(&str, ReduceDtype); 3] =
-    [("fp32", ReduceDtype::F32), ("bf16", ReduceDtype::Bf16), ("fp16", ReduceDtype::F16)];
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GradAccumDtype {
+    F32,
+    Bf16,
+}
+
+const DTYPES: [Choice<ReduceDtype>; 3] =
+    [("fp32", Ok(ReduceDtype::F32)), ("bf16", Ok(ReduceDtype::Bf16)), ("fp16", Ok(ReduceDtype::F16))];
+
+const ACCUM_DTYPES: [Choice<GradAccumDtype>; 3] = [
+    ("fp32", Ok(GradAccumDtype::F32)),
+    ("bf16", Ok(GradAccumDtype::Bf16)),
+    ("fp16", Err("sums of gradients leave fp16's range: use \"fp32\", or \"bf16\" to halve their memory")),
+];
+
+/// DeepSpeed calls the machine's memory "cpu".
+const CPU: &str = "the machine's memory is called \"host\" here";
+
+const PLACES: [Choice<Option<Place>>; 5] = [
+    ("auto", Ok(None)),
+    ("none", Ok(Some(Place::Device))),
+    ("host", Ok(Some(Place::Host))),
+    ("nvme", Ok(Some(Place::Nvme))),
+    ("cpu", Err(CPU)),
+];
+
+const GRADIENT_PLACES: [Choice<Option<Place>>; 5] = [
+    ("auto", Ok(None)),
+    ("none", Ok(Some(Place::Device))),
+    ("host", Ok(Some(Place::Host))),
+    (
+        "nvme",
+        Err("gradients are added to in every micro-batch and would wear the drive out: use \"host\", with \
+             grad_accum_dtype = \"bf16\" if memory is short"),
+    ),
+    ("cpu", Err(CPU)),
+];
 
 impl ZeroPlan {
-    /// Stage "auto" is 2 with more than one rank, else 0.
-    pub(super) fn read(section: &Reader, world_size: usize) -> Self {
-        let not_there =
-            Err("offloading is not there yet: use \"none\" or \"auto\", or a higher [zero] stage over more ranks");
-        for key in ["offload_params", "offload_optimizer"] {
-            section.choice(key, (), &[("auto", Ok(())), ("none", Ok(())), ("host", not_there), ("nvme", not_there)]);
-        }
-        section.choice("offload_gradients", (), &[("auto", Ok(())), ("none", Ok(())), ("host", not_there)]);
-        section.not_yet("nvme_dir", "only offloading to disk uses it, which is not there yet: leave this key out");
-        Self {
-            stage: stage(section, if world_size > 1 { 2 } else { 0 }),
-            reduce_dtype: section.choice(
-                "reduce_dtype",
-                ReduceDtype::F32,
-                &DTYPES.map(|(name, dtype)| (name, Ok(dtype))),
-            ),
+    pub(super) fn read(section: &Reader) -> Self {
+        let plan = Self {
+            stage: stage(section),
+            offload_params: section.choice("offload_params", None, &PLACES),
+            offload_optimizer: section.choice("offload_optimizer", None, &PLACES),
+            offload_gradients: section.choice("offload_gradients", None, &GRADIENT_PLACES),
+            nvme_dir: section.path("nvme_dir"),
+            reduce_dtype: section.choice("reduce_dtype", ReduceDtype::F32, &DTYPES),
+            grad_accum_dtype: section.choice("grad_accum_dtype", GradAccumDtype::F32, &ACCUM_DTYPES),
             prefetch: section.flag("prefetch", true),
             timeout_seconds: section
                 .number("timeout_seconds", "above 0 and at most 1e9", |seconds| seconds > 0.0 && seconds <= 1e9)
                 .unwrap_or(600.0),
+        };
+        if plan.nvme_dir.is_none() {
+            for (key, _) in plan.places().into_iter().filter(|(_, place)| *place == Some(Place::Nvme)) {
+                section.reject(
+                    key,
+                    "no folder is named for the state file: write nvme_dir = \"…\" under [zero], a folder on a fast \
+                     drive, or use \"host\" or \"none\"",
+                );
+            }
         }
+        plan
     }
 
     pub(super) fn write(&self) -> toml::Table {
-        let dtype = DTYPES.iter().find(|(_, dtype)| *dtype == self.reduce_dtype).map(|(name, _)| *name);
+        let stage: toml::Value = self.stage.map_or("auto".into(), |stage| i64::from(stage).into());
         Writer::default()
-            .put("stage", i64::from(self.stage))
-            .put("offload_params", "none")
-            .put("offload_optimizer", "none")
-            .put("offload_gradients", "none")
-            .put_some("reduce_dtype", dtype)
+            .put("stage", stage)
+            .put_some("offload_params", name(&PLACES, self.offload_params))
+            .put_some("offload_optimizer", name(&PLACES, self.offload_optimizer))
+            .put_some("offload_gradients", name(&PLACES, self.offload_gradients))
+            .put_some("nvme_dir", self.nvme_dir.as_ref().map(|dir| dir.to_string_lossy().into_owned()))
+            .put_some("reduce_dtype", name(&DTYPES, self.reduce_dtype))
+            .put_some("grad_accum_dtype", name(&ACCUM_DTYPES, self.grad_accum_dtype))
             .put("prefetch", self.prefetch)
             .put("timeout_seconds", self.timeout_seconds)
             .finish()
     }
-}
 
-fn stage(section: &Reader, auto: u8) -> u8 {
-    match section.integer_or_auto("stage", "0, 1, 2, 3 (without quotes) or \"auto\"") {
-        Some(stage @ 0..=3) => stage as u8,
-        Some(_) => {
-            section.reject("stage", "this is out of range: it must be 0, 1, 2, 3 or \"auto\"");
-            auto
+    /// The keys that say where something rests, with what they say.
+    pub fn places(&self) -> [(&'static str, Option<Place>); 3] {
+        [
+            ("offload_params", self.offload_params),
+            ("offload_optimizer", self.offload_optimizer),
+            ("offload_gradients", self.offload_gradients),
+        ]
+    }
+
+    /// The tiers where nobody plans: what the configuration says, else the device.
+    pub fn placement(&self) -> Placement {
+        Placement {
+            parameters: self.offload_params.unwrap_or(Place::Device),
+            gradients: self.offload_gradients.unwrap_or(Place::Device),
+            optimizer: self.offload_optimizer.unwrap_or(Place::Device),
         }
-        None => auto,
+    }
+
+    /// The stage where nobody plans: what the configuration says, else 2 with more than one rank and 0 with one.
+    pub fn stage_or_usual(&self, world_size: usize) -> u8 {
+        self.stage.unwrap_or(if world_size > 1 { 2 } else { 0 })
     }
 }
 
-/// Budgets need the planner; naming one without it would promise what nobody keeps.
-pub(super) fn refuse_memory(section: &Reader) {
-    let why = "budgets need the memory planner, which is not there yet: leave this key out, and lower [train] batch_size, \
-               set recompute = true or raise the [zero] stage if memory is short";
-    for key in ["vram", "ram"] {
-        if section.text(key).is_some() {
-            section.reject(key, why);
+/// What a value is called in the configuration.
+fn name<T: PartialEq + Copy>(choices: &[Choice<T>], value: T) -> Option<&'static str> {
+    choices.iter().find(|(_, meaning)| *meaning == Ok(value)).map(|(name, _)| *name)
+}
+
+fn stage(section: &Reader) -> Option<u8> {
+    match section.integer_or_auto("stage", "0, 1, 2, 3 (without quotes) or \"auto\"") {
+        Some(stage @ 0..=3) => Some(stage as u8),
+        Some(_) => {
+            section.reject("stage", "this is out of range: it must be 0, 1, 2, 3 or \"auto\"");
+            None
         }
+        None => None,
     }
 }

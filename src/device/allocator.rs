@@ -1,10 +1,12 @@
 //! Memory for activations. A training step frees and takes the same large blocks over and over; asking the system for
 //! fresh pages each time costs more than many an op (every page is cleared anew). So large blocks are kept and handed
-//! out again; small ones go to the allocator beneath.
+//! out again; small ones go to the allocator beneath. All are counted (`heap`), as many bytes as were asked for.
 
 use std::alloc::{GlobalAlloc, Layout};
 use std::ptr::null_mut;
 use std::sync::Mutex;
+
+use super::{dry::is_dry, heap};
 
 /// Blocks of this many bytes and more are ours.
 const LARGE: usize = 1 << 20;
@@ -72,7 +74,8 @@ impl Large {
     }
 
     fn give(&mut self, block: *mut u8, class: usize, bytes: usize) {
-        self.in_use -= bytes;
+        // A block that was mapped in a dry run was never counted here.
+        self.in_use = self.in_use.saturating_sub(bytes);
         self.kept += bytes;
         // SAFETY: the block is ours again, page-aligned and larger than a pointer.
         unsafe { block.cast::<*mut u8>().write(self.free[class]) };
@@ -121,20 +124,28 @@ fn is_large(layout: Layout) -> bool {
 // is given back; which of the two allocators a block belongs to depends on its layout alone.
 unsafe impl<A: GlobalAlloc> GlobalAlloc for Keeping<A> {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        heap::taken(layout.size());
         if !is_large(layout) {
             // SAFETY: the caller's promise.
             return unsafe { self.small.alloc(layout) };
         }
         let (class, bytes) = class(layout.size());
+        if is_dry() {
+            return map(bytes);
+        }
         self.large.lock().unwrap_or_else(|e| e.into_inner()).take(class, bytes).0
     }
 
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        heap::taken(layout.size());
         if !is_large(layout) {
             // SAFETY: the caller's promise.
             return unsafe { self.small.alloc_zeroed(layout) };
         }
         let (class, bytes) = class(layout.size());
+        if is_dry() {
+            return map(bytes);
+        }
         let (block, fresh) = self.large.lock().unwrap_or_else(|e| e.into_inner()).take(class, bytes);
         if !fresh && !block.is_null() {
             // SAFETY: the block has at least the layout's size.
@@ -144,11 +155,18 @@ unsafe impl<A: GlobalAlloc> GlobalAlloc for Keeping<A> {
     }
 
     unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
+        heap::given(layout.size());
         if !is_large(layout) {
             // SAFETY: the caller's promise.
             return unsafe { self.small.dealloc(block, layout) };
         }
         let (class, bytes) = class(layout.size());
+        if is_dry() {
+            // Never touched, mostly: keeping it would touch it.
+            // SAFETY: the block was mapped with its class's size, and is nobody's any more.
+            unsafe { libc::munmap(block.cast(), bytes) };
+            return;
+        }
         self.large.lock().unwrap_or_else(|e| e.into_inner()).give(block, class, bytes);
     }
 
@@ -156,9 +174,20 @@ unsafe impl<A: GlobalAlloc> GlobalAlloc for Keeping<A> {
         // SAFETY: the caller promises that this layout is valid.
         let new = unsafe { Layout::from_size_align_unchecked(new_size, layout.align()) };
         match (is_large(layout), is_large(new)) {
-            // SAFETY: the caller's promise.
-            (false, false) => unsafe { self.small.realloc(block, layout, new_size) },
-            (true, true) if class(layout.size()) == class(new_size) => block,
+            (false, false) => {
+                // SAFETY: the caller's promise.
+                let moved = unsafe { self.small.realloc(block, layout, new_size) };
+                if !moved.is_null() {
+                    heap::taken(new_size);
+                    heap::given(layout.size());
+                }
+                moved
+            }
+            (true, true) if class(layout.size()) == class(new_size) => {
+                heap::taken(new_size);
+                heap::given(layout.size());
+                block
+            }
             // SAFETY: a new block, the common part copied, and the old one given back once.
             _ => unsafe {
                 let moved = self.alloc(new);

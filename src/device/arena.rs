@@ -1,5 +1,6 @@
 //! Budgeted memory: every parameter, gradient and moment is allocated here, so what a tier holds and held at most is
-//! known, and a budget is enforced where memory is handed out.
+//! known, and a budget is enforced where memory is handed out. A tier is an arena with a limit; what is told apart within
+//! it (parameters, gradients, ...) has an arena below it, and a buffer counts in both.
 
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
@@ -7,8 +8,8 @@ use std::sync::{Arc, Mutex};
 use anyhow::{Result, bail};
 use candle_core::DType;
 
-use super::Buffer;
 use super::buffer::Mapping;
+use super::{Buffer, heap};
 
 /// A named pool with an optional limit. Cheap to clone; buffers give their bytes back when dropped.
 #[derive(Clone, Debug)]
@@ -16,30 +17,76 @@ pub struct Arena(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
+    meter: Arc<Meter>,
+    above: Option<Arena>,
+    below: Mutex<Vec<Arc<Meter>>>,
+    /// Shares its limit with the activations on the heap.
+    with_activations: bool,
+    spare: Mutex<Spare>,
+}
+
+#[derive(Debug)]
+struct Meter {
     name: String,
     limit: Option<usize>,
     used: AtomicUsize,
     peak: AtomicUsize,
-    /// Large memory that was given back and waits for its next use: fresh pages from the system are dear.
-    spare: Mutex<Vec<Mapping>>,
+}
+
+/// Large memory that was given back and waits for its next use: fresh pages from the system are dear. Kept by the
+/// topmost arena, for all below.
+#[derive(Debug, Default)]
+struct Spare {
+    pieces: Vec<Mapping>,
+    bytes: usize,
 }
 
 /// Bytes of an arena now and at most.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
     pub used: usize,
     pub peak: usize,
 }
 
+impl Meter {
+    fn new(name: String, limit: Option<usize>) -> Arc<Self> {
+        Arc::new(Meter { name, limit, used: AtomicUsize::new(0), peak: AtomicUsize::new(0) })
+    }
+
+    fn usage(&self) -> Usage {
+        Usage { used: self.used.load(Relaxed), peak: self.peak.load(Relaxed) }
+    }
+
+    fn reset_peak(&self) {
+        self.peak.store(self.used.load(Relaxed), Relaxed);
+    }
+}
+
 impl Arena {
+    /// An arena by itself.
     pub fn new(name: impl Into<String>, limit: Option<usize>) -> Self {
-        Arena(Arc::new(Inner {
-            name: name.into(),
-            limit,
-            used: AtomicUsize::new(0),
-            peak: AtomicUsize::new(0),
-            spare: Mutex::default(),
-        }))
+        Self::with(Meter::new(name.into(), limit), None, false)
+    }
+
+    /// The device tier where the CPU computes: what it hands out and the activations on the heap share `limit`.
+    pub fn with_activations(name: impl Into<String>, limit: Option<usize>) -> Self {
+        heap::set_budget(limit);
+        Self::with(Meter::new(name.into(), limit), None, true)
+    }
+
+    /// An arena whose buffers count in this one, too, and are bound by its limit. Those of one name are one.
+    pub fn child(&self, name: &str) -> Self {
+        let mut below = self.0.below.lock().unwrap_or_else(|e| e.into_inner());
+        let known = below.iter().find(|meter| meter.name == name).cloned();
+        let meter = known.unwrap_or_else(|| {
+            below.push(Meter::new(name.to_string(), None));
+            below[below.len() - 1].clone()
+        });
+        Self::with(meter, Some(self.clone()), false)
+    }
+
+    fn with(meter: Arc<Meter>, above: Option<Arena>, with_activations: bool) -> Self {
+        Arena(Arc::new(Inner { meter, above, below: Mutex::default(), with_activations, spare: Mutex::default() }))
     }
 
     /// A zeroed buffer of `len` elements. Errors name the arena, `what` was wanted and the limit.
@@ -54,42 +101,90 @@ impl Arena {
     /// As [`Self::alloc`], but the contents are whatever was there: for what is written whole before it is read.
     pub fn alloc_dirty(&self, dtype: DType, len: usize, what: &str) -> Result<Buffer> {
         let bytes = len * dtype.size_in_bytes();
-        let charge = Charge::take(&self.0, bytes, what)?;
+        let charge = Charge::take(self, bytes, what)?;
         Buffer::new(dtype, len, Some(charge))
     }
 
-    pub fn usage(&self) -> Usage {
-        Usage { used: self.0.used.load(Relaxed), peak: self.0.peak.load(Relaxed) }
+    pub fn name(&self) -> &str {
+        &self.0.meter.name
     }
 
-    /// Starts the peak anew from what is in use.
+    pub fn limit(&self) -> Option<usize> {
+        self.0.meter.limit
+    }
+
+    pub fn usage(&self) -> Usage {
+        self.0.meter.usage()
+    }
+
+    /// What the arenas below it hold, by name, in the order in which they were made.
+    pub fn parts(&self) -> Vec<(String, Usage)> {
+        let below = self.0.below.lock().unwrap_or_else(|e| e.into_inner());
+        below.iter().map(|meter| (meter.name.clone(), meter.usage())).collect()
+    }
+
+    /// Starts the peak anew from what is in use, here and below.
     pub fn reset_peak(&self) {
-        self.0.peak.store(self.0.used.load(Relaxed), Relaxed);
+        self.0.meter.reset_peak();
+        let below = self.0.below.lock().unwrap_or_else(|e| e.into_inner());
+        below.iter().for_each(|meter| meter.reset_peak());
+    }
+
+    fn top(&self) -> &Arena {
+        self.0.above.as_ref().map_or(self, |above| above.top())
     }
 }
 
-/// Bytes taken from an arena, given back on drop.
+/// Bytes taken from an arena and those above it, given back on drop.
 #[derive(Debug)]
 pub(super) struct Charge {
-    arena: Arc<Inner>,
+    arena: Arena,
     bytes: usize,
 }
 
 impl Charge {
-    fn take(arena: &Arc<Inner>, bytes: usize, what: &str) -> Result<Self> {
-        let used = arena.used.fetch_add(bytes, Relaxed) + bytes;
-        if let Some(limit) = arena.limit
-            && used > limit
-        {
-            arena.used.fetch_sub(bytes, Relaxed);
-            bail!(
-                "{what}: {bytes} bytes do not fit into the {} memory: {} of {limit} bytes are in use",
-                arena.name,
-                used - bytes
-            );
-        }
-        arena.peak.fetch_max(used, Relaxed);
+    fn take(arena: &Arena, bytes: usize, what: &str) -> Result<Self> {
+        take(arena, bytes, what)?;
         Ok(Charge { arena: arena.clone(), bytes })
+    }
+}
+
+/// Charges from the top down, so that a limit above is met before anything below it has changed.
+fn take(arena: &Arena, bytes: usize, what: &str) -> Result<()> {
+    if let Some(above) = &arena.0.above {
+        take(above, bytes, what)?;
+    }
+    let meter = &arena.0.meter;
+    let used = meter.used.fetch_add(bytes, Relaxed) + bytes;
+    let activations = if arena.0.with_activations { heap::held() } else { 0 };
+    if let Some(limit) = meter.limit
+        && used + activations > limit
+    {
+        meter.used.fetch_sub(bytes, Relaxed);
+        if let Some(above) = &arena.0.above {
+            give(above, bytes);
+        }
+        let beside = if activations > 0 { format!(", {activations} of them activations") } else { String::new() };
+        bail!(
+            "{what}: {bytes} bytes do not fit into the {} memory: {} of {limit} bytes are in use{beside}",
+            meter.name,
+            used - bytes + activations
+        );
+    }
+    meter.peak.fetch_max(used, Relaxed);
+    if arena.0.with_activations {
+        heap::charged(bytes);
+    }
+    Ok(())
+}
+
+fn give(arena: &Arena, bytes: usize) {
+    arena.0.meter.used.fetch_sub(bytes, Relaxed);
+    if arena.0.with_activations {
+        heap::discharged(bytes);
+    }
+    if let Some(above) = &arena.0.above {
+        give(above, bytes);
     }
 }
 
@@ -98,25 +193,32 @@ impl Charge {
     /// is about to be mapped serves in its place from now on: so an arena keeps no more pieces than were ever in use at
     /// once.
     pub(super) fn reuse(&self, bytes: usize) -> Option<Mapping> {
-        let mut spare = self.arena.spare.lock().unwrap_or_else(|e| e.into_inner());
-        let fits = (0..spare.len()).filter(|&i| spare[i].bytes() >= bytes).min_by_key(|&i| spare[i].bytes());
-        if let Some(i) = fits {
-            return Some(spare.swap_remove(i));
-        }
-        if let Some(i) = (0..spare.len()).max_by_key(|&i| spare[i].bytes()) {
-            spare.swap_remove(i);
-        }
-        None
+        let mut spare = self.arena.top().0.spare.lock().unwrap_or_else(|e| e.into_inner());
+        let pieces = &spare.pieces;
+        let fits = (0..pieces.len()).filter(|&i| pieces[i].bytes() >= bytes).min_by_key(|&i| pieces[i].bytes());
+        let largest = || (0..pieces.len()).max_by_key(|&i| pieces[i].bytes());
+        let i = fits.or_else(largest)?;
+        let piece = spare.pieces.swap_remove(i);
+        spare.bytes -= piece.bytes();
+        fits.map(|_| piece)
     }
 
+    /// Keeps memory for its next use, unless what is kept and in use would be more than was ever in use.
     pub(super) fn keep(&self, mapping: Mapping) {
-        self.arena.spare.lock().unwrap_or_else(|e| e.into_inner()).push(mapping);
+        let top = self.arena.top();
+        let Usage { used, peak } = top.usage();
+        let mut spare = top.0.spare.lock().unwrap_or_else(|e| e.into_inner());
+        // Still counted as in use are this charge's bytes.
+        if (used + spare.bytes).saturating_sub(self.bytes) + mapping.bytes() <= peak + peak / 16 {
+            spare.bytes += mapping.bytes();
+            spare.pieces.push(mapping);
+        }
     }
 }
 
 impl Drop for Charge {
     fn drop(&mut self) {
-        self.arena.used.fetch_sub(self.bytes, Relaxed);
+        give(&self.arena, self.bytes);
     }
 }
 
@@ -147,5 +249,37 @@ mod tests {
         drop(first);
         assert_eq!(arena.usage(), Usage { used: 0, peak: 80 });
         arena.alloc(DType::BF16, 50, "moments").unwrap();
+    }
+
+    #[test]
+    fn what_is_below_counts_above_and_is_bound_by_its_limit() {
+        let tier = Arena::new("host", Some(1000));
+        let (parameters, moments) = (tier.child("parameters"), tier.child("optimizer"));
+        let held = parameters.alloc(DType::F32, 150, "a").unwrap();
+        let refusal = moments.alloc(DType::F32, 101, "b").unwrap_err().to_string();
+        assert!(refusal.contains("b: 404 bytes do not fit into the host memory: 600 of 1000"), "{refusal}");
+        assert_eq!((moments.usage(), tier.usage()), (Usage::default(), Usage { used: 600, peak: 600 }));
+        let more = tier.child("optimizer").alloc(DType::F32, 100, "b").unwrap();
+        drop(held);
+        let parts = [("parameters", 0, 600), ("optimizer", 400, 400)];
+        assert_eq!(tier.parts(), parts.map(|(name, used, peak)| (name.to_string(), Usage { used, peak })));
+        drop(more);
+        assert_eq!(tier.usage(), Usage { used: 0, peak: 1000 });
+        tier.reset_peak();
+        assert_eq!((tier.usage().peak, tier.parts()[1].1.peak), (0, 0));
+    }
+
+    #[test]
+    fn what_is_kept_for_later_stays_within_what_was_ever_in_use() {
+        let tier = Arena::new("host", None);
+        let alloc = |mib: usize| tier.child("x").alloc_dirty(DType::U8, mib << 20, "x").unwrap();
+        let (large, small) = (alloc(16), alloc(4));
+        drop((large, small));
+        // Two pieces, of 16 and 4 MiB, are kept; what needs 8 takes the first.
+        let held = [alloc(8), alloc(4), alloc(3)];
+        assert_eq!(tier.usage(), Usage { used: 15 << 20, peak: 20 << 20 });
+        drop(held);
+        let spare = tier.0.spare.lock().unwrap();
+        assert!(spare.bytes <= 21 << 20, "{}", spare.bytes);
     }
 }

@@ -1,6 +1,5 @@
 //! Flat memory of one dtype, zeroed, aligned for SIMD and for direct I/O, in huge pages where it is large.
 
-use std::alloc::Layout;
 use std::ptr::NonNull;
 
 use anyhow::{Result, bail};
@@ -49,7 +48,7 @@ impl Element for f16 {
     }
 }
 
-/// Host memory, 4 KiB aligned from 1 MiB on, else 64 bytes.
+/// Host memory, aligned to a page from [`PAGE`] bytes on, so that a drive can read into it; else to 64 bytes.
 #[derive(Debug)]
 pub struct Buffer {
     memory: Memory,
@@ -61,7 +60,7 @@ pub struct Buffer {
 
 #[derive(Debug)]
 enum Memory {
-    /// From the allocator, of exactly the buffer's size.
+    /// From the C library, of the buffer's size.
     Small(NonNull<u8>),
     /// From the system; may be larger than the buffer.
     Large(Option<Mapping>),
@@ -96,6 +95,9 @@ impl Drop for Mapping {
 unsafe impl Send for Buffer {}
 // SAFETY: as above.
 unsafe impl Sync for Buffer {}
+
+/// What direct I/O wants memory, lengths and places in a file to be multiples of.
+pub(super) const PAGE: usize = 4096;
 
 const LARGE_BYTES: usize = 1 << 20;
 
@@ -180,8 +182,8 @@ impl Drop for Buffer {
         let bytes = self.byte_len();
         match &mut self.memory {
             Memory::Small(ptr) if bytes > 0 => {
-                // SAFETY: `ptr` came from `alloc_zeroed` with this layout.
-                unsafe { std::alloc::dealloc(ptr.as_ptr(), small_layout(bytes)) };
+                // SAFETY: `ptr` came from `aligned_alloc` and nothing borrows it any more.
+                unsafe { libc::free(ptr.as_ptr().cast()) };
             }
             Memory::Small(_) => {}
             Memory::Large(mapping) => {
@@ -193,17 +195,22 @@ impl Drop for Buffer {
     }
 }
 
-fn small_layout(bytes: usize) -> Layout {
-    Layout::from_size_align(bytes, 64).expect("a small size is a valid layout")
-}
-
+/// Not from the heap that is counted: arenas count their buffers themselves.
 fn allocate(bytes: usize) -> Result<NonNull<u8>> {
+    let align = if bytes < PAGE { 64 } else { PAGE };
     if bytes == 0 {
         return Ok(NonNull::<u128>::dangling().cast());
     }
-    // SAFETY: the layout has a size above zero.
-    let ptr = unsafe { std::alloc::alloc_zeroed(small_layout(bytes)) };
-    NonNull::new(ptr).ok_or_else(|| anyhow::anyhow!("the system has no {bytes} bytes of memory left"))
+    let size = bytes.next_multiple_of(align);
+    // SAFETY: the alignment is a power of two that divides the size; fresh memory of this size may be written.
+    let ptr = unsafe {
+        let ptr = libc::aligned_alloc(align, size);
+        if !ptr.is_null() {
+            libc::memset(ptr, 0, size);
+        }
+        ptr
+    };
+    NonNull::new(ptr.cast()).ok_or_else(|| anyhow::anyhow!("the system has no {bytes} bytes of memory left"))
 }
 
 /// Fresh zero pages, straight from the system so that dropping them gives them back.
@@ -235,12 +242,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn buffers_are_zeroed_and_typed() {
-        for len in [0, 3, 1 << 19] {
+    fn buffers_are_zeroed_aligned_and_typed() {
+        for len in [0, 3, 1024, 5000, 1 << 19] {
             let mut buffer = Buffer::unbudgeted(DType::F32, len).unwrap();
             assert!(buffer.as_slice::<f32>().iter().all(|&x| x == 0.0));
             buffer.as_mut_slice::<f32>().fill(1.5);
             assert_eq!(buffer.bytes().len(), 4 * len);
+            assert!(4 * len < PAGE || (buffer.bytes().as_ptr() as usize).is_multiple_of(PAGE));
         }
     }
 }

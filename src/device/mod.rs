@@ -4,19 +4,28 @@
 mod allocator;
 mod arena;
 mod buffer;
+mod dry;
 mod files;
+mod heap;
 mod layout;
+mod memory;
+pub mod nvme;
 mod place;
 mod queue;
 mod slot;
 mod team;
 pub mod threads;
+pub mod trace;
 
 pub use allocator::Keeping;
 pub use arena::{Arena, Usage};
 pub use buffer::{Buffer, Element};
+pub use dry::{Tally, dry, forget_peak, is_dry, note_flops, note_kept_scratch, tally, touch_scratch};
 pub use files::{free_disk_bytes, map_file, peak_rss_bytes};
+pub use heap::{activations, count_activations_from_here, device_peak, within_budget};
 pub use layout::{BLOCK, BucketLayout, Entry, LARGE};
+pub use memory::{Held, Memory};
+pub use nvme::{Region, StateFile, StateFileOptions};
 pub use place::Place;
 pub use queue::{Delays, Pending, Promise, Queue, promise};
 pub use slot::{GradSlot, ParamSlot, WeightRef, WeightView};

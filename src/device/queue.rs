@@ -8,6 +8,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 
+use super::trace;
+
 /// The result of something that was begun. Dropping it does not stop the work.
 #[must_use = "what was begun must be waited for"]
 pub struct Pending<T>(Kind<T>);
@@ -43,7 +45,11 @@ impl<T> Pending<T> {
         match self.0 {
             Kind::Ready(result) => result,
             Kind::Coming(receiver) => {
-                receiver.recv().map_err(|_| anyhow!("what was begun was given up before it was done"))?
+                let come = receiver.try_recv().or_else(|_| {
+                    let _span = trace::span(trace::Row::Wait, "wait");
+                    receiver.recv()
+                });
+                come.map_err(|_| anyhow!("what was begun was given up before it was done"))?
             }
         }
     }

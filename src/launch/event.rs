@@ -20,9 +20,9 @@ pub enum Event {
         /// Steps that a run before this one has done (after a resume).
         done_steps: u64,
     },
-    /// An optimizer step is done.
+    /// An optimizer step is done, or was tried.
     Step {
-        /// Counted from 1.
+        /// Steps made.
         step: u64,
         total: u64,
         #[serde(deserialize_with = "number")]
@@ -31,7 +31,7 @@ pub enum Event {
         lr: f64,
         #[serde(deserialize_with = "number")]
         images_per_second: f64,
-        /// The update was left out, on all ranks.
+        /// The update was left out, on all ranks; then `step` has not gone up.
         skipped: bool,
     },
     /// Pictures are being made, by the command that does nothing else or in between steps.

@@ -82,12 +82,22 @@ struct Screen {
     of_pictures: bool,
     begun: Instant,
     done_before: u64,
+    /// Attempts at steps that were skipped.
+    skipped: u64,
     last_plain: Option<Instant>,
 }
 
 impl Screen {
     fn new(output: Output) -> Screen {
-        Screen { output, bar: None, of_pictures: false, begun: Instant::now(), done_before: 0, last_plain: None }
+        Screen {
+            output,
+            bar: None,
+            of_pictures: false,
+            begun: Instant::now(),
+            done_before: 0,
+            skipped: 0,
+            last_plain: None,
+        }
     }
 
     fn show_all(&mut self, receiver: &Receiver<Show>) {
@@ -118,8 +128,9 @@ impl Screen {
     fn event(&mut self, event: Event) {
         match event {
             Event::Start { total_steps, done_steps } => self.start(total_steps, done_steps),
-            Event::Step { step, total, .. } => {
-                let text = describe(&event, self.remaining(step, total));
+            Event::Step { step, total, skipped, .. } => {
+                self.skipped += u64::from(skipped);
+                let text = describe(&event, self.remaining(step, total), self.skipped);
                 match &self.bar {
                     Some(bar) => {
                         bar.set_length(total);
@@ -142,7 +153,7 @@ impl Screen {
     fn start(&mut self, total: u64, done: u64) {
         self.end_bar();
         (self.begun, self.done_before, self.last_plain) = (Instant::now(), done, None);
-        self.of_pictures = false;
+        (self.of_pictures, self.skipped) = (false, 0);
         if self.output.bar {
             let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr());
             // A template that does not parse would only cost its looks.
@@ -195,10 +206,14 @@ impl Screen {
     }
 }
 
-/// A step, in words.
-fn describe(event: &Event, remaining: Duration) -> String {
+/// A step, in words; `skips`: attempts that were skipped so far.
+fn describe(event: &Event, remaining: Duration, skips: u64) -> String {
     let Event::Step { loss, lr, images_per_second, skipped, .. } = event else { return String::new() };
-    let skipped = if *skipped { "  (skipped)" } else { "" };
+    let skipped = match (*skipped, skips) {
+        (true, _) => "  (skipped)".to_string(),
+        (false, 0) => String::new(),
+        (false, skips) => format!("  {skips} skipped"),
+    };
     format!("loss {loss:.4}  lr {lr:.3e}  {images_per_second:.2} images/s  ETA {}{skipped}", span(remaining))
 }
 

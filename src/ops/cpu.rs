@@ -4,6 +4,7 @@ use candle_core::{CpuStorage, Device, Layout, Result, Shape, Storage, StorageRef
 
 use super::vector::Real;
 pub use crate::device::threads::for_parts;
+use crate::device::within_budget;
 
 /// Runs the block with the type `$T` that belongs to the dtype.
 macro_rules! by_dtype {
@@ -27,8 +28,10 @@ macro_rules! by_dtype {
 }
 pub(super) use by_dtype;
 
-/// A contiguous tensor's elements, as a forward is given them.
+/// A contiguous tensor's elements, as a forward is given them. Every op comes by here before it allocates its results, so
+/// the memory's budget is looked at here.
 pub fn elements<'a, T: WithDType>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [T]> {
+    within_budget()?;
     let all = T::cpu_storage_as_slice(storage)?;
     match layout.contiguous_offsets() {
         Some((from, to)) => Ok(&all[from..to]),

@@ -10,6 +10,8 @@ mod embedding;
 mod gemm;
 mod glue;
 mod group_norm;
+#[cfg(test)]
+mod half_tests;
 mod layer_norm;
 mod linear;
 mod pointwise;

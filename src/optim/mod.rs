@@ -1,4 +1,4 @@
-//! Row 3: optimizers over owned shards, and learning-rate schedules. Knows flat ranges, no layers and no ranks.
+//! Row 3: optimizers over owned shards, learning-rate schedules and loss scaling. Knows flat ranges, no layers and no ranks.
 
 mod adamw;
 mod blockwise;
@@ -7,6 +7,7 @@ mod kernel;
 mod kernel8;
 mod lanes;
 mod level;
+mod loss_scale;
 mod lr_schedule;
 mod record;
 mod rounding;
@@ -18,6 +19,7 @@ mod tests;
 mod x86;
 
 pub use adamw::{AdamW, Grads, Moments, Rounded, Weights};
+pub use loss_scale::{LossScale, Overflow, ScalePolicy, ScaleState};
 pub use lr_schedule::{LrKind, LrSchedule};
 pub use record::{CHUNK, Part, RecordLayout, StateKind};
 pub use rounding::StochasticRounding;

@@ -7,9 +7,8 @@ use anyhow::{Context, Result};
 use candle_core::{DType, Tensor};
 
 use crate::comm::Solo;
-use crate::device::Arena;
 use crate::segment::{Keep, SegmentGraph, SlotId, Tape};
-use crate::zero::{ParamStore, Ranks, Stage, WeightSource};
+use crate::zero::{ParamStore, Ranks, Stage, Tiers, WeightSource};
 
 /// A frozen network with its weights.
 pub struct Frozen {
@@ -18,10 +17,10 @@ pub struct Frozen {
 }
 
 impl Frozen {
-    pub fn load(graph: SegmentGraph, dtype: DType, arena: &Arena, weights: &dyn WeightSource) -> Result<Self> {
+    pub fn load(graph: SegmentGraph, dtype: DType, tiers: &Tiers, weights: &dyn WeightSource) -> Result<Self> {
         let ranks = Ranks { comm: Arc::new(Solo), stage: Stage::Replicated, reduce_dtype: DType::F32 };
         let segments = graph.nodes.iter().map(|n| (&n.params, None));
-        let store = ParamStore::load(&ranks, dtype, arena, segments, weights)?;
+        let store = ParamStore::load(&ranks, dtype, tiers, segments, weights)?;
         Ok(Frozen { graph, store })
     }
 
@@ -31,8 +30,9 @@ impl Frozen {
         for (slot, value) in inputs {
             tape.set(slot, value);
         }
+        let mut parameters = self.store.walk(0..self.graph.nodes.len());
         for (i, node) in self.graph.nodes.iter().enumerate() {
-            let _fetched = self.store.fetch(i)?;
+            let _fetched = parameters.fetch()?;
             tape.run(i).with_context(|| format!("running {}", node.name))?;
         }
         Ok(tape.take(output)?)

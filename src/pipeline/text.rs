@@ -6,7 +6,7 @@ use candle_core::{Device, Tensor};
 
 use super::frozen::Frozen;
 use crate::data::Tokens;
-use crate::device::Compute;
+use crate::device::{Compute, trace};
 use crate::model::{Conditioning, TextSlots};
 use crate::segment::SlotId;
 
@@ -58,6 +58,7 @@ fn each_once(numbers: &[usize]) -> (Vec<usize>, Vec<u32>) {
 
 /// The states of these prompts (prompts, tokens, width), in the dtype of the run.
 fn encode(encoder: &Frozen, slots: &TextSlots, prompts: &[&Tokens], compute: &Compute) -> Result<Tensor> {
+    let _span = trace::span(trace::Row::Compute, "text");
     let rows = (0..prompts.len() as u32).collect();
     let inputs = token_slots(slots, prompts, rows, &compute.device)?;
     Ok(encoder.run(inputs, slots.context)?.to_dtype(compute.dtype)?)

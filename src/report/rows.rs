@@ -38,6 +38,8 @@ pub struct Rows {
     file: (u64, u64),
     offset: u64,
     pub steps: Vec<StepRow>,
+    /// Attempts at steps that were skipped.
+    pub skipped: u64,
     /// Whole lines that are no rows.
     pub unreadable: usize,
 }
@@ -73,6 +75,11 @@ impl Rows {
 
     /// A step that comes again takes the place of what was said of it and of later ones.
     fn take(&mut self, row: StepRow) {
+        if row.skipped {
+            // No step was made.
+            self.skipped += 1;
+            return;
+        }
         while self.steps.last().is_some_and(|last| last.step >= row.step) {
             self.steps.pop();
         }
@@ -105,7 +112,7 @@ mod tests {
         fs::write(&path, fs::read_to_string(&path).unwrap() + "ep\":2,\"loss\":2,\"skipped\":true}\nnonsense\n{}\n")
             .unwrap();
         rows.refresh().unwrap();
-        assert!(rows.steps.len() == 2 && rows.steps[1].skipped && rows.unreadable == 2);
+        assert_eq!((rows.steps.len(), rows.skipped, rows.unreadable), (1, 1, 2));
         // A resumed run cuts rows and puts the file in place anew.
         fs::write(dir.path().join("new"), "{\"step\":1,\"loss\":7}\n").unwrap();
         fs::rename(dir.path().join("new"), &path).unwrap();

@@ -95,6 +95,11 @@ impl Run {
         &self.rows.steps
     }
 
+    /// Attempts at steps that were skipped.
+    pub fn skipped(&self) -> u64 {
+        self.rows.skipped
+    }
+
     pub fn last_step(&self) -> u64 {
         self.steps().last().map_or(0, |row| row.step)
     }

@@ -102,7 +102,7 @@ fn facts(run: &Run, span: usize) -> Vec<Fact> {
     let (vram, rss) = (most(|row| row.peak_vram_bytes), most(|row| row.peak_rss_bytes));
     add("GPU memory", "peak", (vram > 0.0).then(|| number::bytes(vram)), None);
     add("Host memory", "peak of rank 0", (rss > 0.0).then(|| number::bytes(rss)), None);
-    let skipped = run.steps().iter().filter(|row| row.skipped).count() as u64;
+    let skipped = run.skipped();
     add("Skipped", "steps, for overflow", (skipped > 0).then(|| number::count(skipped)), None);
     facts
 }

@@ -6,10 +6,11 @@ use candle_core::{DType, Device, Tensor};
 use image::RgbImage;
 
 use super::tiles::{Plane, Tiles};
-use crate::device::{Arena, Compute};
+use crate::device::Compute;
 use crate::model::{self, Component, VaeConfig};
 use crate::pipeline::{Frozen, PipelineWeights};
 use crate::segment::SlotId;
+use crate::zero::Tiers;
 
 /// Whether pictures are decoded in tiles, which takes less memory and changes them a little.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -46,7 +47,7 @@ struct Network {
 impl Network {
     fn load(config: &VaeConfig, weights: &PipelineWeights, dtype: DType) -> Result<Self> {
         let decoder = model::vae_decoder(config);
-        let frozen = Frozen::load(decoder.graph, dtype, &Arena::new("VAE decoder", None), weights)?;
+        let frozen = Frozen::load(decoder.graph, dtype, &Tiers::on_device()?, weights)?;
         Ok(Network { frozen, dtype, latents: decoder.latents, pixels: decoder.pixels })
     }
 

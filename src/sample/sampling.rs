@@ -167,8 +167,9 @@ impl Sampling<'_> {
         tape.set(self.slots.sample, sample);
         tape.set(self.slots.time_features, features.to_dtype(self.compute.dtype)?);
         tape.set(context_slot(&self.slots), call.context.clone());
+        let mut parameters = self.store.walk(text.first_segment()..self.graph.nodes.len());
         for (i, node) in self.graph.nodes.iter().enumerate().skip(text.first_segment()) {
-            let _fetched = self.store.fetch(i)?;
+            let _fetched = parameters.fetch()?;
             tape.run(i).with_context(|| format!("running {}", node.name))?;
         }
         let prediction = tape.take(self.slots.prediction)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
@@ -181,7 +182,8 @@ impl Sampling<'_> {
 
     /// The same collectives in the same order, without pictures.
     fn keep_company(&self, first: usize) -> Result<()> {
-        (first..self.graph.nodes.len()).try_for_each(|i| self.store.fetch(i).map(drop))
+        let mut parameters = self.store.walk(first..self.graph.nodes.len());
+        (first..self.graph.nodes.len()).try_for_each(|_| parameters.fetch().map(drop))
     }
 
     /// (rows, tokens, width): what the batch's pictures do not show if there is guidance, then what they show. None
@@ -221,8 +223,9 @@ impl Sampling<'_> {
             for (slot, value) in prompts.slots(&self.slots.conditioning, &rows, &self.compute.device)? {
                 tape.set(slot, value);
             }
+            let mut parameters = self.store.walk(0..first_segment);
             for (i, node) in self.graph.nodes.iter().enumerate().take(first_segment) {
-                let _fetched = self.store.fetch(i)?;
+                let _fetched = parameters.fetch()?;
                 tape.run(i).with_context(|| format!("running {}", node.name))?;
             }
             let context = tape.take(slots.context)?;
@@ -277,12 +280,12 @@ mod tests {
     use super::*;
     use crate::comm::Solo;
     use crate::data::ClipTokenizer;
-    use crate::device::Arena;
     use crate::diffusion::sampler::SamplerKind;
     use crate::launch::{EventSink, Interrupt, World};
     use crate::model;
     use crate::pipeline::{Configs, Frozen, PipelineWeights};
     use crate::sample::{Noise, Tiling};
+    use crate::zero::Tiers;
     use crate::zero::{Ranks, Stage};
 
     struct Bench {
@@ -318,8 +321,7 @@ mod tests {
 
         fn encoded(&self) -> Prompts {
             let encoder = model::text_encoder(&self.configs.text, false, DType::F32);
-            let arena = Arena::new("text encoder", None);
-            let frozen = Frozen::load(encoder.graph, DType::F32, &arena, &self.weights).unwrap();
+            let frozen = Frozen::load(encoder.graph, DType::F32, &Tiers::on_device().unwrap(), &self.weights).unwrap();
             let width = self.configs.text.hidden_size;
             Prompts::frozen(frozen, encoder.slots, width, self.tokens.clone(), &self.compute).unwrap()
         }
@@ -330,8 +332,8 @@ mod tests {
             let denoiser = model::denoiser(&self.configs.unet, text, in_front, self.compute.dtype);
             let ranks = Ranks { comm: Arc::new(Solo), stage: Stage::Parameters, reduce_dtype: DType::F32 };
             let segments = denoiser.graph.nodes.iter().map(|n| (&n.params, None));
-            let arena = Arena::new("parameter", None);
-            let store = ParamStore::load(&ranks, self.compute.dtype, &arena, segments, &self.weights).unwrap();
+            let tiers = Tiers::on_device().unwrap();
+            let store = ParamStore::load(&ranks, self.compute.dtype, &tiers, segments, &self.weights).unwrap();
             let sampling = Sampling {
                 graph: &denoiser.graph,
                 store: &store,
@@ -355,7 +357,7 @@ mod tests {
             assert_eq!(ending.unwrap(), Ending::Done);
             // Nothing is left of the parameters but this rank's shards.
             assert_eq!(
-                arena.usage().used,
+                tiers.device.parameters.usage().used,
                 (0..store.len()).map(|i| store.padded_len(i)).sum::<usize>() * self.compute.dtype.size_in_bytes()
             );
             made
@@ -397,7 +399,7 @@ mod tests {
         let ranks = Ranks { comm: Arc::new(Solo), stage: Stage::Replicated, reduce_dtype: DType::F32 };
         let segments = denoiser.graph.nodes.iter().map(|n| (&n.params, None));
         let store =
-            ParamStore::load(&ranks, DType::F32, &Arena::new("parameter", None), segments, &bench.weights).unwrap();
+            ParamStore::load(&ranks, DType::F32, &Tiers::on_device().unwrap(), segments, &bench.weights).unwrap();
         let sampling = Sampling {
             graph: &denoiser.graph,
             store: &store,

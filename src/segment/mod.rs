@@ -3,6 +3,7 @@
 mod graph;
 mod pullback;
 mod tape;
+mod value;
 
 pub use graph::{GraphBuilder, Node, Params, Segment, SegmentGraph, SlotId};
 pub use tape::{Keep, Tape};

@@ -4,17 +4,29 @@ use candle_core::{Result, Tensor, Var, bail};
 
 use super::graph::{SegmentGraph, SlotId};
 use super::pullback::{carries_gradient, leaf, pullback};
+use super::value::Value;
+use crate::device::Arena;
+use crate::device::trace::{Row, span};
 use crate::ops;
 
 /// What a segment leaves behind on the way forward.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub enum Keep {
     /// Nothing: there is no way back (frozen networks, sampling).
     Nothing,
     /// Its inputs; the segment runs again on the way back (recompute).
     Inputs,
+    /// As `Inputs`; those that no later segment reads on the way forward wait on the host.
+    Host,
     /// Its graph; nothing runs twice.
     Graph,
+}
+
+impl Keep {
+    /// Whether the segment runs again on the way back.
+    pub fn recomputes(self) -> bool {
+        matches!(self, Keep::Inputs | Keep::Host)
+    }
 }
 
 /// A segment's graph, kept for the way back.
@@ -27,7 +39,9 @@ struct Kept {
 pub struct Tape<'g> {
     graph: &'g SegmentGraph,
     keep: Vec<Keep>,
-    values: Vec<Option<Tensor>>,
+    values: Vec<Option<Value>>,
+    /// The host's memory for activations.
+    host: Arena,
     grads: Vec<Option<Tensor>>,
     kept: Vec<Option<Kept>>,
     /// Slots that a segment writes; gradients of the others are nobody's concern.
@@ -38,11 +52,11 @@ pub struct Tape<'g> {
 
 impl<'g> Tape<'g> {
     pub fn new(graph: &'g SegmentGraph, keep: Keep) -> Self {
-        Self::with_choice(graph, vec![keep; graph.nodes.len()])
+        Self::with_choice(graph, vec![keep; graph.nodes.len()], Arena::new("host activation", None))
     }
 
-    /// `keep[i]` says what segment i leaves behind.
-    pub fn with_choice(graph: &'g SegmentGraph, keep: Vec<Keep>) -> Self {
+    /// `keep[i]` says what segment i leaves behind; what it leaves on the host is charged to `host`.
+    pub fn with_choice(graph: &'g SegmentGraph, keep: Vec<Keep>, host: Arena) -> Self {
         assert_eq!(keep.len(), graph.nodes.len());
         let slots = graph.slot_names.len();
         let mut written = vec![false; slots];
@@ -55,12 +69,13 @@ impl<'g> Tape<'g> {
             }
         }
         let kept = graph.nodes.iter().map(|_| None).collect();
-        Tape { graph, keep, values: vec![None; slots], grads: vec![None; slots], kept, written, readers }
+        let values = (0..slots).map(|_| None).collect();
+        Tape { graph, keep, values, host, grads: vec![None; slots], kept, written, readers }
     }
 
     /// Fills an input slot.
     pub fn set(&mut self, slot: SlotId, value: Tensor) {
-        self.values[slot] = Some(value.detach());
+        self.values[slot] = Some(Value::Device(value.detach()));
     }
 
     /// Runs segment `i` forward. Its parameters must be fetched.
@@ -78,38 +93,49 @@ impl<'g> Tape<'g> {
             node.forward(&inputs)?
         };
         for (&slot, output) in node.outputs.iter().zip(outputs) {
-            self.values[slot] = Some(output);
+            self.values[slot] = Some(Value::Device(output));
         }
-        self.drop_read_out(i);
-        Ok(())
+        self.drop_read_out(i)
     }
 
-    /// After its last reader ran, a slot that nobody recomputes from is dropped.
-    fn drop_read_out(&mut self, i: usize) {
+    /// After its last reader ran, a slot that nobody recomputes from is dropped, and one that waits on the host moves.
+    fn drop_read_out(&mut self, i: usize) -> Result<()> {
         let node = &self.graph.nodes[i];
         for &slot in &node.inputs {
             let Some((first, last)) = self.readers[slot] else { continue };
             let needed_again =
-                (first..=last).any(|r| self.keep[r] == Keep::Inputs && self.graph.nodes[r].inputs.contains(&slot));
+                (first..=last).any(|r| self.keep[r].recomputes() && self.graph.nodes[r].inputs.contains(&slot));
             if last == i && !needed_again {
                 self.values[slot] = None;
+            } else if last == i && self.keep[i] == Keep::Host {
+                let value = self.values[slot].take();
+                self.values[slot] = value.map(|value| value.move_to_host(&self.host, &node.name)).transpose()?;
             }
         }
+        Ok(())
     }
 
     fn inputs(&self, i: usize) -> Result<Vec<Tensor>> {
         let node = &self.graph.nodes[i];
         let value = |&slot: &SlotId| match &self.values[slot] {
-            Some(value) => Ok(value.clone()),
+            Some(value) => value.tensor(),
             None => bail!("{}: slot {} is empty", node.name, self.graph.slot_names[slot]),
         };
         node.inputs.iter().map(value).collect()
     }
 
+    /// What is in a slot: an output, until its last reader has run.
+    pub fn value(&self, slot: SlotId) -> Option<&Tensor> {
+        match self.values[slot].as_ref()? {
+            Value::Device(tensor) => Some(tensor),
+            Value::Host { .. } => None,
+        }
+    }
+
     /// Takes a result out of its slot.
     pub fn take(&mut self, slot: SlotId) -> Result<Tensor> {
         match self.values[slot].take() {
-            Some(value) => Ok(value),
+            Some(value) => value.tensor(),
             None => bail!("slot {} is empty", self.graph.slot_names[slot]),
         }
     }
@@ -126,7 +152,7 @@ impl<'g> Tape<'g> {
         let dys: Vec<_> = node.outputs.iter().map(|&slot| self.grads[slot].take()).collect();
         let Kept { inputs, outputs } = match (self.keep[i], self.kept[i].take()) {
             (_, Some(kept)) => kept,
-            (Keep::Inputs, None) => self.recompute(i)?,
+            (keep, None) if keep.recomputes() => self.recompute(i)?,
             _ => bail!("{}: nothing was kept for the way back", node.name),
         };
         let grads = pullback(&outputs, &dys, &inputs)?;
@@ -149,7 +175,14 @@ impl<'g> Tape<'g> {
         Ok(())
     }
 
-    fn recompute(&self, i: usize) -> Result<Kept> {
+    fn recompute(&mut self, i: usize) -> Result<Kept> {
+        let _span = span(Row::Compute, || format!("recompute {}", self.graph.nodes[i].name));
+        for &slot in &self.graph.nodes[i].inputs {
+            // Back on the device, for this segment and those before it.
+            if let Some(value @ Value::Host { .. }) = &self.values[slot] {
+                self.values[slot] = Some(Value::Device(value.tensor()?));
+            }
+        }
         let inputs = self.inputs(i)?.iter().map(leaf).collect::<Result<Vec<_>>>()?;
         let tracked: Vec<Tensor> = inputs.iter().map(|v| v.as_tensor().clone()).collect();
         let outputs = self.graph.nodes[i].forward(&tracked)?;

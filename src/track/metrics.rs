@@ -40,7 +40,20 @@ pub struct StepRow {
     pub peak_vram_bytes: u64,
     /// Of rank 0's process.
     pub peak_rss_bytes: u64,
+    /// The update was left out: something overflowed in fp16. The row of the step's next attempt follows.
     pub skipped: bool,
+    /// By which the gradients were multiplied on their way, under fp16.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub loss_scale: Option<f64>,
+}
+
+/// How far a run has come whose rows are kept.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Kept {
+    /// Optimizer steps made.
+    pub step: u64,
+    /// Micro-batches run, those of skipped steps among them.
+    pub micro_step: u64,
 }
 
 /// The open file; nothing on ranks other than 0.
@@ -55,14 +68,14 @@ impl Metrics {
         Metrics { path: PathBuf::new(), file: None }
     }
 
-    /// Opens `metrics.jsonl` in `dir` at `step`: rows past it (of a run that went on after the checkpoint it resumes
+    /// Opens `metrics.jsonl` in `dir`: rows past what is `kept` (of a run that went on after the checkpoint it resumes
     /// from) are cut, as is a torn last line.
-    pub fn open(dir: &Path, step: u64, writes: bool) -> Result<Self> {
+    pub fn open(dir: &Path, kept: Kept, writes: bool) -> Result<Self> {
         let path = dir.join("metrics.jsonl");
         if !writes {
             return Ok(Metrics { path, file: None });
         }
-        let kept = if step > 0 && path.exists() { rows_until(&path, step)? } else { Vec::new() };
+        let kept = if kept.micro_step > 0 && path.exists() { rows_until(&path, kept)? } else { Vec::new() };
         let aside = dir.join(".metrics.jsonl");
         let opening = || format!("writing {}", path.display());
         std::fs::write(&aside, kept.concat()).with_context(opening)?;
@@ -79,15 +92,21 @@ impl Metrics {
     }
 }
 
-fn rows_until(path: &Path, step: u64) -> Result<Vec<String>> {
+fn rows_until(path: &Path, until: Kept) -> Result<Vec<String>> {
     let file = File::open(path).with_context(|| format!("reading {}", path.display()))?;
     let mut kept = Vec::new();
     for line in BufReader::new(file).lines() {
         let line = line.with_context(|| format!("reading {}", path.display()))?;
         let Ok(row) = serde_json::from_str::<Value>(&line) else { break };
-        if row["step"].as_u64().is_some_and(|s| s <= step) {
-            kept.push(line + "\n");
+        let past = match row["micro_step"].as_u64() {
+            Some(micro_step) => micro_step >= until.micro_step,
+            // A skipped step has the number of the one that is still to be made.
+            None => row["skipped"] != true && row["step"].as_u64().is_none_or(|step| step > until.step),
+        };
+        if past {
+            break;
         }
+        kept.push(line + "\n");
     }
     Ok(kept)
 }
@@ -101,11 +120,27 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("metrics.jsonl");
         std::fs::write(&path, "{\"micro_step\":0,\"step\":1}\n{\"step\":1}\n{\"step\":2}\n{\"step\":3,\"lo").unwrap();
-        let mut metrics = Metrics::open(dir.path(), 1, true).unwrap();
+        let mut metrics = Metrics::open(dir.path(), Kept { step: 1, micro_step: 1 }, true).unwrap();
         metrics.write(&serde_json::json!({ "step": 2 })).unwrap();
         let text = std::fs::read_to_string(&path).unwrap();
         assert_eq!(text, "{\"micro_step\":0,\"step\":1}\n{\"step\":1}\n{\"step\":2}\n");
-        Metrics::open(dir.path(), 0, true).unwrap();
+        Metrics::open(dir.path(), Kept::default(), true).unwrap();
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "");
+    }
+
+    #[test]
+    fn a_skipped_step_belongs_to_the_time_before_the_checkpoint_or_after() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("metrics.jsonl");
+        let micro = |n: u64, step: u64| format!("{{\"micro_step\":{n},\"step\":{step}}}\n");
+        let skipped = "{\"step\":2,\"skipped\":true}\n";
+        let done = |step: u64| format!("{{\"step\":{step},\"skipped\":false}}\n");
+        let rows =
+            [micro(0, 1), done(1), micro(1, 2), skipped.into(), micro(2, 2), skipped.into(), micro(3, 2), done(2)];
+        for (kept, count) in [((1, 1), 2), ((1, 2), 4), ((1, 3), 6), ((2, 4), 8), ((0, 0), 0)] {
+            std::fs::write(&path, rows.concat()).unwrap();
+            Metrics::open(dir.path(), Kept { step: kept.0, micro_step: kept.1 }, true).unwrap();
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), rows[..count].concat(), "{kept:?}");
+        }
     }
 }

@@ -3,6 +3,7 @@
 
 mod messages;
 mod metrics;
+mod profile;
 #[cfg(test)]
 mod reader;
 mod tensorboard;
@@ -11,7 +12,8 @@ use std::path::Path;
 
 use anyhow::Result;
 
-pub use metrics::{MicroRow, StepRow};
+pub use metrics::{Kept, MicroRow, StepRow};
+pub use profile::Profiler;
 
 use metrics::Metrics;
 use tensorboard::EventFile;
@@ -51,10 +53,11 @@ impl Trackers {
         Trackers { metrics: Metrics::closed(), tensorboard: None, step: 0 }
     }
 
-    /// Opens what `trackers` names in the output folder `dir`. What is there of steps past `step`, of a run that went on
-    /// after the checkpoint this one resumes from, is cut or marked as void; at step 0 that is all of it.
-    pub fn open(dir: &Path, trackers: &[Tracker], step: u64, writes: bool) -> Result<Self> {
-        let metrics = Metrics::open(dir, step, writes)?;
+    /// Opens what `trackers` names in the output folder `dir`. What is there beyond what is `kept`, of a run that went on
+    /// after the checkpoint this one resumes from, is cut or marked as void; where nothing is kept that is all of it.
+    pub fn open(dir: &Path, trackers: &[Tracker], kept: Kept, writes: bool) -> Result<Self> {
+        let metrics = Metrics::open(dir, kept, writes)?;
+        let step = kept.step;
         let logs = dir.join("logs");
         if writes && step == 0 {
             tensorboard::remove_old(&logs)?;
@@ -80,6 +83,10 @@ impl Trackers {
     /// An optimizer step is done.
     pub fn step(&mut self, row: &StepRow) -> Result<()> {
         self.metrics.write(row)?;
+        if row.skipped {
+            // Another attempt at the same step follows, and TensorBoard shows a step once.
+            return Ok(());
+        }
         let mut values = vec![
             ("loss", row.loss),
             ("lr", row.lr),
@@ -87,6 +94,9 @@ impl Trackers {
             ("images_per_second", row.images_per_second),
             ("peak_rss_bytes", row.peak_rss_bytes as f64),
         ];
+        if let Some(scale) = row.loss_scale {
+            values.push(("loss_scale", scale));
+        }
         if row.peak_vram_bytes > 0 {
             values.push(("peak_vram_bytes", row.peak_vram_bytes as f64));
         }

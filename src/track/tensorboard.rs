@@ -139,7 +139,7 @@ fn masked_crc(bytes: &[u8]) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::super::reader::{Read, events};
-    use super::super::{StepRow, Tracker, Trackers};
+    use super::super::{Kept, StepRow, Tracker, Trackers};
     use super::*;
 
     fn row(step: u64) -> StepRow {
@@ -153,6 +153,7 @@ mod tests {
             peak_vram_bytes: 0,
             peak_rss_bytes: 1 << 30,
             skipped: false,
+            loss_scale: None,
         }
     }
 
@@ -164,7 +165,8 @@ mod tests {
     }
 
     fn open(dir: &Path, step: u64) -> Trackers {
-        Trackers::open(dir, &[Tracker::Jsonl, Tracker::TensorBoard], step, true).unwrap()
+        let kept = Kept { step, micro_step: step };
+        Trackers::open(dir, &[Tracker::Jsonl, Tracker::TensorBoard], kept, true).unwrap()
     }
 
     #[test]
@@ -223,9 +225,9 @@ mod tests {
         open(dir.path(), 0).step(&row(1)).unwrap();
         let foreign = dir.path().join("logs/events.out.tfevents.1700000000.host.7.0");
         fs::write(&foreign, "x").unwrap();
-        Trackers::open(dir.path(), &[Tracker::TensorBoard], 0, false).unwrap().step(&row(1)).unwrap();
+        Trackers::open(dir.path(), &[Tracker::TensorBoard], Kept::default(), false).unwrap().step(&row(1)).unwrap();
         assert_eq!(files(dir.path()).len(), 2);
-        Trackers::open(dir.path(), &[], 0, true).unwrap().step(&row(1)).unwrap();
+        Trackers::open(dir.path(), &[], Kept::default(), true).unwrap().step(&row(1)).unwrap();
         assert_eq!(files(dir.path()), [foreign]);
     }
 

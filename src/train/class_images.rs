@@ -19,13 +19,12 @@ use super::setup;
 use crate::comm::{Communicator, CommunicatorExt, SliceMut};
 use crate::config::{PriorPlan, RunPlan};
 use crate::data::{self, ClipTokenizer};
-use crate::device::Arena;
 use crate::diffusion::sampler::SamplerConfig;
 use crate::launch::{Event, Rank};
 use crate::model;
 use crate::pipeline::{Configs, Frozen, PipelineWeights, Prompts};
 use crate::sample::{Decoder, Ending, Noise, Picture, Request, Sampling, Settings, Tiling};
-use crate::zero::{ParamStore, Ranks, Stage};
+use crate::zero::{ParamStore, Ranks, Stage, Tiers};
 
 /// Of the JPEG files: what they lose is below what the VAE does.
 const QUALITY: u8 = 95;
@@ -103,17 +102,18 @@ fn make(plan: &RunPlan, prior: &PriorPlan, missing: &[u64], model_dir: &Path, ra
         let tokenizer = ClipTokenizer::open(&model_dir.join("tokenizer"), None)?;
         let tokens = vec![tokenizer.encode(&prior.class_prompt)?, tokenizer.encode("")?];
         let encoder = model::text_encoder(&configs.text, false, DType::F32);
-        let frozen = Frozen::load(encoder.graph, DType::F32, &Arena::new("text encoder", None), &weights)?;
+        let frozen = Frozen::load(encoder.graph, DType::F32, &Tiers::on_device()?, &weights)?;
         Prompts::encode(&frozen, &encoder.slots, &tokens, &compute)?
     };
     let denoiser = model::denoiser(&configs.unet, None, false, compute.dtype);
     let ranks = Ranks {
         comm: rank.communicator.clone(),
-        stage: Stage::from_number(plan.zero.stage).unwrap_or(Stage::Replicated),
+        stage: Stage::from_number(plan.zero.stage_or_usual(rank.communicator.world_size()))
+            .unwrap_or(Stage::Replicated),
         reduce_dtype: DType::F32,
     };
     let segments = denoiser.graph.nodes.iter().map(|n| (&n.params, None));
-    let store = ParamStore::load(&ranks, compute.dtype, &Arena::new("parameter", None), segments, &weights)?;
+    let store = ParamStore::load(&ranks, compute.dtype, &Tiers::on_device()?, segments, &weights)?;
     let mut decoder = Decoder::load(&configs.vae, &weights, &compute, Tiling::Auto)?;
     let kind = match prior.sampler {
         Some(kind) => kind,

@@ -122,9 +122,11 @@ fn finish(writers: Writers, export: &Export, aside: &Path) -> Result<()> {
     fs::remove_dir(aside).with_context(|| format!("removing {}", aside.display()))
 }
 
-/// Writes the reduced gradients as fp32 safetensors, by their names in the model's own files; a collective.
+/// Writes the reduced gradients, divided by `scale`, as fp32 safetensors, by their names in the model's own files; a
+/// collective.
 pub fn save_gradients(
     network: &Network,
+    scale: f64,
     weights: &PipelineWeights,
     comm: &dyn Communicator,
     path: &Path,
@@ -132,10 +134,11 @@ pub fn save_gradients(
     let mut header = Map::new();
     let mut data: Vec<u8> = Vec::new();
     for i in 0..network.store.len() {
-        let Some(whole) = network.reducer.whole(i)? else { continue };
+        let Some(mut whole) = network.reducer.whole(i)? else { continue };
         if comm.rank() > 0 {
             continue;
         }
+        whole.iter_mut().for_each(|x| *x = (f64::from(*x) / scale) as f32);
         for entry in &network.store.layout(i).entries {
             let component = Component::of(&entry.name).context("a trained tensor of no component")?;
             let own = weights.component(component).name_in_file(&entry.name).unwrap_or(&entry.name);

@@ -1,13 +1,16 @@
 //! Row 4: training. Start with `step.rs`.
 
+pub mod arrange;
 mod class_images;
 mod export;
 mod items;
 pub mod network;
+pub mod optimizer;
 mod prompts;
 mod rows;
 mod run;
 mod samples;
+mod scaling;
 mod scores;
 mod setup;
 pub mod step;

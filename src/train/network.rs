@@ -1,66 +1,54 @@
-//! A network in training: its segments, where their states are, and the memory these take.
+//! A network in training: its segments, and where their states are.
 
 use anyhow::Result;
 use candle_core::DType;
 
-use crate::device::{Arena, Usage};
-use crate::optim::Moments;
+use super::optimizer::Optimizer;
+use crate::optim::StateKind;
 use crate::segment::{Keep, SegmentGraph};
-use crate::zero::{GradReducer, ParamStore, Ranks, WeightSource};
+use crate::zero::{GradReducer, ParamStore, Ranks, Tiers, WeightSource};
 
 /// Its segments, where their parameters and gradients are, and the optimizer's state.
 pub struct Network {
     pub graph: SegmentGraph,
     pub store: ParamStore,
     pub reducer: GradReducer,
-    /// One for each segment that trains.
-    pub moments: Vec<Option<Moments>>,
+    pub optimizer: Optimizer,
     /// What each segment leaves behind on the way forward: its inputs (recompute) or its graph.
-    pub keep: Keep,
-    pub memory: Memory,
+    pub keep: Vec<Keep>,
 }
 
-/// The arenas of the three states that ZeRO partitions. What a stage's collectives hold for a moment is charged to the
-/// arena of what they carry.
-#[derive(Clone, Debug)]
-pub struct Memory {
-    pub parameters: Arena,
-    pub gradients: Arena,
-    pub optimizer: Arena,
+/// How a network is shared, stored and updated.
+#[derive(Clone)]
+pub struct Build {
+    pub ranks: Ranks,
+    /// What ops compute in.
+    pub dtype: DType,
+    /// For each segment.
+    pub keep: Vec<Keep>,
+    pub tiers: Tiers,
+    pub state: StateKind,
+    /// Of stochastic rounding.
+    pub seed: u64,
 }
 
-impl Memory {
-    pub fn unlimited() -> Self {
-        let [parameters, gradients, optimizer] =
-            ["parameter", "gradient", "optimizer"].map(|name| Arena::new(name, None));
-        Memory { parameters, gradients, optimizer }
-    }
-
-    /// Bytes now and at most: of parameters, gradients, optimizer state.
-    pub fn usage(&self) -> [Usage; 3] {
-        [&self.parameters, &self.gradients, &self.optimizer].map(Arena::usage)
+impl Build {
+    /// Everything on the device, without limits, 32-bit state.
+    pub fn on_device(ranks: &Ranks, dtype: DType, keep: Keep, graph: &SegmentGraph) -> Result<Self> {
+        let keep = vec![keep; graph.nodes.len()];
+        Ok(Build { ranks: ranks.clone(), dtype, keep, tiers: Tiers::on_device()?, state: StateKind::F32, seed: 0 })
     }
 }
 
 impl Network {
     /// Allocates what this rank keeps of every segment and reads its parameters; moments begin at zero.
-    pub fn load(
-        graph: SegmentGraph,
-        ranks: &Ranks,
-        dtype: DType,
-        keep: Keep,
-        memory: Memory,
-        source: &dyn WeightSource,
-    ) -> Result<Self> {
+    pub fn load(graph: SegmentGraph, build: Build, source: &dyn WeightSource) -> Result<Self> {
+        let Build { ranks, dtype, keep, tiers, state, seed } = build;
         let slots = graph.nodes.iter().map(|n| (&n.params, n.grads.as_ref()));
-        let store = ParamStore::load(ranks, dtype, &memory.parameters, slots, source)?;
+        let store = ParamStore::load(&ranks, dtype, &tiers, slots, source)?;
         let grads = graph.nodes.iter().map(|n| n.grads.as_ref());
-        let reducer = GradReducer::new(ranks, &memory.gradients, &store, grads)?;
-        let moments = |i| match store.trains(i) {
-            true => Moments::zeroed(&memory.optimizer, store.optimizer_range(i).len(), store.name(i)).map(Some),
-            false => Ok(None),
-        };
-        let moments = (0..store.len()).map(moments).collect::<Result<_>>()?;
-        Ok(Network { graph, store, reducer, moments, keep, memory })
+        let reducer = GradReducer::new(&ranks, &tiers, &store, grads)?;
+        let optimizer = Optimizer::new(&tiers, &store, &reducer, state, seed)?;
+        Ok(Network { graph, store, reducer, optimizer, keep })
     }
 }

@@ -10,10 +10,11 @@ use candle_core::DType;
 use super::validation::Validation;
 use crate::config::RunPlan;
 use crate::data::{ClipTokenizer, Tokens};
-use crate::device::{Arena, Compute};
+use crate::device::Compute;
 use crate::diffusion::Row;
 use crate::model::{self, Component};
 use crate::pipeline::{Configs, Frozen, PipelineWeights, Prompts};
+use crate::zero::Tiers;
 
 /// All that a run says to the text encoder.
 pub struct Texts {
@@ -31,7 +32,7 @@ impl Texts {
         model_dir: &Path,
         configs: &Configs,
         weights: &PipelineWeights,
-        arena: &Arena,
+        tiers: &Tiers,
         compute: &Compute,
     ) -> Result<Self> {
         let (texts, numbers) = PromptNumbers::list(plan, captions);
@@ -48,7 +49,7 @@ impl Texts {
         // In fp32: a frozen encoder gives the same states every time, and they are computed once.
         let encoder = model::text_encoder(&configs.text, plan.data.text_encoder_use_attention_mask, DType::F32);
         weights.component(Component::TextEncoder).check(&model::wanted(&encoder.graph, Component::TextEncoder))?;
-        let frozen = Frozen::load(encoder.graph, DType::F32, arena, weights)?;
+        let frozen = Frozen::load(encoder.graph, DType::F32, tiers, weights)?;
         let of_validation = match shown {
             Some(tokens) => Some(Prompts::encode(&frozen, &encoder.slots, &tokens, compute)?),
             None => None,

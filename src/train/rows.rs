@@ -12,6 +12,7 @@ use super::step::listed;
 
 use crate::config::ReplayPixels;
 use crate::data::{Crop, Dataset};
+use crate::device::trace;
 use crate::diffusion::{
     Draws, MicroRecord, NoiseSchedule, Purpose, Record, Row, RowShape, VelocityWeight, add_offset_noise,
     noisy_and_target, row_weights, sample_latent,
@@ -217,7 +218,9 @@ impl RowMaker {
                 Crop::Drawn { top, left, flip: self.draws.flip(kind, item.running) }
             }
         };
+        let preparing = trace::span(trace::Row::Compute, "pictures");
         let mut image = self.dataset.prepare(kind, item.index, crop)?.pixels;
+        drop(preparing);
         if let Some((record, row)) = draws.recorded
             && let Some(recorded) = &record.pixel_values
         {
@@ -228,6 +231,7 @@ impl RowMaker {
             }
         }
         let side = self.settings.resolution;
+        let _span = trace::span(trace::Row::Compute, "latents");
         let input = Tensor::from_vec(image, (1, 3, side, side), &self.vae.device)?;
         let output = self.vae.network.run(vec![(self.vae.pixels, input)], self.vae.moments)?;
         let moments = output.flatten_all()?.to_vec1::<f32>()?;

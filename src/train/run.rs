@@ -1,6 +1,7 @@
 //! A rank's whole run: set up, train, leave the trained pipeline behind.
 
 use std::fs;
+use std::num::NonZeroU32;
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -14,14 +15,16 @@ use crate::comm::CommunicatorExt;
 use crate::config::RunPlan;
 use crate::launch::{Event, Rank};
 use crate::sample;
+use crate::track::Profiler;
 
 /// Trains as `plan` says, from the model in `model_dir`. A collective, like everything in it. Nothing is written before
-/// all that can be refused was looked at.
-pub fn run(plan: &RunPlan, model_dir: &Path, rank: &Rank) -> Result<Ending> {
+/// all that can be refused was looked at. `profile`: steps to record, for `profile.json`.
+pub fn run(plan: &RunPlan, model_dir: &Path, rank: &Rank, profile: Option<NonZeroU32>) -> Result<Ending> {
     if class_images::complete(plan, model_dir, rank)? == sample::Ending::Interrupted {
         return Ok(Ending::Interrupted);
     }
     let mut trainer = setup::build(plan, model_dir, rank)?;
+    trainer.profiler = Profiler::new(profile);
     trainer.comm.agree(prepare_output(&trainer))?;
     let begun = trainer.begin();
     trainer.comm.agree(begun)?;

@@ -7,35 +7,36 @@ use std::sync::Arc;
 use anyhow::Result;
 use candle_core::{DType, Device};
 
+use super::arrange::{self, Formats};
 use super::items::Sampler;
-use super::network::{Memory, Network};
+use super::network::{Build, Network};
 use super::prompts::Texts;
 use super::rows::{RowMaker, RowSettings, Vae};
 use super::trainer::Trainer;
 use super::validation::Validation;
 use crate::Refusal;
 use crate::checkpoint::{self, Checkpoint, Position, SegmentRecord};
-use crate::comm::{Communicator, SliceMut};
+use crate::comm::{Communicator, CommunicatorExt, SliceMut, Traced};
 use crate::config::{DeviceKind, LrKind as PlannedKind, MixedPrecision, ReduceDtype, Resume, RunPlan, Steps, Toggle};
 use crate::data::Dataset;
-use crate::device::{Arena, Compute};
+use crate::device::{Compute, Memory};
 use crate::diffusion::sampler::SamplerConfig;
 use crate::diffusion::{Draws, NoiseSchedule, Record};
 use crate::launch::{Event, Rank};
 use crate::model::{self, Component, Denoiser, VaeConfig};
-use crate::optim::{LrKind, LrSchedule};
+use crate::optim::{LossScale, LrKind, LrSchedule};
 use crate::pipeline::{Configs, Frozen, PipelineWeights, Prompts};
 use crate::sample::Settings;
 use crate::segment::Keep;
-use crate::track::Trackers;
-use crate::zero::{Ranks, Stage};
+use crate::track::{Profiler, Trackers};
+use crate::zero::{Placement, Ranks, Stage, Tiers};
 
 /// A network with fewer parameters keeps its graphs under `recompute = "auto"`: they fit wherever its states do.
 const RECOMPUTE_FROM: usize = 100_000_000;
 
 /// Builds a trainer that stands where the run begins or resumes. Collective.
 pub fn build<'a>(plan: &'a RunPlan, model_dir: &Path, rank: &'a Rank) -> Result<Trainer<'a>> {
-    let comm = rank.communicator.clone();
+    let comm: Arc<dyn Communicator> = Arc::new(Traced::new(rank.communicator.clone()));
     let resumed = match resume_folder(plan)? {
         Some(folder) => Some(Checkpoint::open(&folder)?),
         None => None,
@@ -45,12 +46,13 @@ pub fn build<'a>(plan: &'a RunPlan, model_dir: &Path, rank: &'a Rank) -> Result<
     let weights = PipelineWeights::open(model_dir, plan.model.variant.as_deref().unwrap_or(""))?;
     let dataset = Dataset::open(&plan.dataset_options(false))?;
     let schedule = NoiseSchedule::from_json(&model_dir.join("scheduler").join("scheduler_config.json"))?;
-    let arena = Arena::new("frozen network", None);
+    let memory = memory(plan, rank);
+    let frozen = Tiers::within(memory.clone(), Placement::DEVICE, None, None)?;
     let compute = compute(plan)?;
 
-    let (network, slots) = network(plan, &configs, &weights, resumed.as_ref(), &comm, compute.dtype)?;
+    let (network, slots) = network(plan, &configs, &weights, resumed.as_ref(), &comm, compute.dtype, seed, &memory)?;
     let Texts { prompts, numbers, of_validation } =
-        Texts::read(plan, dataset.captions(), model_dir, &configs, &weights, &arena, &compute)?;
+        Texts::read(plan, dataset.captions(), model_dir, &configs, &weights, &frozen, &compute)?;
     let validation = validation(plan, model_dir, &configs, of_validation, seed)?;
     let batch_items = plan.train.batch_size.saturating_mul(comm.world_size()) as u64;
     let epoch_items = dataset.len() as u64;
@@ -70,8 +72,10 @@ pub fn build<'a>(plan: &'a RunPlan, model_dir: &Path, rank: &'a Rank) -> Result<
     }
     let draws = Draws::new(seed);
     say_where_it_begins(plan, resumed.as_ref(), seed, total_steps, rank);
+    let kept_scale = resumed.as_ref().and_then(|c| c.manifest.loss_scale);
+    let scaling = plan.train.loss_scale.map(|policy| LossScale::new(policy, kept_scale));
     let rows = RowMaker {
-        vae: vae(&configs.vae, &weights, &arena, &compute)?,
+        vae: vae(&configs.vae, &weights, &frozen, &compute)?,
         dataset,
         schedule,
         draws,
@@ -100,9 +104,11 @@ pub fn build<'a>(plan: &'a RunPlan, model_dir: &Path, rank: &'a Rank) -> Result<
         rows,
         sampler: Sampler::new(draws, epoch_items, batch_items),
         trackers: Trackers::closed(),
+        profiler: Profiler::default(),
         position,
         total_steps,
         schedule: lr_schedule(plan, total_steps),
+        scaling,
         seed,
         comm,
     })
@@ -117,8 +123,15 @@ pub(super) fn compute(plan: &RunPlan) -> Result<Compute> {
     let dtype = match plan.train.mixed_precision {
         MixedPrecision::No => DType::F32,
         MixedPrecision::Bf16 => DType::BF16,
+        MixedPrecision::Fp16 => DType::F16,
     };
     Ok(Compute { device, dtype })
+}
+
+/// The rank's memory with its budgets: all ranks of a machine share `memory.ram`.
+fn memory(plan: &RunPlan, rank: &Rank) -> Memory {
+    let bytes = |budget: Option<u64>, share: usize| budget.map(|bytes| bytes as usize / share);
+    Memory::new(bytes(plan.memory.vram, 1), bytes(plan.memory.ram, rank.world.local_world_size))
 }
 
 /// Which components train.
@@ -168,6 +181,8 @@ fn network(
     resumed: Option<&Checkpoint>,
     comm: &Arc<dyn Communicator>,
     dtype: DType,
+    seed: u64,
+    memory: &Memory,
 ) -> Result<(Network, model::DenoiserSlots)> {
     let Denoiser { graph, slots } = trained_graph(plan, configs, dtype);
     for &component in trained(plan) {
@@ -176,7 +191,8 @@ fn network(
     }
     let ranks = Ranks {
         comm: comm.clone(),
-        stage: Stage::from_number(plan.zero.stage).ok_or_else(|| Refusal::error("zero.stage is 0, 1, 2 or 3"))?,
+        stage: Stage::from_number(plan.zero.stage_or_usual(comm.world_size()))
+            .ok_or_else(|| Refusal::error("zero.stage is 0, 1, 2 or 3"))?,
         reduce_dtype: match plan.zero.reduce_dtype {
             ReduceDtype::F32 => DType::F32,
             ReduceDtype::Bf16 => DType::BF16,
@@ -196,24 +212,30 @@ fn network(
         Toggle::Off => false,
         Toggle::Auto => graph.parameters() >= RECOMPUTE_FROM,
     };
-    let keep = if recompute { Keep::Inputs } else { Keep::Graph };
-    let mut network = Network::load(graph, &ranks, dtype, keep, Memory::unlimited(), source)?;
+    let keep = vec![if recompute { Keep::Inputs } else { Keep::Graph }; graph.nodes.len()];
+    let placement = plan.zero.placement();
+    let formats = Formats::of(plan, dtype);
+    let tiers = arrange::tiers(&graph, &ranks, placement, formats, memory, plan.zero.nvme_dir.as_deref());
+    let tiers = Tiers { prefetch: plan.zero.prefetch, ..ranks.comm.agree(tiers)? };
+    let build = Build { ranks, dtype, keep, tiers, state: formats.state, seed };
+    let network = Network::load(graph, build, source)?;
     if let Some(checkpoint) = resumed {
-        for (i, moments) in network.moments.iter_mut().enumerate() {
-            if let Some(moments) = moments {
-                checkpoint.read_moments(&network.store, i, moments)?;
+        for i in 0..network.store.len() {
+            for record in network.optimizer.records(i) {
+                let layout = *record.layout();
+                record.write(|bytes| checkpoint.read_state(network.store.name(i), &layout, bytes))??;
             }
         }
     }
     Ok((network, slots))
 }
 
-fn vae(config: &VaeConfig, weights: &PipelineWeights, arena: &Arena, compute: &Compute) -> Result<Vae> {
+fn vae(config: &VaeConfig, weights: &PipelineWeights, tiers: &Tiers, compute: &Compute) -> Result<Vae> {
     let encoder = model::vae_encoder(config);
     weights.component(Component::Vae).check(&model::wanted(&encoder.graph, Component::Vae))?;
     Ok(Vae {
         // fp32 in every precision: some published VAEs overflow in fp16, and it runs without a way back.
-        network: Frozen::load(encoder.graph, DType::F32, arena, weights)?,
+        network: Frozen::load(encoder.graph, DType::F32, tiers, weights)?,
         pixels: encoder.pixels,
         moments: encoder.moments,
         device: compute.device.clone(),

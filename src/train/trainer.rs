@@ -8,21 +8,24 @@ use candle_core::{DType, Tensor};
 
 use super::items::{Items, Sampler};
 use super::network::Network;
+use super::optimizer::StepScale;
 use super::rows::{PixelDifference, RowMaker, Rows};
 use super::samples::Samples;
-use super::step::{Group, Inputs, clip_factor};
+use super::scaling::Overflowed;
+use super::step::{Group, Inputs, Then, clip_factor};
 use super::validation::Validation;
 use crate::checkpoint::{self, Position};
 use crate::comm::{Communicator, CommunicatorExt, Slice, SliceMut};
 use crate::config::{Resume, RunPlan};
+use crate::device::trace::{Row, span};
 use crate::device::{Compute, peak_rss_bytes};
 use crate::diffusion::loss_and_gradient;
 use crate::launch::{Event, Rank};
 use crate::model::{DenoiserSlots, UnetConfig, time_features};
-use crate::optim::{AdamW, LrSchedule};
+use crate::optim::{AdamW, LossScale, LrSchedule};
 use crate::pipeline::{PipelineWeights, Prompts};
 use crate::sample;
-use crate::track::{MicroRow, StepRow, Trackers};
+use crate::track::{Kept, MicroRow, Profiler, StepRow, Trackers};
 use crate::zero::Partition;
 
 /// How a run ended, errors aside.
@@ -48,9 +51,12 @@ pub struct Trainer<'a> {
     pub rows: RowMaker,
     pub sampler: Sampler,
     pub trackers: Trackers,
+    pub profiler: Profiler,
     pub position: Position,
     pub total_steps: u64,
     pub schedule: LrSchedule,
+    /// Under fp16.
+    pub scaling: Option<LossScale>,
     pub seed: u64,
 }
 
@@ -63,9 +69,10 @@ struct MicroReport {
 impl Trainer<'_> {
     /// Opens the trackers on rank 0, once the output folder is there.
     pub fn begin(&mut self) -> Result<()> {
-        let kept = if self.goes_on_here() { self.position.step } else { 0 };
+        let Position { step, micro_step, .. } = self.position;
+        let kept = if self.goes_on_here() { Kept { step, micro_step } } else { Kept::default() };
         if self.comm.rank() == 0 {
-            Samples::of(&self.plan.output.dir).begin((kept > 0).then_some(kept))?;
+            Samples::of(&self.plan.output.dir).begin((kept.step > 0).then_some(kept.step))?;
         }
         let output = &self.plan.output;
         self.trackers = Trackers::open(&output.dir, &output.trackers, kept, self.comm.rank() == 0)?;
@@ -76,6 +83,7 @@ impl Trainer<'_> {
     pub fn resolved_config(&self) -> Result<String> {
         let mut resolved = self.plan.clone();
         resolved.train.seed = Some(self.seed);
+        resolved.zero.stage = Some(self.plan.zero.stage_or_usual(self.comm.world_size()));
         resolved.to_toml()
     }
 
@@ -88,16 +96,36 @@ impl Trainer<'_> {
 
     /// Trains to the last step, or until the user interrupts.
     pub fn train(&mut self) -> Result<Ending> {
+        let ending = self.steps()?;
+        self.profile(true)?;
+        if let Some(state) = self.scaling.as_ref().map(LossScale::state).filter(|state| state.skipped > 0) {
+            let (skipped, scale) = (state.skipped, state.scale);
+            let said =
+                format!("attempts at steps skipped because fp16 overflowed: {skipped}; the loss scale is {scale}");
+            self.rank.events.send(&Event::Message(said));
+        }
+        Ok(ending)
+    }
+
+    fn steps(&mut self) -> Result<Ending> {
         if self.validate()? == sample::Ending::Interrupted {
             return Ok(Ending::Interrupted);
         }
         while self.position.step < self.total_steps {
-            self.step().with_context(|| format!("step {}", self.position.step + 1))?;
+            let number = self.position.step + 1;
+            let span = self.profiler.step(&*self.comm, number)?;
+            self.step().with_context(|| format!("step {number}"))?;
+            drop(span);
+            self.profile(false)?;
             if self.anyone_interrupted()? {
                 if self.plan.checkpoint.on_interrupt {
                     self.save()?;
                 }
                 return Ok(Ending::Interrupted);
+            }
+            if self.position.step < number {
+                // Skipped: nothing is due that was not before.
+                continue;
             }
             let every = self.plan.checkpoint.every.map_or(0, |n| n as u64);
             let saves = every > 0 && self.position.step.is_multiple_of(every);
@@ -114,55 +142,89 @@ impl Trainer<'_> {
         Ok(Ending::Done)
     }
 
-    /// One optimizer step: micro-batches until enough are accumulated or the epoch ends, then the update.
+    /// One optimizer step: micro-batches until enough are accumulated or the epoch ends, then the update; or an attempt at
+    /// one, which leaves `position.step` as it is, where fp16 overflowed.
     fn step(&mut self) -> Result<()> {
         let started = Instant::now();
         let (mut losses, mut images) = (0.0, 0usize);
         let accumulation = self.plan.train.accumulation;
         let rate = self.rate();
         let mut micro_batches = 0;
+        let step = self.position.step + 1;
+        let factor = self.schedule.factor(self.position.step);
+        let optimizer = self.plan.optimizer.clone();
+        let group = |segment: &str| group(&optimizer, segment, factor);
+        let at_once = self.updates_at_once();
+        let mut overflowed = None;
         loop {
             let micro_step = self.position.micro_step;
             let record = self.rows.replay.as_ref().map(|(record, _)| record);
             let items = self.sampler.next(&mut self.position, record)?;
-            let report = self.micro_batch(&items, micro_step)?;
+            let last = micro_batches + 1 == accumulation || items.ends_epoch;
+            let then = match (last, at_once) {
+                (false, _) => Then::Accumulate,
+                (true, false) => Then::Norm,
+                (true, true) => Then::Update(StepScale { step, grad_scale: 1.0 }, &group),
+            };
+            let report = self.micro_batch(&items, micro_step, then)?;
             self.trackers.micro_step(&self.micro_row(micro_step, &report, rate))?;
             losses += report.loss;
             images += items.items.len() * if self.rows.settings.prior_weight.is_some() { 2 } else { 1 };
             micro_batches += 1;
-            if micro_batches == accumulation || items.ends_epoch {
+            if !report.loss.is_finite() && overflowed.is_none() {
+                overflowed = Some(Overflowed { items, micro_step });
+            }
+            if last {
                 break;
             }
         }
-        let norm = self.network.reduce()?;
-        self.save_first_gradients()?;
-        let clip = clip_factor(norm, self.plan.train.max_grad_norm.unwrap_or(0.0));
-        let step = self.position.step + 1;
-        let factor = self.schedule.factor(self.position.step);
-        let optimizer = self.plan.optimizer.clone();
-        self.network.update(step, clip, |segment| group(&optimizer, segment, factor))?;
-        self.position.step = step;
+        let scale = self.loss_scale();
+        let norm = self.norm(overflowed)?;
+        if let Some(norm) = norm {
+            if !at_once {
+                self.save_first_gradients(scale)?;
+                let clip = clip_factor(norm, self.plan.train.max_grad_norm.unwrap_or(0.0));
+                self.network.update(step, clip / scale as f32, group)?;
+            }
+            self.position.step = step;
+        }
         let seconds = started.elapsed().as_secs_f64();
         let row = StepRow {
             step,
             loss: losses / micro_batches as f64,
-            grad_norm: norm,
+            grad_norm: norm.unwrap_or(f64::INFINITY),
             lr: rate,
             seconds,
             images_per_second: images as f64 / seconds,
             peak_vram_bytes: 0,
             peak_rss_bytes: peak_rss_bytes(),
-            skipped: false,
+            skipped: norm.is_none(),
+            loss_scale: self.scaling.is_some().then_some(scale),
         };
         self.trackers.step(&row)?;
         self.rank.events.send(&Event::Step {
-            step,
+            step: self.position.step,
             total: self.total_steps,
             loss: row.loss,
             lr: row.lr,
             images_per_second: row.images_per_second,
-            skipped: false,
+            skipped: row.skipped,
         });
+        Ok(())
+    }
+
+    /// Whether the coming step's update depends on nothing that only the whole backward tells.
+    fn updates_at_once(&self) -> bool {
+        let saves_gradients =
+            self.position.step == 0 && self.plan.replay.as_ref().is_some_and(|r| r.save_gradients.is_some());
+        self.plan.train.max_grad_norm.is_none() && self.compute.dtype != DType::F16 && !saves_gradients
+    }
+
+    /// Writes the profile where one was asked for and is complete, or the run is at its `end`, and shows its table.
+    fn profile(&mut self, end: bool) -> Result<()> {
+        if let Some(table) = self.profiler.finish(&*self.comm, &self.plan.output.dir, end)? {
+            self.rank.say(&table);
+        }
         Ok(())
     }
 
@@ -184,24 +246,26 @@ impl Trainer<'_> {
     }
 
     /// Forward and backward of one micro-batch: this rank's rows here, the others' there.
-    fn micro_batch(&mut self, items: &Items, micro_step: u64) -> Result<MicroReport> {
+    fn micro_batch(&mut self, items: &Items, micro_step: u64, then: Then) -> Result<MicroReport> {
         let partition = Partition::new(self.comm.rank(), self.comm.world_size());
         let local = partition.items(items.items.len());
         if local.is_empty() {
-            self.network.forward_backward(None, |_| bail!("a rank without rows has no loss"))?;
+            self.network.forward_backward(None, then, |_| bail!("a rank without rows has no loss"))?;
             return self.agree(0.0, PixelDifference::default(), String::new());
         }
         let rows = self.rows.rows(&items.items, local, micro_step)?;
         let inputs = self.inputs(&rows)?;
         let mut loss = 0.0;
         let mut trouble = String::new();
-        let accumulation = self.plan.train.accumulation;
-        self.network.forward_backward(Some(inputs), |prediction| {
+        let (accumulation, scale) = (self.plan.train.accumulation, self.loss_scale() as f32);
+        self.network.forward_backward(Some(inputs), then, |prediction| {
             let dims = prediction.dims4()?;
             let values = prediction.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
             let mut gradient = vec![0f32; values.len()];
             let shape = rows.shape(dims.1);
+            let _span = span(Row::Compute, "loss");
             let value = loss_and_gradient(&values, &rows.targets, shape, &rows.weights, accumulation, &mut gradient);
+            gradient.iter_mut().for_each(|g| *g *= scale);
             loss = value.loss;
             if !loss.is_finite() {
                 trouble = rows.describe((0..rows.len()).filter(|&r| !value.row_mse[r].is_finite()));
@@ -212,7 +276,7 @@ impl Trainer<'_> {
     }
 
     /// The graph's inputs for these rows.
-    fn inputs(&self, rows: &Rows) -> Result<Inputs> {
+    pub(super) fn inputs(&self, rows: &Rows) -> Result<Inputs> {
         let (channels, h, w) = rows.latent;
         let features = time_features(rows.timesteps.iter().map(|&t| t as f32), &self.unet);
         let width = features.len() / rows.len();
@@ -227,7 +291,7 @@ impl Trainer<'_> {
         Ok(Inputs { slots, prediction: self.slots.prediction })
     }
 
-    /// Adds up the ranks' losses; stops all of them, saying where, if the sum is not finite. A collective.
+    /// Adds up the ranks' losses; stops all of them, saying where, if the sum is not finite (but under fp16). A collective.
     fn agree(&self, loss: f64, pixels: PixelDifference, trouble: String) -> Result<MicroReport> {
         let mine = [loss, pixels.max, pixels.sum, pixels.count];
         let mut all = vec![0f64; mine.len() * self.comm.world_size()];
@@ -239,7 +303,7 @@ impl Trainer<'_> {
             report.pixels.sum += rank[2];
             report.pixels.count += rank[3];
         }
-        if report.loss.is_finite() {
+        if report.loss.is_finite() || self.scaling.is_some() {
             return Ok(report);
         }
         let everyone = self.comm.gather_strings(&trouble)?;
@@ -261,12 +325,13 @@ impl Trainer<'_> {
         self.comm.any(self.rank.interrupt.interrupted())
     }
 
-    /// `replay.save_gradients`: the reduced gradients of the first step, before clipping. A collective.
-    fn save_first_gradients(&self) -> Result<()> {
+    /// `replay.save_gradients`: the reduced gradients of the first step, before clipping and without the loss scale. A
+    /// collective.
+    fn save_first_gradients(&self, scale: f64) -> Result<()> {
         let path = self.plan.replay.as_ref().and_then(|r| r.save_gradients.as_ref());
         match path {
             Some(path) if self.position.step == 0 => {
-                super::export::save_gradients(&self.network, &self.weights, &*self.comm, path)
+                super::export::save_gradients(&self.network, scale, &self.weights, &*self.comm, path)
             }
             _ => Ok(()),
         }
@@ -279,11 +344,13 @@ impl Trainer<'_> {
             &checkpoint::Saving {
                 output_dir: &self.plan.output.dir,
                 store: &self.network.store,
-                moments: &self.network.moments,
+                optimizer: &self.network.optimizer,
+                state: self.network.optimizer.state(),
                 position: self.position,
                 seed: self.seed,
-                stage: self.plan.zero.stage,
+                stage: self.plan.zero.stage_or_usual(self.comm.world_size()),
                 learning_rate: self.plan.optimizer.learning_rate,
+                loss_scale: self.scaling.as_ref().map(LossScale::state),
                 keep: self.plan.checkpoint.keep,
             },
         )

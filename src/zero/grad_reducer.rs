@@ -1,216 +1,278 @@
-//! Gradients on their way from a segment's backward to the optimizer. Padding is zero throughout.
+//! Gradients on their way from a segment's backward to the optimizer. They travel beside the computation: while one
+//! segment's are reduced and stored, the segment before it runs backward. Padding is zero throughout.
 
-use std::sync::Arc;
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result};
 use candle_core::DType;
-use half::{bf16, f16};
+use half::bf16;
 
-use super::{ParamStore, Partition, Ranks};
+use super::param_store::locked;
+use super::reduce::{all_reduce, reduce_scatter, sum_of_squares};
+use super::rest::{cast, widen};
+use super::{ParamStore, Ranks, Tiers};
 use crate::comm::{Slice, SliceMut};
-use crate::device::{Arena, Buffer, Element, GradSlot};
+use crate::device::threads::{add, fill_zero, for_parts};
+use crate::device::{Buffer, GradSlot, Pending, Place};
 
 /// Sums of gradients over the micro-batches of a step: whole buckets, or owned shards where gradients are partitioned.
 pub struct GradReducer {
     ranks: Ranks,
-    arena: Arena,
-    segments: Vec<Option<Reduced>>,
+    tiers: Tiers,
+    segments: Vec<Option<Arc<Summed>>>,
+    /// Buckets on their way from backward to where sums rest, oldest first.
+    leaving: VecDeque<Pending<()>>,
 }
 
-struct Reduced {
+/// A segment's sums at rest.
+struct Summed {
     slot: Arc<GradSlot>,
     name: String,
     padded_len: usize,
-    /// Whole bucket, added to by every micro-batch, where gradients are replicated until the end of the step. After
-    /// `finish` it holds sums over all ranks: in the owned shard, or everywhere where the optimizer is replicated, too.
-    local: Option<Buffer>,
-    /// Sums over all ranks of the owned shard, where gradients are partitioned.
-    reduced: Option<Buffer>,
+    /// Whole bucket or owned shard, in the dtype of sums at rest. In the slot while the segment runs backward, where
+    /// the bucket itself is what rests.
+    sum: Mutex<Option<Buffer>>,
+    /// Nothing was added in this step yet: what is in memory is the last step's.
+    fresh: AtomicBool,
+    /// Of this rank's shard, once its last micro-batch is in.
+    squares: Mutex<f64>,
+}
+
+/// A segment's summed gradients, as its optimizer sees them.
+#[derive(Clone)]
+pub struct OwnedGrads {
+    summed: Arc<Summed>,
+    /// Where the optimizer's range begins in what rests here.
+    start: usize,
+}
+
+/// A piece of them.
+pub enum Grads<'a> {
+    F32(&'a [f32]),
+    BF16(&'a [bf16]),
 }
 
 impl GradReducer {
     /// Allocates what is kept between micro-batches for every segment that trains.
     pub fn new<'s>(
         ranks: &Ranks,
-        arena: &Arena,
+        tiers: &Tiers,
         store: &ParamStore,
         slots: impl Iterator<Item = Option<&'s Arc<GradSlot>>>,
     ) -> Result<Self> {
-        let mut segments = Vec::new();
-        for (i, slot) in slots.enumerate() {
-            let Some(slot) = slot else {
-                segments.push(None);
-                continue;
-            };
+        let arena = &tiers.states(tiers.placement.gradients).gradients;
+        let summed = |(i, slot): (usize, Option<&Arc<GradSlot>>)| {
+            let Some(slot) = slot else { return Ok(None) };
             let (name, padded_len) = (store.name(i).to_string(), store.padded_len(i));
-            let shard = ranks.partition().shard(padded_len).len();
-            let alloc = |len: usize| arena.alloc(DType::F32, len, &name);
-            let local = if ranks.stage.partitions_gradients() { None } else { Some(alloc(padded_len)?) };
-            let reduced = if ranks.stage.partitions_gradients() { Some(alloc(shard)?) } else { None };
-            segments.push(Some(Reduced { slot: slot.clone(), name, padded_len, local, reduced }));
-        }
-        Ok(GradReducer { ranks: ranks.clone(), arena: arena.clone(), segments })
+            let len = match ranks.stage.partitions_gradients() {
+                true => ranks.partition().shard(padded_len).len(),
+                false => padded_len,
+            };
+            let sum = Mutex::new(Some(arena.alloc(tiers.gradients, len, &name)?));
+            let (fresh, squares) = (AtomicBool::new(true), Mutex::new(0.0));
+            Ok(Some(Arc::new(Summed { slot: slot.clone(), name, padded_len, sum, fresh, squares })))
+        };
+        let segments = slots.enumerate().map(summed).collect::<Result<_>>()?;
+        Ok(GradReducer { ranks: ranks.clone(), tiers: tiers.clone(), segments, leaving: VecDeque::new() })
+    }
+
+    /// Whether a whole bucket, as ops fill it, is what rests on the device.
+    fn rests_in_slot(&self) -> bool {
+        let tiers = &self.tiers;
+        !self.ranks.stage.partitions_gradients()
+            && tiers.placement.gradients == Place::Device
+            && tiers.gradients == DType::F32
     }
 
     /// Opens segment `i`'s gradient bucket for its backward.
     pub fn open(&mut self, i: usize) -> Result<()> {
-        let Some(segment) = &mut self.segments[i] else { return Ok(()) };
-        let bucket = match segment.local.take() {
-            Some(bucket) => bucket,
-            None => self.arena.alloc(DType::F32, segment.padded_len, &segment.name)?,
+        let Some(segment) = self.segments[i].clone() else { return Ok(()) };
+        if self.rests_in_slot() {
+            let bucket = locked(&segment.sum).take();
+            let mut bucket = bucket.with_context(|| format!("{}: its gradient bucket is open", segment.name))?;
+            if segment.fresh.swap(false, Relaxed) {
+                fill_zero(bucket.as_mut_slice());
+            }
+            segment.slot.fill(bucket);
+            return Ok(());
+        }
+        // One bucket may still be on its way while the next one is filled.
+        self.let_leave(1)?;
+        let arena = self.tiers.device.gradients.clone();
+        let sums_here = !self.ranks.stage.partitions_gradients() && !segment.fresh.load(Relaxed);
+        let bucket = match sums_here {
+            // Ops add to what was there: so the sum is the same number wherever it rests.
+            true => {
+                self.let_leave(0)?;
+                let mut bucket = arena.alloc_dirty(DType::F32, segment.padded_len, &segment.name)?;
+                if let Some(sum) = &*locked(&segment.sum) {
+                    cast(sum, &mut bucket);
+                }
+                bucket
+            }
+            false => arena.alloc(DType::F32, segment.padded_len, &segment.name)?,
         };
         segment.slot.fill(bucket);
         Ok(())
     }
 
-    /// Closes it after the backward. Where gradients are partitioned this is a collective, one per micro-batch.
-    pub fn close(&mut self, i: usize) -> Result<()> {
-        let Some(segment) = &mut self.segments[i] else { return Ok(()) };
+    /// Closes it after the backward; where gradients are partitioned that is a collective, one per micro-batch. `last`:
+    /// the step's last micro-batch, after which the sums over all ranks are complete; then `then` is called.
+    pub fn close(&mut self, i: usize, last: bool, then: Option<Box<dyn FnOnce() + Send>>) -> Result<()> {
+        let Some(segment) = self.segments[i].clone() else { return Ok(()) };
         let bucket =
             segment.slot.empty().with_context(|| format!("{}: its gradient bucket is not open", segment.name))?;
-        let Some(sum) = &mut segment.reduced else {
-            segment.local = Some(bucket);
-            return Ok(());
-        };
-        let mine = reduce_scatter(&self.ranks, &self.arena, &bucket, &segment.name)?;
-        crate::device::threads::add(sum.as_mut_slice(), mine.as_slice());
-        Ok(())
-    }
-
-    /// Ends the step's last micro-batch: whatever is still local becomes the sum over all ranks.
-    pub fn finish(&mut self) -> Result<()> {
-        if self.ranks.stage.partitions_gradients() {
-            return Ok(());
-        }
-        for segment in self.segments.iter_mut().flatten() {
-            let Some(local) = &mut segment.local else { continue };
-            if !self.ranks.stage.partitions_optimizer() {
-                all_reduce(&self.ranks, local, &segment.name)?;
-                continue;
+        let (ranks, tiers) = (self.ranks.clone(), self.tiers.clone());
+        let work = move || {
+            segment.store(&ranks, &tiers, bucket, last)?;
+            if last {
+                segment.measure(&ranks);
             }
-            let mine = reduce_scatter(&self.ranks, &self.arena, local, &segment.name)?;
-            let shard = self.ranks.partition().shard(segment.padded_len);
-            local.as_mut_slice::<f32>()[shard].copy_from_slice(mine.as_slice());
+            then.into_iter().for_each(|then| then());
+            Ok(())
+        };
+        if self.rests_in_slot() && (!last || self.ranks.alone()) {
+            return work();
+        }
+        self.leaving.push_back(self.tiers.traffic.submit(work));
+        Ok(())
+    }
+
+    /// Waits until at most `many` buckets are on their way.
+    fn let_leave(&mut self, many: usize) -> Result<()> {
+        while self.leaving.len() > many {
+            let Some(oldest) = self.leaving.pop_front() else { break };
+            oldest.wait()?;
         }
         Ok(())
     }
 
-    /// The reduced gradients that this rank's optimizer uses ([`ParamStore::optimizer_range`]).
-    pub fn reduced(&self, i: usize) -> Option<&[f32]> {
-        match self.ranks.stage.partitions_optimizer() {
-            true => self.shard(i),
-            false => self.segments[i].as_ref()?.local.as_ref().map(Buffer::as_slice),
-        }
+    /// Waits for everything that is on its way.
+    pub fn settle(&mut self) -> Result<()> {
+        self.let_leave(0)
     }
 
-    /// The part of [`Self::reduced`] that this rank alone answers for: its shard, in every stage.
-    pub fn shard(&self, i: usize) -> Option<&[f32]> {
-        let segment = self.segments[i].as_ref()?;
-        let local = || Some(&segment.local.as_ref()?.as_slice()[self.partition().shard(segment.padded_len)]);
-        segment.reduced.as_ref().map(Buffer::as_slice).or_else(local)
+    /// Segment `i`'s sums, for its optimizer; none if it does not train.
+    pub fn owned(&self, i: usize) -> Option<OwnedGrads> {
+        let summed = self.segments[i].clone()?;
+        let stage = self.ranks.stage;
+        let start = match stage.partitions_optimizer() && !stage.partitions_gradients() {
+            true => self.ranks.partition().shard(summed.padded_len).start,
+            false => 0,
+        };
+        Some(OwnedGrads { summed, start })
     }
 
     /// The whole bucket's reduced gradients on every rank; a collective.
     pub fn whole(&self, i: usize) -> Result<Option<Vec<f32>>> {
-        let (Some(segment), Some(shard)) = (&self.segments[i], self.shard(i)) else { return Ok(None) };
+        let Some(segment) = &self.segments[i] else { return Ok(None) };
+        let mut shard = vec![0f32; self.ranks.partition().shard(segment.padded_len).len()];
+        if let Some(sum) = &*locked(&segment.sum) {
+            widen(sum, segment.shard_here(&self.ranks, sum.len()), &mut shard);
+        }
         let mut whole = vec![0f32; segment.padded_len];
-        self.ranks.comm.all_gather(Slice::F32(shard), SliceMut::F32(&mut whole))?;
+        self.ranks.comm.all_gather(Slice::F32(&shard), SliceMut::F32(&mut whole))?;
         Ok(Some(whole))
     }
 
-    /// Forgets the step's sums.
-    pub fn clear(&mut self) {
-        for segment in self.segments.iter_mut().flatten() {
-            for buffer in [&mut segment.local, &mut segment.reduced].into_iter().flatten() {
-                crate::device::threads::fill_zero(buffer.as_mut_slice());
-            }
-        }
+    /// Forgets segment `i`'s sums: the next micro-batch begins a new step.
+    pub fn forget(&self, i: usize) {
+        self.forgetting(i)();
+    }
+
+    /// [`Self::forget`], for later.
+    pub fn forgetting(&self, i: usize) -> impl FnOnce() + Send + use<> {
+        let segment = self.segments[i].clone();
+        move || segment.iter().for_each(|segment| segment.fresh.store(true, Relaxed))
     }
 
     /// The sum of squares of every bucket's reduced gradients, from every rank's shard, in fp64. The same on all ranks;
     /// a collective.
     pub fn squares(&self) -> Result<Vec<f64>> {
-        let mut squares: Vec<f64> =
-            (0..self.segments.len()).map(|i| self.shard(i).map_or(0.0, sum_of_squares)).collect();
+        let of = |segment: &Option<Arc<Summed>>| segment.as_ref().map_or(0.0, |s| *locked(&s.squares));
+        let mut squares: Vec<f64> = self.segments.iter().map(of).collect();
         self.ranks.comm.all_reduce(SliceMut::F64(&mut squares))?;
         Ok(squares)
     }
-
-    fn partition(&self) -> Partition {
-        self.ranks.partition()
-    }
 }
 
-/// In fp64, in pieces of fixed size, so that the number of threads does not show.
-fn sum_of_squares(values: &[f32]) -> f64 {
-    const PIECE: usize = 1 << 14;
-    let pieces = values.len().div_ceil(PIECE);
-    let sums: Vec<std::sync::Mutex<f64>> = (0..pieces).map(|_| std::sync::Mutex::new(0.0)).collect();
-    crate::device::threads::parallel_for(pieces, values.len(), |p| {
-        let piece = &values[p * PIECE..((p + 1) * PIECE).min(values.len())];
-        // Eight running sums that the compiler keeps in one register.
-        let mut lanes = [0f64; 8];
-        let mut chunks = piece.chunks_exact(8);
-        for chunk in &mut chunks {
-            for (lane, &x) in lanes.iter_mut().zip(chunk) {
-                *lane += f64::from(x) * f64::from(x);
+impl Summed {
+    /// Adds a micro-batch's bucket to the sum. In stages 0 and 1 the bucket is the sum so far, this micro-batch included.
+    fn store(&self, ranks: &Ranks, tiers: &Tiers, mut bucket: Buffer, last: bool) -> Result<()> {
+        let arena = &tiers.device.gradients;
+        let what = || format!("reducing the gradients of {}", self.name);
+        let mut sum = locked(&self.sum);
+        if ranks.stage.partitions_gradients() {
+            let sum = sum.as_mut().context("sums of shards stay where they are")?;
+            let mine = match ranks.alone() {
+                true => bucket,
+                false => reduce_scatter(ranks, arena, &bucket, &self.name).with_context(what)?,
+            };
+            accumulate(sum, mine.as_slice(), self.fresh.swap(false, Relaxed));
+            return Ok(());
+        }
+        if last && !ranks.alone() {
+            if ranks.stage.partitions_optimizer() {
+                let mine = reduce_scatter(ranks, arena, &bucket, &self.name).with_context(what)?;
+                let shard = ranks.partition().shard(self.padded_len);
+                bucket.as_mut_slice::<f32>()[shard].copy_from_slice(mine.as_slice());
+            } else {
+                all_reduce(ranks, &mut bucket).with_context(what)?;
             }
         }
-        let tail: f64 = chunks.remainder().iter().map(|&x| f64::from(x) * f64::from(x)).sum();
-        *sums[p].lock().unwrap_or_else(|e| e.into_inner()) = lanes.iter().sum::<f64>() + tail;
+        match sum.as_mut() {
+            Some(sum) => cast(&bucket, sum),
+            None => *sum = Some(bucket),
+        }
+        self.fresh.store(false, Relaxed);
+        Ok(())
+    }
+
+    /// Where this rank's shard is in what rests here, `len` elements.
+    fn shard_here(&self, ranks: &Ranks, len: usize) -> Range<usize> {
+        let shard = ranks.partition().shard(self.padded_len);
+        if len == self.padded_len { shard } else { 0..len }
+    }
+
+    fn measure(&self, ranks: &Ranks) {
+        let sum = locked(&self.sum);
+        let squares = sum.as_ref().map_or(0.0, |sum| sum_of_squares(sum, self.shard_here(ranks, sum.len())));
+        *locked(&self.squares) = squares;
+    }
+}
+
+/// `sum += values`; `fresh`: the sum was nothing.
+fn accumulate(sum: &mut Buffer, values: &[f32], fresh: bool) {
+    if sum.dtype() == DType::F32 {
+        let sum = sum.as_mut_slice::<f32>();
+        if fresh {
+            fill_zero(sum);
+        }
+        return add(sum, values);
+    }
+    const PART: usize = 1 << 16;
+    let cost = values.len();
+    let parts = sum.as_mut_slice::<bf16>().chunks_mut(PART).zip(values.chunks(PART)).collect();
+    for_parts(parts, cost, |_, (sum, values): (&mut [bf16], &[f32])| {
+        for (sum, value) in sum.iter_mut().zip(values) {
+            let before = if fresh { 0.0 } else { sum.to_f32() };
+            *sum = bf16::from_f32(before + value);
+        }
     });
-    sums.into_iter().map(|s| s.into_inner().unwrap_or_else(|e| e.into_inner())).sum()
 }
 
-fn all_reduce(ranks: &Ranks, bucket: &mut Buffer, name: &str) -> Result<()> {
-    let values = bucket.as_mut_slice::<f32>();
-    match ranks.reduce_dtype {
-        DType::BF16 => {
-            let mut rounded = rounded::<bf16>(values);
-            ranks.comm.all_reduce(SliceMut::BF16(&mut rounded))?;
-            widen(&rounded, values);
-            Ok(())
-        }
-        DType::F16 => {
-            let mut rounded = rounded::<f16>(values);
-            ranks.comm.all_reduce(SliceMut::F16(&mut rounded))?;
-            widen(&rounded, values);
-            Ok(())
-        }
-        _ => ranks.comm.all_reduce(SliceMut::F32(values)),
+impl OwnedGrads {
+    /// Hands elements `range`, counted from the optimizer's first one, to `read`.
+    pub fn with<R>(&self, range: Range<usize>, read: impl FnOnce(Grads) -> R) -> Result<R> {
+        let sum = locked(&self.summed.sum);
+        let sum = sum.as_ref().with_context(|| format!("{}: its gradients are in use", self.summed.name))?;
+        let range = self.start + range.start..self.start + range.end;
+        Ok(read(match sum.dtype() {
+            DType::BF16 => Grads::BF16(&sum.as_slice()[range]),
+            _ => Grads::F32(&sum.as_slice()[range]),
+        }))
     }
-    .with_context(|| format!("reducing the gradients of {name}"))
-}
-
-/// The sum of `bucket` over the ranks: this rank's shard of it.
-fn reduce_scatter(ranks: &Ranks, arena: &Arena, bucket: &Buffer, name: &str) -> Result<Buffer> {
-    let values = bucket.as_slice::<f32>();
-    let len = ranks.partition().shard(values.len()).len();
-    let mut shard = arena.alloc_dirty(DType::F32, len, name)?;
-    let mine = shard.as_mut_slice::<f32>();
-    match ranks.reduce_dtype {
-        DType::BF16 => {
-            let mut part = vec![bf16::ZERO; len];
-            ranks.comm.reduce_scatter(Slice::BF16(&rounded::<bf16>(values)), SliceMut::BF16(&mut part))?;
-            widen(&part, mine);
-            Ok(())
-        }
-        DType::F16 => {
-            let mut part = vec![f16::ZERO; len];
-            ranks.comm.reduce_scatter(Slice::F16(&rounded::<f16>(values)), SliceMut::F16(&mut part))?;
-            widen(&part, mine);
-            Ok(())
-        }
-        _ => ranks.comm.reduce_scatter(Slice::F32(values), SliceMut::F32(mine)),
-    }
-    .with_context(|| format!("reducing the gradients of {name}"))?;
-    Ok(shard)
-}
-
-fn rounded<T: Element>(values: &[f32]) -> Vec<T> {
-    values.iter().map(|&x| T::from_f32(x)).collect()
-}
-
-fn widen<T: Element>(from: &[T], to: &mut [f32]) {
-    to.iter_mut().zip(from).for_each(|(to, from)| *to = from.to_f32());
 }

@@ -2,11 +2,20 @@
 //! travel. Knows segments by index and parameters by name and shape, never layers.
 
 mod grad_reducer;
+mod owned;
 mod param_store;
 mod partition;
+mod placement;
+mod reduce;
+mod rest;
 mod stage;
+mod tiers;
 
-pub use grad_reducer::GradReducer;
-pub use param_store::{Fetched, Owned, ParamStore, Ranks, WeightSource};
+pub use grad_reducer::{GradReducer, Grads, OwnedGrads};
+pub use owned::{OwnedComing, OwnedPiece, OwnedWeights, Weights};
+pub use param_store::{Fetched, ParamStore, Ranks, Walk, WeightSource};
 pub use partition::Partition;
+pub use placement::Placement;
+pub use rest::{Coming, PIECE, Piece, Rest, pieces};
 pub use stage::Stage;
+pub use tiers::{States, Tiers};

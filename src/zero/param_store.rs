@@ -1,16 +1,16 @@
-//! Parameters between uses and while in use. `fetch` puts a segment's parameters where its ops find them; dropping
-//! what it returns is the release.
+//! Parameters between uses and while in use. A [`Walk`] brings segment after segment, the next one while the present one
+//! is used; dropping what it returns is the release.
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use anyhow::{Context, Result};
 use candle_core::DType;
-use half::bf16;
 
-use super::{Partition, Stage};
+use super::rest::{Rest, cast, round};
+use super::{Partition, Stage, Tiers};
 use crate::comm::{Communicator, Slice, SliceMut};
-use crate::device::{Arena, BucketLayout, Buffer, Element, GradSlot, ParamSlot};
+use crate::device::{BucketLayout, Buffer, GradSlot, ParamSlot, Pending};
 
 /// The group a run is part of, and how it shares its states.
 #[derive(Clone)]
@@ -25,6 +25,10 @@ impl Ranks {
     pub fn partition(&self) -> Partition {
         Partition::new(self.comm.rank(), self.comm.world_size())
     }
+
+    pub fn alone(&self) -> bool {
+        self.comm.world_size() == 1
+    }
 }
 
 /// Where parameters come from at the start: a model's files, a checkpoint, a generator.
@@ -33,113 +37,96 @@ pub trait WeightSource {
     fn read(&self, name: &str, range: Range<usize>, into: &mut [f32]) -> Result<()>;
 }
 
-/// A segment's parameters at rest.
-struct Stored {
-    slot: Arc<ParamSlot>,
+/// A segment's parameters.
+pub(super) struct Stored {
+    pub slot: Arc<ParamSlot>,
     trainable: bool,
-    padded_len: usize,
-    /// The owned shard in the compute dtype, where parameters are partitioned; otherwise the slot is always filled.
-    shard: Option<Mutex<Buffer>>,
-    /// fp32 weights of what the optimizer sees, unless the compute dtype is fp32 itself.
-    master: Option<Mutex<Buffer>>,
+    pub padded_len: usize,
+    pub at: At,
+    /// fp32 weights of what the optimizer sees, where the parameters themselves are in another precision.
+    pub master: Option<Rest>,
+    turn: Mutex<Turn>,
+}
+
+/// Where parameters are between uses.
+pub(super) enum At {
+    /// Where ops find them, always: replicated, on the device, in the compute dtype.
+    Slot,
+    /// What the optimizer of this rank sees, elsewhere: all of them in stage 0, the owned shard in the others.
+    Rest(Rest),
+}
+
+/// What must happen before a segment's parameters may be read again.
+#[derive(Default)]
+struct Turn {
+    /// The optimizer's work on them.
+    update: Option<Pending<()>>,
+    /// The owners have changed their shards, and the others do not know yet.
+    stale: bool,
 }
 
 /// All parameters of a graph on this rank.
 pub struct ParamStore {
-    ranks: Ranks,
+    pub(super) ranks: Ranks,
+    pub(super) tiers: Tiers,
     dtype: DType,
-    arena: Arena,
-    stored: Vec<Stored>,
-}
-
-/// A segment's parameters in use; dropping it releases them.
-pub struct Fetched<'a> {
-    slot: Option<&'a ParamSlot>,
-}
-
-impl Drop for Fetched<'_> {
-    fn drop(&mut self) {
-        if let Some(slot) = self.slot {
-            slot.empty();
-        }
-    }
-}
-
-/// What the optimizer changes: fp32 weights and, if the compute dtype is another one, their rounded copy.
-pub enum Owned<'a> {
-    F32(&'a mut [f32]),
-    Half { master: &'a mut [f32], rounded: &'a mut [bf16] },
-}
-
-impl Owned<'_> {
-    /// The fp32 weights.
-    pub fn master(&mut self) -> &mut [f32] {
-        match self {
-            Owned::F32(weights) => weights,
-            Owned::Half { master, .. } => master,
-        }
-    }
-
-    /// Makes the rounded copy follow the fp32 weights.
-    pub fn round(&mut self) {
-        if let Owned::Half { master, rounded } = self {
-            rounded.iter_mut().zip(master.iter()).for_each(|(to, from)| *to = bf16::from_f32(*from));
-        }
-    }
+    pub(super) stored: Vec<Arc<Stored>>,
 }
 
 impl ParamStore {
     /// Allocates the parameters of `segments` (slot, gradient slot if it trains) and reads what this rank keeps.
+    /// `dtype`: what ops compute in.
     pub fn load<'s>(
         ranks: &Ranks,
         dtype: DType,
-        arena: &Arena,
+        tiers: &Tiers,
         segments: impl Iterator<Item = (&'s Arc<ParamSlot>, Option<&'s Arc<GradSlot>>)>,
         source: &dyn WeightSource,
     ) -> Result<Self> {
-        let mut store = ParamStore { ranks: ranks.clone(), dtype, arena: arena.clone(), stored: Vec::new() };
+        let mut store = ParamStore { ranks: ranks.clone(), tiers: tiers.clone(), dtype, stored: Vec::new() };
         for (slot, grads) in segments {
             let stored = store.allocate(slot, grads.is_some())?;
-            store.stored.push(stored);
-            store.read(store.stored.len() - 1, source).with_context(|| format!("loading {}", slot.name()))?;
+            store.read(&stored, source).with_context(|| format!("loading {}", slot.name()))?;
+            store.stored.push(Arc::new(stored));
         }
         Ok(store)
     }
 
     fn allocate(&self, slot: &Arc<ParamSlot>, trainable: bool) -> Result<Stored> {
-        let partition = self.ranks.partition();
-        let padded_len = slot.layout().padded_len(partition.world_size);
-        let shard = partition.shard(padded_len);
-        let shard_buffer = if self.ranks.stage.partitions_parameters() {
-            Some(Mutex::new(self.arena.alloc(self.dtype, shard.len(), slot.name())?))
+        let padded_len = slot.layout().padded_len(self.ranks.partition().world_size);
+        let place = self.tiers.placement.parameters;
+        let rest_dtype = if self.tiers.master == DType::BF16 { DType::BF16 } else { self.dtype };
+        let resident = place == crate::device::Place::Device
+            && rest_dtype == self.dtype
+            && !self.ranks.stage.partitions_parameters();
+        let owned = self.owned_range(padded_len).len();
+        let at = if resident {
+            slot.fill(Arc::new(self.tiers.device.parameters.alloc(self.dtype, padded_len, slot.name())?));
+            At::Slot
         } else {
-            slot.fill(Arc::new(self.arena.alloc(self.dtype, padded_len, slot.name())?));
-            None
+            At::Rest(Rest::allocate(&self.tiers, place, |s| &s.parameters, rest_dtype, owned, slot.name())?)
         };
-        let owned = if self.ranks.stage.partitions_optimizer() { shard.len() } else { padded_len };
-        let master = match trainable && self.dtype != DType::F32 {
-            true => Some(Mutex::new(self.arena.alloc(DType::F32, owned, slot.name())?)),
+        let master = match trainable && self.tiers.master == DType::F32 && rest_dtype != DType::F32 {
+            true => {
+                let place = self.tiers.placement.optimizer;
+                Some(Rest::allocate(&self.tiers, place, |s| &s.parameters, DType::F32, owned, slot.name())?)
+            }
             false => None,
         };
-        Ok(Stored { slot: slot.clone(), trainable, padded_len, shard: shard_buffer, master })
+        Ok(Stored { slot: slot.clone(), trainable, padded_len, at, master, turn: Mutex::default() })
     }
 
-    fn read(&self, i: usize, source: &dyn WeightSource) -> Result<()> {
-        let stored = &self.stored[i];
+    fn read(&self, stored: &Stored, source: &dyn WeightSource) -> Result<()> {
         let layout = stored.slot.layout();
-        // What is kept of the bucket in the compute dtype: the shard, or all of it.
-        match &stored.shard {
-            Some(shard) => {
-                let start = self.shard(i).start;
-                read_rounded(layout, start, &mut locked(shard), source)?;
-            }
-            None => stored.slot.update(|buffer| read_rounded(layout, 0, buffer, source))??,
+        let start = self.owned_range(stored.padded_len).start;
+        match &stored.at {
+            At::Slot => stored.slot.update(|buffer| read_rounded(layout, buffer, source))??,
+            At::Rest(rest) => rest.write(|at, into| read_range(layout, start + at, into, source))?,
         }
-        if let Some(master) = &stored.master {
-            let start = self.optimizer_range(i).start;
-            read_range(layout, start, locked(master).as_mut_slice(), source)?;
+        match &stored.master {
+            Some(master) => master.write(|at, into| read_range(layout, start + at, into, source)),
+            None => Ok(()),
         }
-        Ok(())
     }
 
     pub fn len(&self) -> usize {
@@ -166,6 +153,10 @@ impl ParamStore {
         self.stored[i].padded_len
     }
 
+    pub fn tiers(&self) -> &Tiers {
+        &self.tiers
+    }
+
     /// The elements of bucket `i` that this rank alone answers for (norms, checkpoints), in every stage.
     pub fn shard(&self, i: usize) -> Range<usize> {
         self.ranks.partition().shard(self.stored[i].padded_len)
@@ -173,110 +164,192 @@ impl ParamStore {
 
     /// The elements of bucket `i` that this rank's optimizer updates.
     pub fn optimizer_range(&self, i: usize) -> Range<usize> {
+        self.owned_range(self.stored[i].padded_len)
+    }
+
+    fn owned_range(&self, padded_len: usize) -> Range<usize> {
         match self.ranks.stage.partitions_optimizer() {
-            true => self.shard(i),
-            false => 0..self.stored[i].padded_len,
+            true => self.ranks.partition().shard(padded_len),
+            false => 0..padded_len,
         }
     }
 
-    /// Puts segment `i`'s parameters where its ops find them, until the result is dropped. A collective in stage 3.
+    /// Notes that the optimizer is at work on segment `i`: nobody reads its parameters before that is done, and then the
+    /// owners' shards are published.
+    pub fn updating(&self, i: usize, update: Pending<()>) {
+        let stored = &self.stored[i];
+        let mut turn = locked(&stored.turn);
+        turn.update = Some(update);
+        turn.stale = self.ranks.stage.partitions_optimizer() && !self.ranks.alone() && matches!(stored.at, At::Slot);
+    }
+
+    /// Waits for the optimizer's work on segment `i`.
+    pub fn settle(&self, i: usize) -> Result<()> {
+        let update = locked(&self.stored[i].turn).update.take();
+        update.map_or(Ok(()), Pending::wait).with_context(|| format!("updating {}", self.name(i)))
+    }
+
+    /// Segment after segment, in this order, each a collective where parameters are partitioned.
+    pub fn walk(&self, order: impl IntoIterator<Item = usize>) -> Walk<'_> {
+        Walk { store: self, order: order.into_iter().collect(), at: 0, coming: None }
+    }
+
+    /// One segment alone; see [`Self::walk`].
     pub fn fetch(&self, i: usize) -> Result<Fetched<'_>> {
-        let stored = &self.stored[i];
-        let Some(shard) = &stored.shard else { return Ok(Fetched { slot: None }) };
-        let mut full = self.arena.alloc_dirty(self.dtype, stored.padded_len, stored.slot.name())?;
-        self.gather(&locked(shard), &mut full).with_context(|| format!("gathering {}", stored.slot.name()))?;
-        stored.slot.fill(Arc::new(full));
-        Ok(Fetched { slot: Some(&stored.slot) })
+        self.walk([i]).fetch()
     }
 
-    fn gather(&self, shard: &Buffer, full: &mut Buffer) -> Result<()> {
-        match self.dtype {
-            DType::BF16 => {
-                self.ranks.comm.all_gather(Slice::BF16(shard.as_slice()), SliceMut::BF16(full.as_mut_slice()))
+    /// Begins to bring segment `i`.
+    fn begin(&self, i: usize) -> Coming {
+        let stored = self.stored[i].clone();
+        let mut turn = locked(&self.stored[i].turn);
+        let (update, stale) = (turn.update.take(), std::mem::take(&mut turn.stale));
+        let settle = move || update.map_or(Ok(()), Pending::wait);
+        let (ranks, tiers, dtype) = (self.ranks.clone(), self.tiers.clone(), self.dtype);
+        match (&stored.at, stale) {
+            (At::Slot, false) => Coming::Resident(settle()),
+            (At::Slot, true) => Coming::Resident(
+                self.tiers.traffic.submit(move || settle().and_then(|()| publish(&ranks, &tiers, &stored))).wait(),
+            ),
+            (At::Rest(_), _) => Coming::Bucket(
+                self.tiers.traffic.submit(move || settle().and_then(|()| bring(&ranks, &tiers, dtype, &stored))),
+            ),
+        }
+    }
+
+    fn arrive(&self, i: usize, coming: Coming) -> Result<Fetched<'_>> {
+        let slot = &self.stored[i].slot;
+        let what = || format!("fetching {}", slot.name());
+        match coming {
+            Coming::Resident(ready) => {
+                ready.with_context(what)?;
+                Ok(Fetched { slot: None })
             }
-            DType::F16 => self.ranks.comm.all_gather(Slice::F16(shard.as_slice()), SliceMut::F16(full.as_mut_slice())),
-            _ => self.ranks.comm.all_gather(Slice::F32(shard.as_slice()), SliceMut::F32(full.as_mut_slice())),
-        }
-    }
-
-    /// Hands `change` the weights of segment `i` that this rank's optimizer updates ([`Self::optimizer_range`]).
-    pub fn update<R>(&self, i: usize, change: impl FnOnce(Owned) -> R) -> Result<R> {
-        let stored = &self.stored[i];
-        let mut master = stored.master.as_ref().map(locked);
-        let master = master.as_mut().map(|m| m.as_mut_slice::<f32>());
-        match &stored.shard {
-            Some(shard) => Ok(change(owned(&mut locked(shard), 0..self.shard(i).len(), master))),
-            None => {
-                let range = self.optimizer_range(i);
-                Ok(stored.slot.update(|buffer| change(owned(buffer, range, master)))?)
+            Coming::Bucket(bucket) => {
+                slot.fill(Arc::new(bucket.wait().with_context(what)?));
+                Ok(Fetched { slot: Some(slot) })
             }
         }
-    }
-
-    /// Makes what the owners of segment `i` changed visible to every rank's next fetch.
-    pub fn publish(&self, i: usize) -> Result<()> {
-        let stage = self.ranks.stage;
-        if stage.partitions_parameters() || !stage.partitions_optimizer() {
-            return Ok(());
-        }
-        let stored = &self.stored[i];
-        let range = self.shard(i);
-        let mut shard = self.arena.alloc_dirty(self.dtype, range.len(), stored.slot.name())?;
-        let size = self.dtype.size_in_bytes();
-        let bytes = range.start * size..range.end * size;
-        let gathered = stored.slot.update(|full| {
-            shard.bytes_mut().copy_from_slice(&full.bytes()[bytes]);
-            self.gather(&shard, full)
-        })?;
-        gathered.with_context(|| format!("publishing {}", stored.slot.name()))
-    }
-
-    /// The fp32 weights of segment `i`, whole, on every rank: what is exported. A collective where they are partitioned.
-    pub fn whole_master(&self, i: usize) -> Result<Vec<f32>> {
-        let stored = &self.stored[i];
-        let mut whole = vec![0f32; stored.padded_len];
-        let range = self.shard(i);
-        let offset = range.start - self.optimizer_range(i).start;
-        let mine = self.update(i, |mut owned| owned.master()[offset..offset + range.len()].to_vec())?;
-        self.ranks.comm.all_gather(Slice::F32(&mine), SliceMut::F32(&mut whole))?;
-        Ok(whole)
     }
 }
 
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+/// A segment's parameters on their way.
+enum Coming {
+    Resident(Result<()>),
+    Bucket(Pending<Buffer>),
+}
+
+/// Segments brought one after another; the next one travels while the present one is used.
+pub struct Walk<'a> {
+    store: &'a ParamStore,
+    order: Vec<usize>,
+    at: usize,
+    coming: Option<Coming>,
+}
+
+impl<'a> Walk<'a> {
+    /// Puts the next segment's parameters where its ops find them, until the result is dropped. Drop it before the
+    /// following call: so no more than two segments are ever resident.
+    pub fn fetch(&mut self) -> Result<Fetched<'a>> {
+        let i = self.order[self.at];
+        let coming = self.coming.take().unwrap_or_else(|| self.store.begin(i));
+        let fetched = self.store.arrive(i, coming)?;
+        self.at += 1;
+        if let Some(&following) = self.order.get(self.at)
+            && self.store.tiers.prefetch
+            && matches!(self.store.stored[following].at, At::Rest(_))
+        {
+            self.coming = Some(self.store.begin(following));
+        }
+        Ok(fetched)
+    }
+}
+
+/// A segment's parameters in use; dropping it releases them.
+pub struct Fetched<'a> {
+    slot: Option<&'a ParamSlot>,
+}
+
+impl Drop for Fetched<'_> {
+    fn drop(&mut self) {
+        if let Some(slot) = self.slot {
+            slot.empty();
+        }
+    }
+}
+
+/// The whole bucket in the compute dtype, from where it rests: from all ranks where each has a shard.
+fn bring(ranks: &Ranks, tiers: &Tiers, dtype: DType, stored: &Stored) -> Result<Buffer> {
+    let At::Rest(rest) = &stored.at else { anyhow::bail!("resident parameters are not brought") };
+    let name = stored.slot.name();
+    let arena = &tiers.device.parameters;
+    let whole = rest.len() == stored.padded_len;
+    if whole && let Some(memory) = rest.memory() {
+        let mut bucket = arena.alloc_dirty(dtype, rest.len(), name)?;
+        cast(&memory, &mut bucket);
+        return Ok(bucket);
+    }
+    let bucket = arena.alloc_dirty(rest.dtype(), stored.padded_len, name)?;
+    let bucket = match whole {
+        true => rest.read_all(bucket)?,
+        false => gather_shards(ranks, tiers, rest, bucket, name)?,
+    };
+    if rest.dtype() == dtype {
+        return Ok(bucket);
+    }
+    let mut computed = arena.alloc_dirty(dtype, stored.padded_len, name)?;
+    cast(&bucket, &mut computed);
+    Ok(computed)
+}
+
+fn gather_shards(ranks: &Ranks, tiers: &Tiers, rest: &Rest, mut bucket: Buffer, name: &str) -> Result<Buffer> {
+    if let Some(shard) = rest.memory() {
+        gather(ranks, &shard, &mut bucket)?;
+        return Ok(bucket);
+    }
+    let shard = rest.read_all(tiers.device.parameters.alloc_dirty(rest.dtype(), rest.len(), name)?)?;
+    gather(ranks, &shard, &mut bucket)?;
+    Ok(bucket)
+}
+
+fn gather(ranks: &Ranks, shard: &Buffer, whole: &mut Buffer) -> Result<()> {
+    match whole.dtype() {
+        DType::BF16 => ranks.comm.all_gather(Slice::BF16(shard.as_slice()), SliceMut::BF16(whole.as_mut_slice())),
+        DType::F16 => ranks.comm.all_gather(Slice::F16(shard.as_slice()), SliceMut::F16(whole.as_mut_slice())),
+        _ => ranks.comm.all_gather(Slice::F32(shard.as_slice()), SliceMut::F32(whole.as_mut_slice())),
+    }
+}
+
+/// Makes what the owners changed visible in every rank's resident copy.
+fn publish(ranks: &Ranks, tiers: &Tiers, stored: &Stored) -> Result<()> {
+    let range = ranks.partition().shard(stored.padded_len);
+    let gathered = stored.slot.update(|whole| {
+        let mut shard = tiers.device.parameters.alloc_dirty(whole.dtype(), range.len(), stored.slot.name())?;
+        let size = whole.dtype().size_in_bytes();
+        shard.bytes_mut().copy_from_slice(&whole.bytes()[range.start * size..range.end * size]);
+        gather(ranks, &shard, whole)
+    })?;
+    gathered.context("publishing what the optimizer changed")
+}
+
+pub(super) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|e| e.into_inner())
 }
 
-fn owned<'a>(buffer: &'a mut Buffer, range: Range<usize>, master: Option<&'a mut [f32]>) -> Owned<'a> {
-    match master {
-        Some(master) => Owned::Half { master, rounded: &mut buffer.as_mut_slice()[range] },
-        None => Owned::F32(&mut buffer.as_mut_slice()[range]),
+/// Reads a whole bucket and rounds it to the buffer's dtype; padding stays zero.
+fn read_rounded(layout: &BucketLayout, buffer: &mut Buffer, source: &dyn WeightSource) -> Result<()> {
+    if buffer.dtype() == DType::F32 {
+        return read_range(layout, 0, buffer.as_mut_slice(), source);
     }
-}
-
-/// Reads the part of a bucket that begins at `start` and rounds it to the buffer's dtype; padding stays zero.
-fn read_rounded(layout: &BucketLayout, start: usize, buffer: &mut Buffer, source: &dyn WeightSource) -> Result<()> {
-    match buffer.dtype() {
-        DType::F32 => read_range(layout, start, buffer.as_mut_slice(), source),
-        DType::BF16 => read_as::<bf16>(layout, start, buffer, source),
-        _ => read_as::<half::f16>(layout, start, buffer, source),
-    }
-}
-
-fn read_as<T: Element>(
-    layout: &BucketLayout,
-    start: usize,
-    buffer: &mut Buffer,
-    source: &dyn WeightSource,
-) -> Result<()> {
-    // Tensor by tensor in pieces, so that no fp32 copy of the whole bucket is ever needed.
+    // In pieces, so that no fp32 copy of the whole bucket is ever needed.
     const PIECE: usize = 1 << 18;
     let mut piece = vec![0f32; PIECE.min(buffer.len())];
-    for (at, part) in buffer.as_mut_slice::<T>().chunks_mut(PIECE).enumerate() {
-        let values = &mut piece[..part.len()];
+    for start in (0..buffer.len()).step_by(PIECE) {
+        let end = (start + PIECE).min(buffer.len());
+        let values = &mut piece[..end - start];
         values.fill(0.0);
-        read_range(layout, start + at * PIECE, values, source)?;
-        part.iter_mut().zip(values).for_each(|(to, from)| *to = T::from_f32(*from));
+        read_range(layout, start, values, source)?;
+        round(values, buffer, start..end);
     }
     Ok(())
 }

@@ -136,7 +136,7 @@ fn wrong_types_and_ranges_are_told_with_what_is_wanted() {
         ("[train]\nsnr_gamma = 0", &["snr_gamma", "above 0"]),
         ("[train]\noffset_noise = -0.1", &["offset_noise = -0.1", "at least 0"]),
         ("[train]\nrecompute = \"yes\"", &["\"auto\", true or false"]),
-        ("[train]\nmixed_precision = \"bf61\"", &["did you mean \"bf16\"", "\"no\", \"bf16\""]),
+        ("[train]\nmixed_precision = \"bf61\"", &["did you mean \"bf16\"", "\"no\", \"bf16\", \"fp16\""]),
         ("[optimizer]\nlearning_rate = -1e-5", &["learning_rate = -1e-5", "at least 0"]),
         ("[optimizer]\nlearning_rate = nan", &["learning_rate = nan", "finite"]),
         ("[optimizer]\nbeta1 = 1.0", &["beta1 = 1.0", "below 1"]),
@@ -148,6 +148,15 @@ fn wrong_types_and_ranges_are_told_with_what_is_wanted() {
         ("[zero]\nstage = \"2\"", &["a string", "without quotes"]),
         ("[zero]\ntimeout_seconds = 0", &["timeout_seconds = 0", "above 0"]),
         ("[zero]\nreduce_dtype = \"f32\"", &["\"fp32\""]),
+        ("[zero]\noffload_gradients = \"nvme\"", &["offload_gradients = \"nvme\"", "wear", "\"host\""]),
+        ("[zero]\noffload_optimizer = \"cpu\"", &["called \"host\""]),
+        ("[zero]\ngrad_accum_dtype = \"fp16\"", &["fp16's range", "\"bf16\""]),
+        ("[zero]\nzero_stage = 1", &["did you mean stage"]),
+        ("[optimizer]\nkind = \"adam8bit\"", &["did you mean \"adamw8bit\""]),
+        ("[optimizer]\nmaster_dtype = \"fp16\"", &["smallest steps", "\"bf16\""]),
+        ("[memory]\nvram = \"eight\"", &["memory.vram = \"eight\"", "no size", "\"8GiB\""]),
+        ("[memory]\nram = \"0GiB\"", &["memory.ram", "leave it out"]),
+        ("[memory]\nram = 24", &["memory.ram = 24", "a string in quotes"]),
         ("[checkpoint]\nevery = 0", &["checkpoint.every = 0", "at least 1"]),
         ("[checkpoint]\nkeep = 0", &["checkpoint.keep = 0", "at least 1"]),
         (
@@ -185,13 +194,7 @@ fn what_is_not_there_yet_is_told_with_what_to_use() {
     each_is_told(&[
         ("[lora]\nrank = 4", &["train.toml:1: [lora]", "not there yet", "leave the section out"]),
         ("[validation]\nprompt = \"x\"\nimages = [\"y\"]", &["validation.images", "not there yet"]),
-        ("[optimizer]\nkind = \"adamw8bit\"", &["not there yet", "\"adamw\""]),
-        ("[optimizer]\nmaster_dtype = \"bf16\"", &["not there yet", "\"fp32\""]),
-        ("[train]\nmixed_precision = \"fp16\"", &["not there yet", "\"bf16\""]),
         ("[train]\nclass_labels_conditioning = \"timesteps\"", &["stage II", "leave this key out"]),
-        ("[zero]\noffload_params = \"nvme\"", &["offload_params = \"nvme\"", "not there yet", "\"none\""]),
-        ("[zero]\noffload_gradients = \"host\"", &["not there yet"]),
-        ("[memory]\nvram = \"8GiB\"", &["memory.vram = \"8GiB\"", "not there yet"]),
         (
             "[output]\ndir = \"HOME/o\"\ntrackers = [\"jsonl\", \"wandb\"]",
             &["train.toml:3", "trackers", "\"wandb\" is no tracker", "\"tensorboard\""],
@@ -222,6 +225,7 @@ fn keys_that_do_not_go_together_are_told() {
             &["train.toml:2", "1e-7", "raise it"],
         ),
         ("[train]\nsnr_gamma_v = \"plus_one\"", &["snr_gamma_v", "set snr_gamma"]),
+        ("[zero]\noffload_params = \"nvme\"", &["offload_params = \"nvme\"", "nvme_dir = ", "\"host\""]),
         ("[output]\ndir = \"HOME/model\"", &["also model.path"]),
         ("[output]\ndir = \"HOME/photos/../photos\"", &["also data.instance_dir"]),
     ]);
@@ -245,6 +249,8 @@ fn folders_and_files_that_are_not_there_are_told() {
         ),
         ("[checkpoint]\nresume = \"checkpoint-5\"", &["checkpoint.resume", "runs/out/checkpoint-5", "\"latest\""]),
         ("[output]\ndir = \"HOME/draws.safetensors/out\"", &["output.dir", "is not a folder"]),
+        ("[zero]\nnvme_dir = \"HOME/nowhere\"", &["zero.nvme_dir", "no such folder", "fast drive"]),
+        ("[zero]\nnvme_dir = \"HOME/draws.safetensors\"", &["zero.nvme_dir", "not a folder"]),
     ]);
 }
 
@@ -335,7 +341,7 @@ fn more_ranks_than_items_are_refused_but_a_record_may_be_replayed_by_any_number(
 fn all_problems_are_told_at_once_and_overrides_are_named() {
     let home = Home::new();
     let sections =
-        "[train]\nbach_size = 2\nmax_steps = 0\n[optimizer]\nkind = \"adamw8bit\"\n[model]\npath = \"HOME/nowhere\"";
+        "[train]\nbach_size = 2\nmax_steps = 0\n[optimizer]\nkind = \"adamw9bit\"\n[model]\npath = \"HOME/nowhere\"";
     let overrides = ["data.instance_dir=/nowhere/at/all", "zero.stage=7", "train.sed=1", "nonsense"];
     let problems = home.check(sections, &overrides, 1).unwrap_err();
     assert_eq!(problems.len(), 8, "{problems:#?}");
@@ -365,7 +371,8 @@ fn a_request_with_nothing_wrong_is_summed_up() {
     let home = Home::new();
     let sections = "[prior]\nclass_dir = \"HOME/class\"\nclass_prompt = \"a cat\"\nnum_class_images = 4\n\
                     [train]\nbatch_size = 1\ngradient_accumulation_steps = 2\nepochs = 5\n[checkpoint]\nevery = 2\nkeep = 2\n\
-                    [lr_schedule]\nkind = \"linear\"\nwarmup_steps = 50";
+                    [lr_schedule]\nkind = \"linear\"\nwarmup_steps = 50\n\
+                    [zero]\nnvme_dir = \"HOME/nowhere\"\noffload_params = \"none\"\noffload_optimizer = \"host\"\noffload_gradients = \"none\"";
     let report = home.check(sections, &["optimizer.learning_rate=1e-4"], 2).unwrap();
     let steps = report.facts.steps.unwrap();
     assert_eq!((steps.items, steps.micro_batches_per_epoch, steps.per_epoch, steps.total), (4, 2, 1, 5));
@@ -386,6 +393,7 @@ fn a_request_with_nothing_wrong_is_summed_up() {
         "2 on the CPU, ZeRO stage 2",
         "a checkpoint every 2 steps",
         "warmup_steps is 50",
+        "nothing goes there",
     ] {
         assert!(summary.contains(piece), "{summary}\nlacks {piece}");
     }

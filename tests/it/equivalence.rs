@@ -9,28 +9,38 @@ use dblaunch::comm::{Communicator, Shared, Solo};
 use dblaunch::segment::Keep;
 use dblaunch::zero::Stage;
 
-use crate::toy::{Outcome, Run, reference, train};
+use crate::toy::{MAX_NORM, Outcome, Run, Storage, WIDTH, reference, train};
 
-const STAGES: [Stage; 4] = [Stage::Replicated, Stage::OptimizerState, Stage::Gradients, Stage::Parameters];
+pub const STAGES: [Stage; 4] = [Stage::Replicated, Stage::OptimizerState, Stage::Gradients, Stage::Parameters];
 
 /// Two micro-batches of unequal size, one of them with fewer items than ranks, over four steps.
-fn steps() -> Vec<Vec<Vec<usize>>> {
+pub fn steps() -> Vec<Vec<Vec<usize>>> {
     (0..4).map(|s| vec![(5 * s..5 * s + 5).collect(), vec![20 + s, 30 + s]]).collect()
 }
 
 /// The same items, one micro-batch or three per step.
-fn accumulation(micro_batches: usize) -> Vec<Vec<Vec<usize>>> {
+pub fn accumulation(micro_batches: usize) -> Vec<Vec<Vec<usize>>> {
     (0..3usize)
         .map(|s| (12 * s..12 * s + 12).collect::<Vec<_>>().chunks(12 / micro_batches).map(<[_]>::to_vec).collect())
         .collect()
 }
 
-fn run(stage: Stage, keep: Keep, steps: Vec<Vec<Vec<usize>>>) -> Run {
-    Run { stage, keep, steps, reduce_dtype: DType::F32, dtype: DType::F32 }
+pub fn run(stage: Stage, keep: Keep, steps: Vec<Vec<Vec<usize>>>) -> Run {
+    Run {
+        stage,
+        keep,
+        steps,
+        reduce_dtype: DType::F32,
+        dtype: DType::F32,
+        storage: Storage::on_device(),
+        width: WIDTH,
+        max_norm: MAX_NORM,
+        threads: None,
+    }
 }
 
 /// `run` on `world_size` ranks as threads, with sleeps before collectives if `delays`; all ranks agree to the bit.
-fn together(world_size: usize, run: &Run, delays: bool) -> Outcome {
+pub fn together(world_size: usize, run: &Run, delays: bool) -> Outcome {
     let comms = Shared::threads(world_size, Duration::from_secs(60)).unwrap();
     let ranks: Vec<_> = comms
         .into_iter()
@@ -51,7 +61,7 @@ fn together(world_size: usize, run: &Run, delays: bool) -> Outcome {
     outcomes[0].clone()
 }
 
-fn distance(a: &[f32], b: &[f32]) -> f64 {
+pub fn distance(a: &[f32], b: &[f32]) -> f64 {
     assert_eq!(a.len(), b.len());
     let squares = |f: &dyn Fn(usize) -> f64| (0..b.len()).map(|i| f(i).powi(2)).sum::<f64>();
     (squares(&|i| f64::from(a[i] - b[i])) / squares(&|i| f64::from(b[i])).max(1e-300)).sqrt()

@@ -5,14 +5,22 @@ mod captions;
 mod config;
 mod demo;
 mod equivalence;
+mod half;
 mod harness;
 mod interrupt;
 mod layers;
 mod parity;
 mod pictures;
+mod plan;
+mod profile;
 mod ranks;
 mod resume;
 mod sample;
 mod sharing;
+mod tiers;
 mod toy;
 mod tracking;
+
+/// The program's own, which counts what activations take.
+#[global_allocator]
+static ALLOCATOR: dblaunch::device::Keeping<std::alloc::System> = dblaunch::device::Keeping::over(std::alloc::System);

@@ -2,23 +2,27 @@
 //! once as one plain expression: the reference that every way of sharing must follow.
 
 use std::ops::Range;
+use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Result;
 use candle_core::{D, DType, Device, Tensor, Var};
 use dblaunch::comm::Communicator;
-use dblaunch::device::WeightRef;
+use dblaunch::device::threads::with_threads;
+use dblaunch::device::{Delays, StateFile, StateFileOptions, WeightRef};
 use dblaunch::ops::{Activation, activation, layer_norm, linear};
-use dblaunch::optim::AdamW;
+use dblaunch::optim::{AdamW, StateKind};
 use dblaunch::segment::{GraphBuilder, Keep, Params, Segment, SegmentGraph, SlotId};
-use dblaunch::train::network::{Memory, Network};
-use dblaunch::train::step::{Group, Inputs, clip_factor};
-use dblaunch::zero::{Partition, Ranks, Stage, WeightSource};
+use dblaunch::train::network::{Build, Network};
+use dblaunch::train::optimizer::StepScale;
+use dblaunch::train::step::{Group, Inputs, Then, clip_factor};
+use dblaunch::zero::{Partition, Placement, Ranks, Stage, Tiers, WeightSource};
 
 const FEATURES: usize = 6;
 const CONDITION: usize = 4;
 // Wide enough that one tensor passes the threshold of large ones.
-const WIDTH: usize = 72;
+pub const WIDTH: usize = 72;
 const OUT: usize = 3;
 
 struct Layer {
@@ -78,21 +82,25 @@ pub struct Toy {
 }
 
 pub fn toy() -> Toy {
+    toy_of(WIDTH)
+}
+
+fn toy_of(width: usize) -> Toy {
     let mut g = GraphBuilder::new();
     let (x, condition) = (g.input("x"), g.input("condition"));
     let [a, t] = g.segment("stem", "toy", true, &[x, condition], ["a", "t"], |p| {
-        Box::new(Stem(Layer::new(&p.pp("stem"), FEATURES, WIDTH), Layer::new(&p.pp("time"), CONDITION, WIDTH)))
+        Box::new(Stem(Layer::new(&p.pp("stem"), FEATURES, width), Layer::new(&p.pp("time"), CONDITION, width)))
     });
     let [b] = g.segment("middle", "toy", true, &[a, t], ["b"], |p| {
         Box::new(Middle {
-            gamma: p.get("norm.weight", &[WIDTH]),
-            beta: p.get("norm.bias", &[WIDTH]),
-            layer: Layer::new(&p.pp("middle"), WIDTH, WIDTH),
+            gamma: p.get("norm.weight", &[width]),
+            beta: p.get("norm.bias", &[width]),
+            layer: Layer::new(&p.pp("middle"), width, width),
         })
     });
-    let [c] = g.segment("up", "toy", true, &[b, a, t], ["c"], |p| Box::new(Up(Layer::new(&p.pp("up"), WIDTH, WIDTH))));
+    let [c] = g.segment("up", "toy", true, &[b, a, t], ["c"], |p| Box::new(Up(Layer::new(&p.pp("up"), width, width))));
     let [prediction] =
-        g.segment("head", "toy", true, &[c], ["prediction"], |p| Box::new(Head(Layer::new(&p.pp("head"), WIDTH, OUT))));
+        g.segment("head", "toy", true, &[c], ["prediction"], |p| Box::new(Head(Layer::new(&p.pp("head"), width, OUT))));
     Toy { graph: g.finish(), x, condition, prediction }
 }
 
@@ -128,6 +136,52 @@ pub struct Run {
     pub steps: Vec<Vec<Vec<usize>>>,
     pub reduce_dtype: DType,
     pub dtype: DType,
+    pub storage: Storage,
+    /// Of hidden layers.
+    pub width: usize,
+    /// Bound on the gradients' norm; 0: none, and every segment is updated as soon as its gradients are there.
+    pub max_norm: f64,
+    /// Of each rank, where not all cores.
+    pub threads: Option<usize>,
+}
+
+/// Where a run's states rest, and in what.
+#[derive(Clone)]
+pub struct Storage {
+    pub placement: Placement,
+    pub state: StateKind,
+    pub master: DType,
+    pub gradients: DType,
+    pub prefetch: bool,
+    /// Copies, collectives and disk requests are late now and then.
+    pub delays: bool,
+    /// For what rests on a drive.
+    pub folder: Option<PathBuf>,
+}
+
+impl Storage {
+    pub fn on_device() -> Self {
+        Storage {
+            placement: Placement::DEVICE,
+            state: StateKind::F32,
+            master: DType::F32,
+            gradients: DType::F32,
+            prefetch: true,
+            delays: false,
+            folder: None,
+        }
+    }
+
+    fn tiers(&self, rank: usize, bytes: u64) -> Tiers {
+        let delays = |seed: u64| self.delays.then(|| Delays::new(seed + rank as u64, Duration::from_millis(2)));
+        let drive = self.placement.uses_drive().then(|| {
+            let dir = self.folder.clone().expect("a folder for what rests on a drive");
+            let options = StateFileOptions { dir, rank, bytes, delays: delays(100), direct: None, ring: None };
+            StateFile::create(options).unwrap()
+        });
+        let tiers = Tiers::unlimited(self.placement, drive, delays(0)).unwrap();
+        Tiers { master: self.master, gradients: self.gradients, prefetch: self.prefetch, ..tiers }
+    }
 }
 
 /// What a run leaves: the loss of every micro-batch, every step's norm, the gradients of the first step, the weights.
@@ -141,23 +195,47 @@ pub struct Outcome {
 
 pub const ADAMW: AdamW = AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01 };
 const RATE: f64 = 1e-2;
-const MAX_NORM: f64 = 0.5;
+pub const MAX_NORM: f64 = 0.5;
 
-pub fn network(ranks: &Ranks, keep: Keep, dtype: DType, source: &dyn WeightSource) -> (Toy, Network) {
-    let mut toy = toy();
+pub fn network(ranks: &Ranks, run: &Run, source: &dyn WeightSource) -> (Toy, Network) {
+    let mut toy = toy_of(run.width);
     let graph = std::mem::replace(&mut toy.graph, GraphBuilder::new().finish());
-    let network = Network::load(graph, ranks, dtype, keep, Memory::unlimited(), source).unwrap();
+    let build = Build {
+        ranks: ranks.clone(),
+        dtype: run.dtype,
+        keep: vec![run.keep; graph.nodes.len()],
+        // Enough; what is taken is zeroed first.
+        tiers: run.storage.tiers(ranks.comm.rank(), if run.width == WIDTH { 1 << 20 } else { 96 << 20 }),
+        state: run.storage.state,
+        seed: 7,
+    };
+    let network = Network::load(graph, build, source).unwrap();
     (toy, network)
 }
 
 /// One rank's part of `run`.
 pub fn train(comm: Arc<dyn Communicator>, run: &Run) -> Outcome {
+    match run.threads {
+        Some(threads) => with_threads(threads, || train_here(comm, run)),
+        None => train_here(comm, run),
+    }
+}
+
+fn train_here(comm: Arc<dyn Communicator>, run: &Run) -> Outcome {
     let ranks = Ranks { comm, stage: run.stage, reduce_dtype: run.reduce_dtype };
     let partition = Partition::new(ranks.comm.rank(), ranks.comm.world_size());
-    let (toy, mut network) = network(&ranks, run.keep, run.dtype, &Made);
+    let (toy, mut network) = network(&ranks, run, &Made);
     let mut outcome = Outcome::default();
+    let group = |_: &str| Group { adamw: ADAMW, rate: RATE };
     for (s, micro_batches) in run.steps.iter().enumerate() {
-        for items in micro_batches {
+        for (m, items) in micro_batches.iter().enumerate() {
+            // The first step's gradients are looked at before they are used.
+            let at_once = run.max_norm == 0.0 && s > 0;
+            let then = match m + 1 == micro_batches.len() {
+                false => Then::Accumulate,
+                true if at_once => Then::Update(StepScale { step: s as u64 + 1, grad_scale: 1.0 }, &group),
+                true => Then::Norm,
+            };
             let mine: Vec<_> = items[partition.items(items.len())].iter().map(|&i| item(i)).collect();
             let inputs = (!mine.is_empty()).then(|| Inputs {
                 slots: vec![
@@ -169,7 +247,7 @@ pub fn train(comm: Arc<dyn Communicator>, run: &Run) -> Outcome {
             let mut part = [0f64];
             let target = stack(mine.into_iter().map(|m| m.2).collect());
             network
-                .forward_backward(inputs, |prediction| {
+                .forward_backward(inputs, then, |prediction| {
                     let difference = (prediction.to_dtype(DType::F32)? - target)?;
                     let squares = difference.sqr()?.sum_all()?.to_scalar::<f32>()?;
                     part[0] = f64::from(squares) / (OUT * items.len()) as f64;
@@ -185,7 +263,9 @@ pub fn train(comm: Arc<dyn Communicator>, run: &Run) -> Outcome {
         if s == 0 {
             outcome.first_gradients = whole(&network, |n, i| n.reducer.whole(i).unwrap().unwrap());
         }
-        network.update(s as u64 + 1, clip_factor(norm, MAX_NORM), |_| Group { adamw: ADAMW, rate: RATE }).unwrap();
+        if run.max_norm > 0.0 || s == 0 {
+            network.update(s as u64 + 1, clip_factor(norm, run.max_norm), group).unwrap();
+        }
     }
     outcome.weights = whole(&network, |n, i| n.store.whole_master(i).unwrap());
     outcome

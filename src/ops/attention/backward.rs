@@ -8,6 +8,7 @@ use super::lanes::LANES;
 use super::softmax::{hide_later, probabilities_and_slopes};
 use super::tile::{Rows, Size, Strided, multiply};
 use super::{KEY_BLOCK, Plan, QUERY_BLOCK, by_head, gather, head_rows, into_blocks, scatter};
+use crate::device::{note_flops, touch_scratch};
 use crate::ops::cpu::for_parts;
 use crate::ops::transpose::transpose;
 use crate::ops::vector::{Real, simd, sums, unwritten};
@@ -36,7 +37,10 @@ impl<T: Real> Given<'_, T> {
         let (pieces, size) = self.cut();
         let queries = into_blocks(by_head(plan, &mut dq, plan.queries), size);
         let keys = by_head(plan, &mut dk, plan.keys).into_iter().zip(by_head(plan, &mut dv, plan.keys));
+        note_flops(10.0 * plan.cost() as f64);
+        let scratch = Group::bytes(plan, size.min(plan.queries));
         if pieces == 1 && plan.queries > 0 {
+            touch_scratch(queries.len(), 3 * plan.cost(), scratch + KeyGradients::bytes(plan));
             for_parts(queries.into_iter().zip(keys).collect(), 3 * plan.cost(), |head, (dq, (dk, dv))| {
                 let mut sums = KeyGradients::new(plan);
                 self.piece(head, 0, dq, &mut sums);
@@ -45,6 +49,7 @@ impl<T: Real> Given<'_, T> {
             return [dq, dk, dv];
         }
         let mut sums: Vec<_> = (0..plan.batch * plan.heads * pieces).map(|_| KeyGradients::new(plan)).collect();
+        touch_scratch(queries.len(), 3 * plan.cost(), scratch);
         for_parts(queries.into_iter().zip(&mut sums).collect(), 3 * plan.cost(), |i, (dq, sums)| {
             self.piece(i / pieces, i % pieces * size, dq, sums);
         });
@@ -121,6 +126,10 @@ impl KeyGradients {
         KeyGradients { dk: vec![0.0; len], dv: vec![0.0; len] }
     }
 
+    fn bytes(plan: &Plan) -> usize {
+        8 * plan.keys * plan.head_width.next_multiple_of(LANES)
+    }
+
     fn add(&mut self, other: &KeyGradients) {
         simd(
             #[inline(always)]
@@ -155,6 +164,13 @@ impl Group {
         let (scores, rows) = (vec![0f32; KEY_BLOCK * QUERY_BLOCK], vec![0f32; KEY_BLOCK * plan.head_width]);
         let blocks = (0..count).map(|_| Block::new(plan.head_width)).collect();
         Group { blocks, scores: [scores.clone(), scores], k: rows.clone(), v: rows }
+    }
+
+    /// What [`Self::new`] takes.
+    fn bytes(plan: &Plan, queries: usize) -> usize {
+        let (d, padded) = (plan.head_width, plan.head_width.next_multiple_of(LANES));
+        let blocks = plan.group(5).min(queries.div_ceil(QUERY_BLOCK));
+        4 * (blocks * (2 * padded + 3 * d + 2) * QUERY_BLOCK + 2 * KEY_BLOCK * (QUERY_BLOCK + d))
     }
 }
 

@@ -4,6 +4,7 @@ use super::lanes::LANES;
 use super::softmax::{Running, hide_later};
 use super::tile::{Rows, Size, multiply};
 use super::{KEY_BLOCK, Plan, QUERY_BLOCK, by_head, gather, head_rows, into_blocks, scatter};
+use crate::device::{note_flops, touch_scratch};
 use crate::ops::cpu::for_parts;
 use crate::ops::transpose::transpose;
 use crate::ops::vector::{Real, unwritten};
@@ -16,9 +17,11 @@ pub(super) fn forward<T: Real>(plan: &Plan, q: &[T], k: &[T], v: &[T]) -> (Vec<T
         return (y, log_sums);
     }
     let size = part_size(plan);
+    note_flops(4.0 * plan.cost() as f64);
     let parts = into_blocks(by_head(plan, &mut y, plan.queries), size);
     let sums = log_sums.chunks_mut(plan.queries).flat_map(|head| head.chunks_mut(size));
     let per_head = plan.queries.div_ceil(size);
+    touch_scratch(parts.len(), plan.cost(), Group::bytes(plan));
     for_parts(parts.into_iter().zip(sums).collect(), plan.cost(), |i, (y, log_sums)| {
         let (head, part) = (i / per_head, i % per_head);
         let (row, head) = (head / plan.heads, head % plan.heads);
@@ -72,6 +75,13 @@ impl<'a> Group<'a> {
             v: zeros(KEY_BLOCK * d),
             rows: zeros(QUERY_BLOCK * d),
         }
+    }
+
+    /// What a group takes, about.
+    fn bytes(plan: &Plan) -> usize {
+        let d = plan.head_width;
+        let blocks = plan.group(2).min(plan.queries.div_ceil(QUERY_BLOCK));
+        4 * (blocks * (2 * d + 3) * QUERY_BLOCK + KEY_BLOCK * (QUERY_BLOCK + 2 * d) + QUERY_BLOCK * d)
     }
 
     /// The queries from `first` on, as many as `log_sums`, which are set; their results go to the next rows of `y`.

@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use super::product::block_of;
 use super::simd::{Kernel, MOST_LANES, Scalar, Simd, dispatch, first};
-use crate::device::threads;
+use crate::device::{note_flops, threads};
 use crate::ops::vector::unwritten;
 
 /// Up to so many rows.
@@ -20,6 +20,7 @@ pub fn few_rows<T: Scalar>(x: &[T], rows: usize, columns: &[T], bias: Option<&[f
     let depth = x.len() / rows;
     let count = columns.len() / depth.max(1);
     assert!(columns.len() == count * depth && bias.is_none_or(|bias| bias.len() == count), "operands do not fit");
+    note_flops(2.0 * (rows * count * depth) as f64);
     let mut values = unwritten(rows * count);
     let to = Shared(values.as_mut_ptr());
     dispatch(Few { x: &x, rows, depth, columns, count, bias, block: block_of(depth, unit), to });

@@ -9,7 +9,7 @@ use super::micro::{Finish, tile};
 use super::out::{Bias, Out};
 use super::pack::{Grid, Left, Right};
 use super::simd::{Kernel, Scalar, Simd, dispatch, first};
-use crate::device::threads;
+use crate::device::{is_dry, note_flops, note_kept_scratch, threads};
 
 /// A times B.
 pub struct Product<'a, A, B> {
@@ -71,6 +71,14 @@ impl<A: Left, B: Right, T: Scalar> Kernel for Parallel<'_, '_, A, B, T> {
         }
         let (down, across) = tiles::<S>(product.rows, panels, product.depth);
         let operations = product.rows * product.grid.columns() * product.depth / 16;
+        if is_dry() {
+            note_flops(2.0 * (product.rows * product.grid.columns()) as f64 * product.depth as f64);
+            let rows = product.rows.div_ceil(S::ROWS).div_ceil(down) * S::ROWS;
+            let room = product.room::<S, T>(rows.min(product.rows), panels.div_ceil(across), out);
+            let helped = threads::at_once(down * across, operations) > 1;
+            note_kept_scratch(room.map(|numbers| numbers.div_ceil(16) * size_of::<Line>()), helped);
+            return;
+        }
         threads::parallel_for(down * across, operations, |task| {
             let rows = part(task % down, down, product.rows.div_ceil(S::ROWS));
             let rows = rows.start * S::ROWS..(rows.end * S::ROWS).min(product.rows);
@@ -157,16 +165,22 @@ thread_local! {
 }
 
 impl<A: Left, B: Right> Product<'_, A, B> {
+    /// How many numbers a tile of `rows` and `panels` needs in each of its thread's buffers.
+    fn room<S: Simd, T: Scalar>(&self, rows: usize, panels: usize, out: &Out<T>) -> [usize; 3] {
+        let width = 2 * S::LANES;
+        let held = if out.direct() { 0 } else { rows * panels * width };
+        let block = self.block.min(self.depth);
+        [GROUP * block * S::LANES, block * panels * width, held]
+    }
+
     /// One tile of the result, with this thread's buffers.
     ///
     /// # Safety
     /// The CPU has `S`, and no other task writes these elements.
     unsafe fn tile<S: Simd, T: Scalar>(&self, rows: Range<usize>, panels: Range<usize>, out: &Out<T>) {
-        let width = 2 * S::LANES;
-        let held = if out.direct() { 0 } else { rows.len() * panels.len() * width };
-        let block = self.block.min(self.depth);
+        let numbers = self.room::<S, T>(rows.len(), panels.len(), out);
         SCRATCH.with_borrow_mut(|scratch| {
-            let room = scratch.room([GROUP * block * S::LANES, block * panels.len() * width, held]);
+            let room = scratch.room(numbers);
             // SAFETY: the CPU has `S`; the buffers have the room that a block and the tile need.
             unsafe {
                 S::vectorize(

@@ -10,13 +10,12 @@ use super::latents;
 use super::output;
 use super::plan::Plan;
 use crate::comm::{Communicator, CommunicatorExt, SliceMut};
-use crate::device::Arena;
 use crate::launch::{Event, Rank};
 use crate::model;
 use crate::pipeline::{Frozen, Prompts};
 use crate::sample::{Decoder, Ending, Noise, Request, Sampling};
 use crate::train::fresh_seed;
-use crate::zero::{ParamStore, Ranks};
+use crate::zero::{ParamStore, Ranks, Tiers};
 
 /// Makes this rank's share of the pictures. A collective, like everything in it.
 pub fn run(plan: &Plan, rank: &Rank) -> Result<Ending> {
@@ -32,8 +31,7 @@ pub fn run(plan: &Plan, rank: &Rank) -> Result<Ending> {
     let denoiser = model::denoiser(&opened.configs.unet, None, false, plan.compute.dtype);
     let ranks = Ranks { comm: rank.communicator.clone(), stage: plan.stage, reduce_dtype: DType::F32 };
     let segments = denoiser.graph.nodes.iter().map(|n| (&n.params, None));
-    let arena = Arena::new("parameter", None);
-    let store = ParamStore::load(&ranks, plan.compute.dtype, &arena, segments, &opened.weights)?;
+    let store = ParamStore::load(&ranks, plan.compute.dtype, &Tiers::on_device()?, segments, &opened.weights)?;
     let mut decoder = Decoder::load(&opened.configs.vae, &opened.weights.pipeline, &plan.compute, plan.tiling)?;
     let noise = match &plan.given {
         Some(given) => Noise::Given(given.clone()),
@@ -80,7 +78,7 @@ fn agree_on_seed(asked: Option<u64>, comm: &dyn Communicator) -> Result<u64> {
 fn encode(plan: &Plan) -> Result<Prompts> {
     let opened = &plan.opened;
     let encoder = model::text_encoder(&opened.configs.text, false, DType::F32);
-    let frozen = Frozen::load(encoder.graph, DType::F32, &Arena::new("text encoder", None), &opened.weights)?;
+    let frozen = Frozen::load(encoder.graph, DType::F32, &Tiers::on_device()?, &opened.weights)?;
     let width = opened.configs.text.hidden_size;
     Prompts::frozen(frozen, encoder.slots, width, plan.tokens.clone(), &plan.compute)
 }

@@ -1,0 +1,332 @@
+//! The optimizer at work: a thread that updates segment after segment, piece by piece, wherever weights and state rest.
+//! While one piece is computed the next ones are read and the last ones written; and while all that goes on the network
+//! runs, as far as it does not need what is being changed ([`crate::zero::ParamStore::updating`]).
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+
+use anyhow::{Context, Result, bail};
+use candle_core::DType;
+
+use super::step::Group;
+use crate::device::trace::{self, Row};
+use crate::device::{Arena, Buffer, Pending, Promise, promise};
+use crate::optim::{self, RecordLayout, Rounded, StateKind, StochasticRounding};
+use crate::zero::{
+    Coming, GradReducer, Grads, OwnedComing, OwnedGrads, OwnedPiece, OwnedWeights, ParamStore, Piece, Rest, Tiers,
+    Weights, pieces,
+};
+
+/// Pieces that are read ahead of the one that is computed, and pieces that may still be being written behind it.
+const AHEAD: usize = 2;
+const BEHIND: usize = 2;
+
+/// What every segment of a step has in common.
+#[derive(Clone, Copy, Debug)]
+pub struct StepScale {
+    /// From 1.
+    pub step: u64,
+    /// What gradients are multiplied by: clip factor, and one over the loss scale.
+    pub grad_scale: f32,
+}
+
+/// Optimizer state of every segment that trains, and the thread that uses it.
+pub struct Optimizer {
+    kind: StateKind,
+    segments: Vec<Option<Arc<Segment>>>,
+    jobs: Option<Sender<Job>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// One segment's weights, gradients and state, of what this rank's optimizer sees.
+struct Segment {
+    index: u64,
+    weights: OwnedWeights,
+    grads: OwnedGrads,
+    chunks: Vec<Chunk>,
+    /// Of stochastic rounding.
+    seed: u64,
+}
+
+/// A piece's state: one record.
+struct Chunk {
+    /// Counted from the first owned element.
+    range: Range<usize>,
+    layout: RecordLayout,
+    record: Rest,
+}
+
+/// One segment's update.
+struct Job {
+    segment: Arc<Segment>,
+    scale: StepScale,
+    group: Group,
+    done: Arc<Mutex<Option<Promise<()>>>>,
+}
+
+impl Optimizer {
+    /// State of the given kind for every segment that trains, zero moments.
+    pub fn new(tiers: &Tiers, store: &ParamStore, reducer: &GradReducer, kind: StateKind, seed: u64) -> Result<Self> {
+        let segment = |i: usize| match (store.trains(i), reducer.owned(i)) {
+            (true, Some(grads)) => Segment::new(tiers, store, i, grads, kind, seed).map(Arc::new).map(Some),
+            _ => Ok(None),
+        };
+        let segments = (0..store.len()).map(segment).collect::<Result<_>>()?;
+        let (jobs, todo) = channel();
+        let staging = tiers.host.optimizer.clone();
+        let thread = std::thread::Builder::new()
+            .name("optimizer".into())
+            .spawn(move || Pipeline::new(todo, staging).run())
+            .context("starting the optimizer's thread")?;
+        Ok(Optimizer { kind, segments, jobs: Some(jobs), thread: Some(thread) })
+    }
+
+    /// Prepares the update of segment `i`: the first result is waited for before its weights are used again, the second
+    /// one starts the work. None if the segment does not train.
+    pub fn prepare(&self, i: usize, scale: StepScale, group: Group) -> Option<(Pending<()>, Box<dyn FnOnce() + Send>)> {
+        let (segment, jobs) = (self.segments[i].clone()?, self.jobs.clone()?);
+        let (promise, pending) = promise();
+        let job = Job { segment, scale, group, done: Arc::new(Mutex::new(Some(promise))) };
+        // Without its thread the promise is dropped, which the wait reports.
+        Some((pending, Box::new(move || drop(jobs.send(job)))))
+    }
+
+    /// What moments rest in.
+    pub fn state(&self) -> StateKind {
+        self.kind
+    }
+
+    /// The records of segment `i`, one for each piece, in order; nothing may be at work on it.
+    pub fn records(&self, i: usize) -> impl Iterator<Item = Record<'_>> {
+        self.segments[i].iter().flat_map(|segment| &segment.chunks).map(Record)
+    }
+}
+
+impl Drop for Optimizer {
+    fn drop(&mut self) {
+        drop(self.jobs.take());
+        if let Some(thread) = self.thread.take() {
+            // A panic of the work was told to whoever waited for it.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// One piece's state, for checkpoints.
+pub struct Record<'a>(&'a Chunk);
+
+impl Record<'_> {
+    pub fn layout(&self) -> &RecordLayout {
+        &self.0.layout
+    }
+
+    /// Hands the record's bytes to `read`.
+    pub fn read<R>(&self, read: impl FnOnce(&[u8]) -> R) -> Result<R> {
+        let Chunk { record, .. } = self.0;
+        let all = 0..record.len();
+        let mut piece = record.begin(all.clone(), &Arena::new("checkpoint", None), "optimizer state")?.wait()?;
+        Ok(record.with(all, &mut piece, |bytes, _| read(bytes.bytes())))
+    }
+
+    /// Lets `fill` make the record anew; it begins as zero moments.
+    pub fn write<R>(&self, fill: impl FnOnce(&mut [u8]) -> R) -> Result<R> {
+        let Chunk { record, layout, .. } = self.0;
+        let all = 0..record.len();
+        let mut piece = record.blank(all.clone(), &Arena::new("checkpoint", None), "optimizer state")?.wait()?;
+        let result = record.with(all.clone(), &mut piece, |bytes, _| {
+            layout.initialise(bytes.bytes_mut());
+            fill(bytes.bytes_mut())
+        });
+        record.end(all, piece).map_or(Ok(()), |written| written.wait().map(drop))?;
+        Ok(result)
+    }
+}
+
+impl Segment {
+    fn new(tiers: &Tiers, store: &ParamStore, i: usize, grads: OwnedGrads, kind: StateKind, seed: u64) -> Result<Self> {
+        let weights = store.owned(i);
+        let owned = weights.range();
+        let small_from = store.layout(i).small_from;
+        let chunk = |range: Range<usize>| {
+            let layout = RecordLayout::new(kind, owned.start + range.start, range.len(), small_from);
+            let place = tiers.placement.optimizer;
+            let record = Rest::allocate(tiers, place, |s| &s.optimizer, DType::U8, layout.bytes(), store.name(i))?;
+            let chunk = Chunk { range, layout, record };
+            Record(&chunk).write(|_| ())?;
+            Ok(chunk)
+        };
+        let chunks = pieces(owned.len()).map(chunk).collect::<Result<_>>()?;
+        Ok(Segment { index: i as u64, weights, grads, chunks, seed })
+    }
+
+    fn rounding(&self, scale: StepScale, chunk: &Chunk) -> StochasticRounding {
+        let start = (self.weights.range().start + chunk.range.start) as u64;
+        StochasticRounding { seed: self.seed, step: scale.step, bucket: self.index, start }
+    }
+
+    /// Computes one piece's update in memory.
+    fn update(&self, chunk: &Chunk, scale: StepScale, group: Group, near: &mut Near) -> Result<()> {
+        let rounding = self.rounding(scale, chunk);
+        let Near { weights: near_weights, record: near_record } = near;
+        let Chunk { range, layout, record } = chunk;
+        let all = 0..record.len();
+        let finite = record.with(all, near_record, |record, _| {
+            self.grads.with(range.clone(), |grads| {
+                let grads = match grads {
+                    Grads::F32(values) => optim::Grads::F32(values),
+                    Grads::BF16(values) => optim::Grads::Bf16(values),
+                };
+                self.weights.change(range.clone(), near_weights, |weights| {
+                    let (weights, rounded) = match weights {
+                        Weights::F32(values) => (optim::Weights::F32(values), Rounded::None),
+                        Weights::BF16(values) => (optim::Weights::Bf16 { values, rounding }, Rounded::None),
+                        Weights::WithBf16 { master, rounded } => (optim::Weights::F32(master), Rounded::Bf16(rounded)),
+                        Weights::WithF16 { master, rounded } => (optim::Weights::F32(master), Rounded::F16(rounded)),
+                    };
+                    let StepScale { step, grad_scale } = scale;
+                    let bytes = record.bytes_mut();
+                    group.adamw.update_chunk(step, group.rate, grad_scale, layout, bytes, weights, rounded, grads)
+                })
+            })
+        })??;
+        if !finite {
+            bail!("a gradient of {} is not finite", self.weights.name());
+        }
+        Ok(())
+    }
+}
+
+/// A piece's weights and record in memory for a moment.
+struct Near {
+    weights: OwnedPiece,
+    record: Piece,
+}
+
+/// A piece on its way to memory.
+struct Reading {
+    job: Arc<Job>,
+    chunk: usize,
+    weights: OwnedComing,
+    record: Coming,
+}
+
+/// A piece on its way back.
+struct Writing {
+    job: Arc<Job>,
+    last: bool,
+    writes: Vec<Pending<Buffer>>,
+}
+
+/// The thread's state.
+struct Pipeline {
+    jobs: Receiver<Job>,
+    staging: Arena,
+    /// The job whose pieces are being begun, and the next piece.
+    current: Option<(Arc<Job>, usize)>,
+    reading: VecDeque<Reading>,
+    writing: VecDeque<Writing>,
+}
+
+impl Pipeline {
+    fn new(jobs: Receiver<Job>, staging: Arena) -> Self {
+        Pipeline { jobs, staging, current: None, reading: VecDeque::new(), writing: VecDeque::new() }
+    }
+
+    fn run(mut self) {
+        loop {
+            while self.reading.len() <= AHEAD && self.next_job() {
+                self.begin();
+            }
+            if let Some(reading) = self.reading.pop_front() {
+                self.compute(reading);
+            }
+            let idle = self.reading.is_empty() && self.current.is_none();
+            while self.writing.len() > if idle { 0 } else { BEHIND } {
+                self.end();
+            }
+            if idle {
+                match self.jobs.recv() {
+                    Ok(job) => self.current = Some((Arc::new(job), 0)),
+                    Err(_) => return,
+                }
+            }
+        }
+    }
+
+    /// Whether there is a piece to begin, without waiting for one.
+    fn next_job(&mut self) -> bool {
+        if self.current.is_none() {
+            match self.jobs.try_recv() {
+                Ok(job) => self.current = Some((Arc::new(job), 0)),
+                Err(TryRecvError::Empty | TryRecvError::Disconnected) => return false,
+            }
+        }
+        true
+    }
+
+    fn begin(&mut self) {
+        let Some((job, chunk)) = self.current.take() else { return };
+        let segment = job.segment.clone();
+        let Some(part) = segment.chunks.get(chunk) else {
+            // An empty shard: done before it began.
+            return job.done(Ok(()));
+        };
+        let begun = || {
+            let name = segment.weights.name();
+            let weights = segment.weights.begin(part.range.clone())?;
+            Ok((weights, part.record.begin(0..part.record.len(), &self.staging, name)?))
+        };
+        match begun() {
+            Ok((weights, record)) => {
+                self.reading.push_back(Reading { job: job.clone(), chunk, weights, record });
+                if chunk + 1 < segment.chunks.len() {
+                    self.current = Some((job, chunk + 1));
+                }
+            }
+            Err(error) => job.done(Err(error)),
+        }
+    }
+
+    fn compute(&mut self, reading: Reading) {
+        let Reading { job, chunk, weights, record } = reading;
+        let (segment, part) = (&job.segment, &job.segment.chunks[chunk]);
+        let updated = || {
+            let mut near = Near { weights: weights.wait()?, record: record.wait()? };
+            let _span = trace::span(Row::Optimizer, || format!("update {}", segment.weights.name()));
+            segment.update(part, job.scale, job.group, &mut near)?;
+            Ok(near)
+        };
+        match updated() {
+            Ok(Near { weights, record }) => {
+                let mut writes = segment.weights.end(part.range.clone(), weights);
+                writes.extend(part.record.end(0..part.record.len(), record));
+                let last = chunk + 1 == segment.chunks.len();
+                self.writing.push_back(Writing { job: job.clone(), last, writes });
+            }
+            Err(error) => job.done(Err(error)),
+        }
+    }
+
+    /// Waits for the oldest piece that is being written.
+    fn end(&mut self) {
+        let Some(Writing { job, last, writes }) = self.writing.pop_front() else { return };
+        let written = writes.into_iter().try_for_each(|write| write.wait().map(drop));
+        match written {
+            Err(error) => job.done(Err(error.context("writing what the optimizer changed"))),
+            Ok(()) if last => job.done(Ok(())),
+            Ok(()) => {}
+        }
+    }
+}
+
+impl Job {
+    /// Tells who waits; only the first word counts.
+    fn done(&self, result: Result<()>) {
+        if let Some(promise) = self.done.lock().unwrap_or_else(|e| e.into_inner()).take() {
+            promise.keep(result);
+        }
+    }
+}

@@ -1,0 +1,162 @@
+//! What of a segment's parameters this rank's optimizer changes, piece by piece, wherever it rests.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use candle_core::DType;
+use half::{bf16, f16};
+
+use super::param_store::{At, Stored};
+use super::rest::{Coming, Piece, Rest, widen};
+use super::{ParamStore, Tiers};
+use crate::comm::{Slice, SliceMut};
+use crate::device::{Buffer, Pending};
+
+/// The weights of a piece: what the optimizer computes with, and the rounded copy that ops read if that is another one.
+pub enum Weights<'a> {
+    F32(&'a mut [f32]),
+    BF16(&'a mut [bf16]),
+    WithBf16 { master: &'a mut [f32], rounded: &'a mut [bf16] },
+    WithF16 { master: &'a mut [f32], rounded: &'a mut [f16] },
+}
+
+/// A segment's parameters as its optimizer sees them. Cheap to clone; used by one thread at a time.
+#[derive(Clone)]
+pub struct OwnedWeights {
+    stored: Arc<Stored>,
+    tiers: Tiers,
+    /// In the bucket.
+    range: Range<usize>,
+}
+
+/// A piece of it on its way.
+pub struct OwnedComing {
+    weights: Coming,
+    master: Option<Coming>,
+}
+
+/// A piece of it in memory for a moment.
+pub struct OwnedPiece {
+    weights: Piece,
+    master: Option<Piece>,
+}
+
+impl ParamStore {
+    pub fn owned(&self, i: usize) -> OwnedWeights {
+        let range = self.optimizer_range(i);
+        OwnedWeights { stored: self.stored[i].clone(), tiers: self.tiers.clone(), range }
+    }
+
+    /// Elements `range` of bucket `i`, all of them this rank's, as the optimizer has them. Waits for its work.
+    pub fn read_master(&self, i: usize, range: Range<usize>, into: &mut [f32]) -> Result<()> {
+        self.settle(i)?;
+        let owned = self.optimizer_range(i);
+        let own = range.start - owned.start..range.end - owned.start;
+        let stored = &self.stored[i];
+        match (&stored.master, &stored.at) {
+            (Some(master), _) => master.read(own, into),
+            (None, At::Rest(rest)) => rest.read(own, into),
+            (None, At::Slot) => Ok(stored.slot.update(|buffer| widen(buffer, range, into))?),
+        }
+    }
+
+    /// The fp32 weights of segment `i`, whole, on every rank: what is exported. A collective.
+    pub fn whole_master(&self, i: usize) -> Result<Vec<f32>> {
+        let range = self.shard(i);
+        let mut mine = vec![0f32; range.len()];
+        self.read_master(i, range, &mut mine).with_context(|| format!("reading {}", self.name(i)))?;
+        if self.ranks.alone() {
+            return Ok(mine);
+        }
+        let mut whole = vec![0f32; self.padded_len(i)];
+        self.ranks.comm.all_gather(Slice::F32(&mine), SliceMut::F32(&mut whole))?;
+        Ok(whole)
+    }
+}
+
+impl OwnedWeights {
+    pub fn name(&self) -> &str {
+        self.stored.slot.name()
+    }
+
+    pub fn range(&self) -> Range<usize> {
+        self.range.clone()
+    }
+
+    /// Begins to bring elements `range`, counted from the first owned one, which starts at a multiple of
+    /// [`super::PIECE`].
+    pub fn begin(&self, range: Range<usize>) -> Result<OwnedComing> {
+        let arena = &self.tiers.host.parameters;
+        let bring = |rest: &Rest| rest.begin(range.clone(), arena, self.name());
+        Ok(match (&self.stored.at, &self.stored.master) {
+            (At::Slot, None) => OwnedComing { weights: Coming::nothing(), master: None },
+            (At::Slot, Some(master)) => OwnedComing { weights: Coming::nothing(), master: Some(bring(master)?) },
+            (At::Rest(rest), None) => OwnedComing { weights: bring(rest)?, master: None },
+            (At::Rest(rest), Some(master)) => {
+                // Only written: rounded anew from the masters.
+                let weights = rest.blank(range.clone(), arena, self.name())?;
+                OwnedComing { weights, master: Some(bring(master)?) }
+            }
+        })
+    }
+
+    /// Hands the piece's weights to `change`.
+    pub fn change<R>(
+        &self,
+        range: Range<usize>,
+        piece: &mut OwnedPiece,
+        change: impl FnOnce(Weights) -> R,
+    ) -> Result<R> {
+        let stored = &self.stored;
+        let (Some(master), Some(master_piece)) = (&stored.master, &mut piece.master) else {
+            return self.with_parameters(range, &mut piece.weights, |buffer, range| {
+                change(match buffer.dtype() {
+                    DType::BF16 => Weights::BF16(&mut buffer.as_mut_slice()[range]),
+                    _ => Weights::F32(&mut buffer.as_mut_slice()[range]),
+                })
+            });
+        };
+        let weights = &mut piece.weights;
+        master.with(range.clone(), master_piece, |masters, at| {
+            let master = &mut masters.as_mut_slice::<f32>()[at];
+            self.with_parameters(range, weights, |buffer, range| {
+                change(match buffer.dtype() {
+                    DType::BF16 => Weights::WithBf16 { master, rounded: &mut buffer.as_mut_slice()[range] },
+                    _ => Weights::WithF16 { master, rounded: &mut buffer.as_mut_slice()[range] },
+                })
+            })
+        })
+    }
+
+    fn with_parameters<R>(
+        &self,
+        range: Range<usize>,
+        piece: &mut Piece,
+        change: impl FnOnce(&mut Buffer, Range<usize>) -> R,
+    ) -> Result<R> {
+        match &self.stored.at {
+            At::Slot => {
+                let start = self.range.start;
+                Ok(self.stored.slot.update(|buffer| change(buffer, start + range.start..start + range.end))?)
+            }
+            At::Rest(rest) => Ok(rest.with(range, piece, change)),
+        }
+    }
+
+    /// Begins to write the changed piece back to where it rests.
+    pub fn end(&self, range: Range<usize>, piece: OwnedPiece) -> Vec<Pending<Buffer>> {
+        let weights = match &self.stored.at {
+            At::Rest(rest) => rest.end(range.clone(), piece.weights),
+            At::Slot => None,
+        };
+        let master = self.stored.master.as_ref().zip(piece.master).and_then(|(rest, piece)| rest.end(range, piece));
+        weights.into_iter().chain(master).collect()
+    }
+}
+
+impl OwnedComing {
+    pub fn wait(self) -> Result<OwnedPiece> {
+        Ok(OwnedPiece { weights: self.weights.wait()?, master: self.master.map(Coming::wait).transpose()? })
+    }
+}
