@@ -18,7 +18,7 @@ use crate::checkpoint::{self, Checkpoint, Position, SegmentRecord};
 use crate::comm::{Communicator, CommunicatorExt, SliceMut, Traced};
 use crate::config::{DeviceKind, LrKind as PlannedKind, MixedPrecision, ReduceDtype, Resume, RunPlan, Steps, Toggle};
 use crate::data::Dataset;
-use crate::device::{Compute, Memory};
+use crate::device::{Compute, Memory, Place};
 use crate::diffusion::sampler::SamplerConfig;
 use crate::diffusion::{Draws, NoiseSchedule, Record};
 use crate::launch::{Event, Rank};
@@ -44,7 +44,7 @@ pub fn build<'a>(
         None => None,
     };
     let seed = agree_on_seed(plan.train.seed, resumed.as_ref(), &*comm)?;
-    let weights = PipelineWeights::open(model_dir, plan.model.variant.as_deref().unwrap_or(""))?;
+    let weights = Arc::new(PipelineWeights::open(model_dir, plan.model.variant.as_deref().unwrap_or(""))?);
     let dataset = Dataset::open(&plan.dataset_options(false))?;
     let schedule = NoiseSchedule::from_json(&model_dir.join("scheduler").join("scheduler_config.json"))?;
     let limit = |bytes: Option<u64>| bytes.map(|bytes| bytes as usize);
@@ -79,7 +79,7 @@ pub fn build<'a>(
     let kept_scale = resumed.as_ref().and_then(|c| c.manifest.loss_scale);
     let scaling = plan.train.loss_scale.map(|policy| LossScale::new(policy, kept_scale));
     let rows = RowMaker {
-        vae: vae(&configs.vae, &weights, &frozen, &compute)?,
+        vae: vae(&configs.vae, &weights, &frozen, &decision, &compute)?,
         dataset,
         schedule,
         draws,
@@ -231,12 +231,22 @@ impl Building<'_> {
     }
 }
 
-fn vae(config: &VaeConfig, weights: &PipelineWeights, tiers: &Tiers, compute: &Compute) -> Result<Vae> {
+fn vae(
+    config: &VaeConfig,
+    weights: &Arc<PipelineWeights>,
+    tiers: &Tiers,
+    decision: &Decision,
+    compute: &Compute,
+) -> Result<Vae> {
     let encoder = model::vae_encoder(config);
     weights.component(Component::Vae).check(&model::wanted(&encoder.graph, Component::Vae))?;
+    // fp32 in every precision: some published VAEs overflow in fp16, and it runs without a way back.
+    let network = match decision.placement.parameters {
+        Place::Device => Frozen::load(encoder.graph, DType::F32, tiers, &**weights)?,
+        Place::Host | Place::Nvme => Frozen::in_files(encoder.graph, DType::F32, tiers, weights.clone()),
+    };
     Ok(Vae {
-        // fp32 in every precision: some published VAEs overflow in fp16, and it runs without a way back.
-        network: Frozen::load(encoder.graph, DType::F32, tiers, weights)?,
+        network,
         pixels: encoder.pixels,
         moments: encoder.moments,
         device: compute.device.clone(),

@@ -48,7 +48,7 @@ pub struct Trainer<'a> {
     pub network: Network,
     pub slots: DenoiserSlots,
     pub unet: UnetConfig,
-    pub weights: PipelineWeights,
+    pub weights: Arc<PipelineWeights>,
     pub compute: Compute,
     pub prompts: Prompts,
     pub validation: Option<Validation>,
