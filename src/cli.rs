@@ -41,6 +41,8 @@ pub struct TrainArgs {
 pub enum Command {
     /// Find everything that is wrong with a configuration, and say what would run; nothing is started
     Check(CheckArgs),
+    /// Say what a run would take, per rank and tier, and how it would run best; needs neither weights nor a GPU
+    Plan(PlanArgs),
     /// Make pictures with a trained model: a finished pipeline, one on the Hub, or a run's checkpoint
     Sample(Box<SampleArgs>),
     /// Show runs as one HTML file that needs no network and no other file
@@ -57,19 +59,7 @@ pub enum Command {
 #[derive(Clone, Debug, Subcommand)]
 pub enum BenchCommand {
     /// What each rank holds while SD 1.5's UNet trains
-    Memory {
-        /// Ranks on this machine
-        #[arg(long, default_value = "1")]
-        nproc: NonZeroUsize,
-        /// ZeRO stage
-        #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=3))]
-        stage: u8,
-        /// Side of the latents; 64 for pictures of 512 pixels
-        #[arg(long, default_value_t = 16, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(8..))]
-        latent: usize,
-        #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..))]
-        steps: u64,
-    },
+    Memory(MemoryArgs),
     /// How long forward, backward and update of one level of SD 1.5's UNet take
     Layers {
         #[arg(long, default_value = "1")]
@@ -92,7 +82,59 @@ pub enum BenchCommand {
         bytes: u64,
         #[arg(long, default_value = "3")]
         rounds: NonZeroUsize,
+        /// Wait for a line of standard input before each pass, to take turns with another program
+        #[arg(long)]
+        wait: bool,
     },
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct MemoryArgs {
+    /// Ranks on this machine
+    #[arg(long, default_value = "1")]
+    pub nproc: NonZeroUsize,
+    /// ZeRO stage
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=3))]
+    pub stage: u8,
+    /// Side of the latents; 64 for pictures of 512 pixels
+    #[arg(long, default_value_t = 16, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(8..))]
+    pub latent: usize,
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..))]
+    pub steps: u64,
+    /// Where parameters rest
+    #[arg(long, value_enum, default_value_t = BenchPlace::Device)]
+    pub parameters: BenchPlace,
+    /// Where sums of gradients rest
+    #[arg(long, value_enum, default_value_t = BenchPlace::Device)]
+    pub gradients: BenchPlace,
+    /// Where optimizer state rests
+    #[arg(long, value_enum, default_value_t = BenchPlace::Device)]
+    pub optimizer: BenchPlace,
+    /// A folder for what rests on nvme
+    #[arg(long)]
+    pub nvme_dir: Option<PathBuf>,
+    /// 8-bit optimizer state
+    #[arg(long)]
+    pub adam8bit: bool,
+    /// bf16 master weights
+    #[arg(long)]
+    pub master_bf16: bool,
+    /// Sums of gradients in bf16
+    #[arg(long)]
+    pub gradients_bf16: bool,
+    /// What ops compute in
+    #[arg(long, value_enum, default_value_t = BenchDtype::F32)]
+    pub dtype: BenchDtype,
+    /// Bound on the gradients' norm; 0: none, and updates begin under the backward
+    #[arg(long, default_value_t = 1.0)]
+    pub max_grad_norm: f64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum BenchPlace {
+    Device,
+    Host,
+    Nvme,
 }
 
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
@@ -103,6 +145,21 @@ pub enum BenchDtype {
 
 #[derive(Args, Clone, Debug)]
 pub struct CheckArgs {
+    #[command(flatten)]
+    pub request: RequestArgs,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct PlanArgs {
+    /// Budget of a rank's device memory, such as 8GiB, instead of memory.vram
+    #[arg(long, value_name = "SIZE")]
+    pub vram: Option<String>,
+    /// Budget of the machine's memory for all ranks, instead of memory.ram
+    #[arg(long, value_name = "SIZE")]
+    pub ram: Option<String>,
+    /// Plan for this card instead of this machine, such as rtx3060-12gb
+    #[arg(long, value_name = "NAME")]
+    pub card: Option<String>,
     #[command(flatten)]
     pub request: RequestArgs,
 }
@@ -255,18 +312,6 @@ pub enum VaeTiling {
     Off,
 }
 
-/// Commands that are known and cannot be run yet, with what to do meanwhile. They are not offered: a first argument
-/// of this name that is no file ends the program with this message and exit status 2.
-const NOT_YET: [(&str, &str); 1] =
-    [("plan", "`dblaunch plan` is not there yet; `dblaunch check train.toml` says what a run needs on disk")];
-
-/// The message for a command that is not there yet, if `arguments` (without the program's name) begin with one.
-pub fn not_there_yet<'a>(mut arguments: impl Iterator<Item = &'a str>) -> Option<&'static str> {
-    let first = arguments.next()?;
-    let (_, message) = NOT_YET.iter().find(|(name, _)| *name == first)?;
-    (!std::path::Path::new(first).exists()).then_some(message)
-}
-
 /// Writes the completion script of `shell`.
 pub fn write_completions(shell: Shell, out: &mut impl Write) {
     clap_complete::generate(shell, &mut Cli::command(), "dblaunch", out);
@@ -341,7 +386,9 @@ mod tests {
         write_completions(Shell::Bash, &mut script);
         let script = String::from_utf8(script).unwrap();
         assert!(script.contains("max-restarts") && script.contains("sample") && !script.contains("rdzv"));
-        assert!(not_there_yet(["plan", "train.toml"].into_iter()).unwrap().contains("not there yet"));
-        assert!(not_there_yet(["train.toml"].into_iter()).is_none());
+        let line = "plan --vram 8GiB --ram 24GiB --nproc 2 --card rtx3070-8gb t.toml";
+        let Some(Command::Plan(plan)) = parse(line).unwrap().command else { panic!("not a plan") };
+        assert_eq!((plan.vram.as_deref(), plan.card.as_deref()), (Some("8GiB"), Some("rtx3070-8gb")));
+        assert_eq!(plan.request.nproc.unwrap().get(), 2);
     }
 }

@@ -60,6 +60,7 @@ pub mod model;
 pub mod ops;
 pub mod optim;
 pub mod pipeline;
+pub mod plan;
 mod refusal;
 pub mod report;
 pub mod sample;

@@ -4,47 +4,48 @@ use std::collections::VecDeque;
 use std::path::Path;
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use candle_core::DType;
 use serde_json::json;
 
-use crate::device::Buffer;
-use crate::device::nvme::{Region, STATE_BLOCK, StateFile, StateFileOptions};
+use crate::device::nvme::{Region, STATE_BLOCK, StateFile, StateFileOptions, Tuning};
+use crate::device::{Buffer, Pending};
 
 /// A chunk's moments, master and gradient in fp32 are 16 MiB, without gradient 12; a large bucket is some 64. With how
 /// many of them are under way at a time, as the optimizer's stream has: one comes, one is worked on, one goes.
 const REQUESTS: [(usize, usize); 2] = [(12 << 20, 3), (64 << 20, 2)];
 
 /// Writes and reads a state file of `bytes` (rounded up to whole blocks) in `dir` `rounds` times with requests of each
-/// size, checksums and all, and prints one JSON line with bytes per second. The file is removed at the end.
-pub fn disk(dir: &Path, bytes: u64, rounds: usize) -> Result<()> {
+/// size, checksums and all, and prints one JSON line for the file and one for each pass. With `wait`, every pass waits
+/// for a line of standard input, so that another program can take its turn. The file is removed at the end.
+pub fn disk(dir: &Path, bytes: u64, rounds: usize, wait: bool) -> Result<()> {
     let bytes = (bytes as usize).next_multiple_of(STATE_BLOCK);
     let started = Instant::now();
     let file = StateFile::create(StateFileOptions::new(dir, 0, bytes as u64))?;
-    let ready = started.elapsed().as_secs_f64();
+    let seconds = started.elapsed().as_secs_f64();
+    let Tuning { depth, block, direct, ring } = file.tuning();
     let region = file.allocate(bytes, "bench")?;
-    let mut rows = Vec::new();
-    for (i, (request, under_way)) in REQUESTS.into_iter().enumerate() {
-        let mut buffers = (0..under_way).map(|_| filled(request)).collect::<Result<Vec<_>>>()?;
-        if i == 0 {
-            // The first write to new room is another thing than all later ones.
-            pass(&region, request, &mut buffers, Region::write)?;
-        }
-        let (mut write, mut read) = (Vec::new(), Vec::new());
-        for _ in 0..rounds {
-            write.push(bytes as f64 / pass(&region, request, &mut buffers, Region::write)?);
-            read.push(bytes as f64 / pass(&region, request, &mut buffers, Region::read)?);
-        }
-        rows.push(json!({"request": request, "under_way": under_way, "write": write, "read": read}));
-    }
-    let tuning = file.tuning();
+    // The first write to new room is another thing than all later ones.
+    pass(&region, REQUESTS[0], Region::write)?;
     println!(
         "{}",
-        json!({
-            "bytes": bytes, "depth": tuning.depth, "block": tuning.block, "direct": tuning.direct, "ring": tuning.ring,
-            "seconds_to_create": ready, "requests": rows,
-        })
+        json!({"bytes": bytes, "depth": depth, "block": block, "direct": direct, "ring": ring, "seconds_to_create": seconds})
     );
+    let ways: [(&str, Move); 2] = [("write", Region::write), ("read", Region::read)];
+    for _ in 0..rounds {
+        for requests in REQUESTS {
+            for (way, go) in ways {
+                if wait && std::io::stdin().read_line(&mut String::new())? == 0 {
+                    return Ok(());
+                }
+                let speed = bytes as f64 / pass(&region, requests, go)?;
+                println!(
+                    "{}",
+                    json!({"way": way, "request": requests.0, "under_way": requests.1, "bytes_per_second": speed})
+                );
+            }
+        }
+    }
     Ok(())
 }
 
@@ -57,24 +58,24 @@ fn filled(bytes: usize) -> Result<Buffer> {
     Ok(buffer)
 }
 
-type Move = fn(&Region, usize, usize, Buffer) -> crate::device::Pending<Buffer>;
+type Move = fn(&Region, usize, usize, Buffer) -> Pending<Buffer>;
 
-/// The seconds that moving all of the region takes.
-fn pass(region: &Region, request: usize, buffers: &mut Vec<Buffer>, way: Move) -> Result<f64> {
+/// The seconds that moving all of the region takes, with so many requests of so many bytes under way.
+fn pass(region: &Region, (request, under_way): (usize, usize), go: Move) -> Result<f64> {
+    let mut idle = (0..under_way).map(|_| filled(request)).collect::<Result<Vec<_>>>()?;
+    let mut moving: VecDeque<Pending<Buffer>> = VecDeque::new();
     let started = Instant::now();
-    let mut under_way = VecDeque::new();
     for at in (0..region.bytes()).step_by(request) {
-        let buffer = match buffers.pop() {
-            Some(buffer) => buffer,
-            None => match under_way.pop_front() {
-                Some(oldest) => crate::device::Pending::wait(oldest)?,
-                None => filled(request)?,
-            },
-        };
-        under_way.push_back(way(region, at, request.min(region.bytes() - at), buffer));
+        if moving.len() == under_way
+            && let Some(oldest) = moving.pop_front()
+        {
+            idle.push(oldest.wait()?);
+        }
+        let Some(buffer) = idle.pop() else { bail!("no request may be under way") };
+        moving.push_back(go(region, at, request.min(region.bytes() - at), buffer));
     }
-    for pending in under_way {
-        buffers.push(pending.wait()?);
+    for pending in moving {
+        pending.wait()?;
     }
     Ok(started.elapsed().as_secs_f64())
 }

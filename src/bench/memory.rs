@@ -1,88 +1,136 @@
-//! What a rank holds while it trains SD 1.5's UNet: the arenas' own ledger and the system's resident size.
+//! What a rank holds while it trains SD 1.5's UNet, wherever its states rest: the arenas' own ledger, the activations,
+//! and the system's resident size.
 
+use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::Result;
 use candle_core::DType;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::shape;
-use crate::comm::{Slice, SliceMut};
-use crate::device::peak_rss_bytes;
+use crate::comm::CommunicatorExt;
+use crate::device::nvme::wear_note;
+use crate::device::{Memory, Usage, peak_rss_bytes};
 use crate::launch::Rank;
 use crate::model::Denoiser;
 use crate::segment::Keep;
+use crate::train::arrange::{Formats, tiers};
 use crate::train::network::{Build, Network};
-use crate::train::step::Then;
-use crate::zero::{Ranks, Stage};
+use crate::train::optimizer::StepScale;
+use crate::train::step::{Then, clip_factor};
+use crate::zero::{Placement, Ranks, Stage, Tiers};
 
-const MIB: f64 = (1 << 20) as f64;
+/// What is measured.
+#[derive(Clone, Debug)]
+pub struct MemoryCase {
+    pub stage: Stage,
+    /// Side of the latents.
+    pub latent: usize,
+    pub steps: u64,
+    pub placement: Placement,
+    pub formats: Formats,
+    /// For what rests on a drive.
+    pub nvme_dir: Option<PathBuf>,
+    /// 0: no clipping, and every segment is updated as soon as its gradients are complete.
+    pub max_grad_norm: f64,
+}
 
-/// Trains `steps` steps of one row a rank on `latent` x `latent` latents with recompute, fp32, AdamW, and prints per
-/// rank what parameters, gradients and moments took: owned, and at most.
-pub fn memory(rank: &Rank, stage: Stage, latent: usize, steps: u64) -> Result<()> {
+/// Trains `steps` steps of one row a rank with recompute and AdamW, and prints what each rank took at most.
+pub fn memory(rank: &Rank, case: &MemoryCase) -> Result<()> {
     let comm = rank.communicator.clone();
-    let ranks = Ranks { comm: comm.clone(), stage, reduce_dtype: DType::F32 };
-    let (config, Denoiser { graph, slots }) = shape::sd15();
+    let ranks = Ranks { comm: comm.clone(), stage: case.stage, reduce_dtype: DType::F32 };
+    let dtype = case.formats.compute;
+    let (config, Denoiser { graph, slots }) = shape::sd15_in(dtype);
     let parameters = graph.parameters();
-    let mut sizes: Vec<usize> = graph.nodes.iter().map(|n| n.params.layout().padded_len(comm.world_size())).collect();
-    sizes.sort_unstable_by(|a, b| b.cmp(a));
-    let build = Build::on_device(&ranks, DType::F32, Keep::Inputs, &graph)?;
-    let states = build.tiers.device.clone();
+    let memory = Memory::new(None, None);
+    let tiers = tiers(&graph, &ranks, case.placement, case.formats, &memory, case.nvme_dir.as_deref());
+    let tiers = comm.agree(tiers)?;
+    let keep = vec![Keep::Inputs; graph.nodes.len()];
+    let build = Build { ranks, dtype, keep, tiers: tiers.clone(), state: case.formats.state, seed: 0 };
     let mut network = Network::load(graph, build, &shape::Made)?;
-    let owned = states.usage().map(|usage| usage.used as f64);
-    let mut seconds = 0.0;
-    for step in 1..=steps {
+    let owned = states(&tiers).map(|usage| usage.used);
+    memory.count_from_here();
+    let loaded = tiers.drive.as_ref().map_or(0, |drive| drive.traffic().written_bytes);
+    let mut seconds = Vec::new();
+    let group = |_: &str| shape::group();
+    for step in 1..=case.steps {
         let started = Instant::now();
-        let inputs = shape::unet_inputs(&config, &slots, latent, comm.rank() as u64)?;
+        let inputs = shape::unet_inputs(&config, &slots, dtype, case.latent, comm.rank() as u64)?;
         let rows = comm.world_size() as f64;
-        network.forward_backward(Some(inputs), Then::Norm, |prediction| {
+        let then = match case.max_grad_norm > 0.0 {
+            true => Then::Norm,
+            false => Then::Update(StepScale { step, grad_scale: 1.0 }, &group),
+        };
+        network.forward_backward(Some(inputs), then, |prediction| {
             Ok((prediction / (prediction.elem_count() as f64 * rows))?)
         })?;
         let norm = network.reduce()?;
-        network.update(step, crate::train::step::clip_factor(norm, 1.0), |_| shape::group())?;
-        // The last step's: the first one also touches every page for the first time.
-        seconds = started.elapsed().as_secs_f64();
+        if case.max_grad_norm > 0.0 {
+            network.update(step, clip_factor(norm, case.max_grad_norm), group)?;
+        }
+        if step == case.steps {
+            network.settle()?;
+        }
+        seconds.push(started.elapsed().as_secs_f64());
     }
-    let peaks = states.usage().map(|usage| usage.peak as f64);
-    let mine = [owned[0], owned[1], owned[2], peaks[0], peaks[1], peaks[2], peak_rss_bytes() as f64, seconds];
-    let mut all = vec![0f64; mine.len() * comm.world_size()];
-    comm.all_gather(Slice::F64(&mine), SliceMut::F64(&mut all))?;
+    let held = memory.held();
+    let peaks = states(&tiers).map(|usage| usage.peak);
+    let row = json!({
+        "owned": owned,
+        "peak": peaks,
+        "activations": held.activations.map(|usage| usage.peak),
+        "device": held.device_peak,
+        "host": held.host.peak,
+        "drive": tiers.drive.as_ref().map(|drive| drive.traffic().written_bytes - loaded),
+        "peak_rss": peak_rss_bytes(),
+        "seconds": seconds,
+    });
+    let rows = comm.gather_strings(&row.to_string())?;
     if comm.rank() == 0 {
-        let two_segments = 4 * (sizes[0] + sizes[1]);
-        print(parameters, stage, latent, two_segments as f64, &all.chunks_exact(mine.len()).collect::<Vec<_>>());
+        let rows = rows.iter().map(|row| serde_json::from_str(row)).collect::<Result<Vec<Value>, _>>()?;
+        print(parameters, case, &tiers, rows);
     }
     Ok(())
 }
 
-fn print(parameters: usize, stage: Stage, latent: usize, two_segments: f64, ranks: &[&[f64]]) {
+/// Parameters, gradients and optimizer state: on the device, then on the host.
+fn states(tiers: &Tiers) -> [Usage; 6] {
+    let [[a, b, c], [d, e, f]] = [&tiers.device, &tiers.host].map(|states| states.usage());
+    [a, b, c, d, e, f]
+}
+
+fn print(parameters: usize, case: &MemoryCase, tiers: &Tiers, rows: Vec<Value>) {
+    let Placement { parameters: p, gradients: g, optimizer: o } = case.placement;
+    let Formats { compute, master, gradients, state, .. } = case.formats;
     println!(
-        "SD 1.5's UNet, {parameters} parameters, fp32, AdamW, recompute, {latent}x{latent} latents, stage {}, {} ranks (MiB)",
-        stage as u8,
-        ranks.len()
+        "SD 1.5's UNet, {parameters} parameters, recompute, {0}x{0} latents, stage {1}, {2} ranks; parameters on {p}, gradients \
+         on {g}, optimizer on {o}; compute {compute:?}, masters {master:?}, gradients {gradients:?}, state {state:?}; MB (10^6)",
+        case.latent,
+        case.stage as u8,
+        rows.len()
     );
-    println!(
-        "rank  parameters  gradients  optimizer | above: parameters  gradients | two segments | peak rss  rss - arenas  s, last step"
-    );
-    for (rank, r) in ranks.iter().enumerate() {
-        let mib = |bytes: f64| bytes / MIB;
-        println!(
-            "{rank:4}  {:10.1}  {:9.1}  {:9.1} | {:17.1}  {:9.1} | {:12.1} | {:8.1}  {:12.1}  {:12.2}",
-            mib(r[0]),
-            mib(r[1]),
-            mib(r[2]),
-            mib(r[3] - r[0]),
-            mib(r[4] - r[1]),
-            mib(two_segments),
-            mib(r[6]),
-            mib(r[6] - r[3] - r[4] - r[5]),
-            r[7]
-        );
+    println!("rank  tier    parameters  gradients  optimizer  activations     peak | peak rss  s, last step");
+    for (rank, row) in rows.iter().enumerate() {
+        let mb = |value: &Value| value.as_f64().unwrap_or(0.0) / 1e6;
+        let states = |from: usize| [0, 1, 2].map(|i| mb(&row["peak"][from + i]));
+        let seconds = row["seconds"].as_array().and_then(|all| all.last()).and_then(Value::as_f64).unwrap_or(0.0);
+        for (tier, from, activations) in [("device", 0, mb(&row["activations"])), ("host", 3, 0.0)] {
+            let [p, g, o] = states(from);
+            print!("{rank:4}  {tier:6}  {p:10.1}  {g:9.1}  {o:9.1}  {activations:11.1}  {:7.1}", mb(&row[tier]));
+            match tier {
+                "device" => println!(" |"),
+                _ => println!(" | {:8.1}  {seconds:12.2}", mb(&row["peak_rss"])),
+            }
+        }
+        if let Some(written) = row["drive"].as_u64() {
+            let steps = case.steps;
+            println!("{rank:4}  drive   {}", wear_note(written / steps, steps));
+        }
     }
-    let rows: Vec<_> =
-        ranks.iter().map(|r| json!({"owned": r[..3], "peak": r[3..6], "peak_rss": r[6], "seconds": r[7]})).collect();
-    println!(
-        "{}",
-        json!({"stage": stage as u8, "ranks": ranks.len(), "latent": latent, "parameters": parameters, "rows": rows})
-    );
+    if let Some(drive) = &tiers.drive {
+        println!("drive: {:?}", drive.tuning());
+    }
+    let case = json!({"stage": case.stage as u8, "latent": case.latent, "parameters": parameters, "rows": rows});
+    println!("{case}");
 }

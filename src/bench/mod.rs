@@ -8,4 +8,4 @@ mod shape;
 
 pub use disk::disk;
 pub use layers::layers;
-pub use memory::memory;
+pub use memory::{MemoryCase, memory};

@@ -32,10 +32,15 @@ impl WeightSource for Made {
     }
 }
 
-/// SD 1.5's UNet, all of it trainable.
+/// SD 1.5's UNet, all of it trainable, for fp32.
 pub fn sd15() -> (UnetConfig, Denoiser) {
+    sd15_in(DType::F32)
+}
+
+/// SD 1.5's UNet, all of it trainable.
+pub fn sd15_in(dtype: DType) -> (UnetConfig, Denoiser) {
     let config = UnetConfig::sd15_shape();
-    let denoiser = denoiser(&config, None, false, DType::F32);
+    let denoiser = denoiser(&config, None, false, dtype);
     (config, denoiser)
 }
 
@@ -49,6 +54,7 @@ pub fn noise(draws: &Draws, item: u64, shape: &[usize]) -> Result<Tensor> {
 pub fn unet_inputs(
     config: &UnetConfig,
     denoiser_slots: &crate::model::DenoiserSlots,
+    dtype: DType,
     latent: usize,
     item: u64,
 ) -> Result<Inputs> {
@@ -56,11 +62,11 @@ pub fn unet_inputs(
     let features = time_features([500.0], config);
     let width = features.len();
     let mut slots: Vec<(SlotId, Tensor)> = vec![
-        (denoiser_slots.sample, noise(&draws, 0, &[1, config.in_channels, latent, latent])?),
-        (denoiser_slots.time_features, Tensor::from_vec(features, (1, width), &Device::Cpu)?),
+        (denoiser_slots.sample, noise(&draws, 0, &[1, config.in_channels, latent, latent])?.to_dtype(dtype)?),
+        (denoiser_slots.time_features, Tensor::from_vec(features, (1, width), &Device::Cpu)?.to_dtype(dtype)?),
     ];
     if let Conditioning::Context(slot) = denoiser_slots.conditioning {
-        slots.push((slot, noise(&draws, 1, &[1, 77, config.cross_attention_dim])?));
+        slots.push((slot, noise(&draws, 1, &[1, 77, config.cross_attention_dim])?.to_dtype(dtype)?));
     }
     Ok(Inputs { slots, prediction: denoiser_slots.prediction })
 }

@@ -13,8 +13,8 @@ thread_local! {
 pub struct Tally {
     /// Floating-point operations of products and attention: two for each multiply-add.
     pub flops: f64,
-    /// Bytes that each thread keeps as scratch from its first use on, at most.
-    pub scratch: [usize; SCRATCHES],
+    /// Bytes that the thread itself keeps as scratch from their first use on, at most; and each of its helpers.
+    pub scratch: [[usize; SCRATCHES]; 2],
     /// Bytes on the heap beyond what was there before, counted by [`Keeping`](super::Keeping); less than nothing if
     /// more was given back than was taken.
     pub held: isize,
@@ -26,9 +26,16 @@ pub struct Tally {
 pub const SCRATCHES: usize = 3;
 
 impl Tally {
-    /// Bytes that a thread keeps.
+    /// Bytes that this thread and its helpers keep.
     pub fn scratch_bytes(&self) -> usize {
-        self.scratch.iter().sum()
+        let [own, helpers] = self.scratch.map(|bytes| bytes.iter().sum::<usize>());
+        own + helpers * (super::threads::threads() - 1)
+    }
+
+    /// As much scratch as this or the other needs.
+    pub fn join_scratch(&mut self, other: &Tally) {
+        let all = self.scratch.as_flattened_mut().iter_mut().zip(other.scratch.as_flattened());
+        all.for_each(|(most, bytes)| *most = *bytes.max(most));
     }
 }
 
@@ -77,16 +84,17 @@ pub fn note_flops(flops: f64) {
     change(|tally| tally.flops += flops);
 }
 
-/// Notes buffers that a thread would keep.
-pub fn note_kept_scratch(bytes: [usize; SCRATCHES]) {
-    change(|tally| tally.scratch.iter_mut().zip(bytes).for_each(|(most, bytes)| *most = bytes.max(*most)));
+/// Notes buffers that this thread would keep, and if `helped` its helpers too.
+pub fn note_kept_scratch(bytes: [usize; SCRATCHES], helped: bool) {
+    let helpers = if helped { bytes } else { Default::default() };
+    change(|tally| tally.join_scratch(&Tally { scratch: [bytes, helpers], ..Tally::default() }));
 }
 
-/// In a dry run, takes for a moment what `tasks` tasks of a loop would take, `bytes` each, on as many threads as there are.
-pub fn touch_scratch(tasks: usize, bytes: usize) {
+/// In a dry run, takes for a moment what the threads of a loop would take, `bytes` each; tasks and cost as
+/// [`parallel_for`](super::threads::parallel_for) is told them.
+pub fn touch_scratch(tasks: usize, cost: usize, bytes: usize) {
     if is_dry() {
-        let at_once = tasks.min(super::threads::threads());
-        drop(Vec::<u8>::with_capacity(at_once * bytes));
+        drop(Vec::<u8>::with_capacity(super::threads::at_once(tasks, cost) * bytes));
     }
 }
 
@@ -101,10 +109,10 @@ mod tests {
             super::super::threads::fill_zero(&mut values);
             note_flops(3.0);
             note_flops(4.0);
-            note_kept_scratch([5, 1, 0]);
-            note_kept_scratch([2, 2, 0]);
+            note_kept_scratch([5, 1, 0], false);
+            note_kept_scratch([2, 2, 0], true);
         });
-        assert_eq!((values[0], tally.flops, tally.scratch_bytes()), (1.0, 7.0, 7));
+        assert_eq!((values[0], tally.flops, tally.scratch), (1.0, 7.0, [[5, 2, 0], [2, 2, 0]]));
         assert!(!is_dry() && tally != super::tally());
         super::super::threads::fill_zero(&mut values);
         assert_eq!(values[0], 0.0);

@@ -42,14 +42,21 @@ pub fn threads() -> usize {
     INSTEAD.with_borrow(|instead| instead.as_deref().map(Team::size)).unwrap_or_else(|| team().size())
 }
 
+/// What is worth the hand-over to other threads, in elementary operations.
+const WORTH_IT: usize = 1 << 15;
+
+/// On how many threads [`parallel_for`] runs so many tasks of such cost.
+pub fn at_once(tasks: usize, cost: usize) -> usize {
+    if tasks <= 1 || cost < WORTH_IT || is_helper() { 1 } else { threads().min(tasks) }
+}
+
 /// Runs `work(0..tasks)`, on all threads if there are several of both and the whole is worth the hand-over
 /// (`cost`: a rough count of elementary operations).
 pub fn parallel_for(tasks: usize, cost: usize, work: impl Fn(usize) + Sync + Send) {
-    const WORTH_IT: usize = 1 << 15;
     if is_dry() {
         return;
     }
-    if tasks <= 1 || cost < WORTH_IT || is_helper() || threads() == 1 {
+    if at_once(tasks, cost) == 1 {
         (0..tasks).for_each(work);
         return;
     }

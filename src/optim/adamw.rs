@@ -8,7 +8,7 @@ use anyhow::Result;
 use candle_core::DType;
 use half::{bf16, f16};
 
-use super::kernel::{Bf16Master, Copied, F32Master, Grad, Master, Piece};
+use super::kernel::{Bf16Master, Copied, F32Master, Grad, Master, Piece, past_the_caches};
 use super::kernel8::Piece8;
 use super::lanes::{Divisor, INFINITY_BITS};
 use super::level::Level;
@@ -95,18 +95,7 @@ impl AdamW {
         grads: Grads,
     ) -> bool {
         let c = self.coefficients(step, rate, grad_scale);
-        let record = layout.split_mut(record);
-        let chunk = |element: usize| Chunk { c: &c, coded: layout.coded(), element: element as u32, record };
-        match (weights, grads) {
-            (Weights::F32(w), Grads::F32(g)) => chunk(layout.start()).update(F32Master, w, rounded, g),
-            (Weights::F32(w), Grads::Bf16(g)) => chunk(layout.start()).update(F32Master, w, rounded, g),
-            (Weights::Bf16 { values, rounding }, Grads::F32(g)) => {
-                chunk(rounding.start as usize).update(Bf16Master(rounding.keys()), values, rounded, g)
-            }
-            (Weights::Bf16 { values, rounding }, Grads::Bf16(g)) => {
-                chunk(rounding.start as usize).update(Bf16Master(rounding.keys()), values, rounded, g)
-            }
-        }
+        update_chunk(Level::best(), &c, layout, record, weights, rounded, grads)
     }
 
     /// One update of a whole range in f32, as [`AdamW::update_chunk`].
@@ -122,10 +111,13 @@ impl AdamW {
         let c = self.coefficients(step, rate, grad_scale);
         let (m, v) = (moments.m.as_mut_slice::<f32>(), moments.v.as_mut_slice::<f32>());
         let copy = &mut vec![(); weights.len()];
-        update_plain(Piece { c: &c, master: F32Master, weights, copy, m, v, grads, element: 0 });
+        update_plain(
+            Level::best(),
+            Piece { c: &c, master: F32Master, weights, copy, past: false, m, v, grads, element: 0 },
+        );
     }
 
-    fn coefficients(&self, step: u64, rate: f64, grad_scale: f32) -> Coefficients {
+    pub(super) fn coefficients(&self, step: u64, rate: f64, grad_scale: f32) -> Coefficients {
         let correction1 = 1.0 - self.beta1.powf(step as f64);
         let correction2 = 1.0 - self.beta2.powf(step as f64);
         Coefficients {
@@ -142,8 +134,33 @@ impl AdamW {
     }
 }
 
+/// One update of one chunk on an instruction set that this CPU has.
+pub(super) fn update_chunk(
+    level: Level,
+    c: &Coefficients,
+    layout: &RecordLayout,
+    record: &mut [u8],
+    weights: Weights,
+    rounded: Rounded,
+    grads: Grads,
+) -> bool {
+    let record = layout.split_mut(record);
+    let chunk = |element: usize| Chunk { level, c, coded: layout.coded(), element: element as u32, record };
+    match (weights, grads) {
+        (Weights::F32(w), Grads::F32(g)) => chunk(layout.start()).update(F32Master, w, rounded, g),
+        (Weights::F32(w), Grads::Bf16(g)) => chunk(layout.start()).update(F32Master, w, rounded, g),
+        (Weights::Bf16 { values, rounding }, Grads::F32(g)) => {
+            chunk(rounding.start as usize).update(Bf16Master(rounding.keys()), values, rounded, g)
+        }
+        (Weights::Bf16 { values, rounding }, Grads::Bf16(g)) => {
+            chunk(rounding.start as usize).update(Bf16Master(rounding.keys()), values, rounded, g)
+        }
+    }
+}
+
 /// One chunk's state and the numbers of its update.
 struct Chunk<'a> {
+    level: Level,
     c: &'a Coefficients,
     /// Elements with 8-bit moments; they come first.
     coded: usize,
@@ -169,35 +186,40 @@ impl Chunk<'_> {
         copy: &mut [C],
         grads: &[G],
     ) -> bool {
-        let (c, coded, element, record) = (self.c, self.coded, self.element, self.record);
+        let Chunk { level, c, coded, element, record } = self;
         assert!(
             coded + record.m.len() == weights.len() && weights.len() == copy.len() && copy.len() == grads.len(),
             "AdamW over ranges of different lengths"
         );
+        let past = past_the_caches(copy, copy.len());
         let (coded_weights, weights) = weights.split_at_mut(coded);
         let (coded_copy, copy) = copy.split_at_mut(coded);
         let (coded_grads, grads) = grads.split_at(coded);
         let PartsMut { m8, v8, m_absmax, v_absmax, m, v } = record;
-        let finite_coded = update_coded(Piece8 {
-            c,
-            master,
-            weights: coded_weights,
-            copy: coded_copy,
-            m8,
-            v8,
-            m_absmax,
-            v_absmax,
-            grads: coded_grads,
-            element,
-        });
-        let element = element.wrapping_add(coded as u32);
-        update_plain(Piece { c, master, weights, copy, m, v, grads, element }) && finite_coded
+        let finite_coded = update_coded(
+            level,
+            Piece8 {
+                c,
+                master,
+                weights: coded_weights,
+                copy: coded_copy,
+                past,
+                m8,
+                v8,
+                m_absmax,
+                v_absmax,
+                grads: coded_grads,
+                element,
+            },
+        );
+        let (element, past) = (element.wrapping_add(coded as u32), past && coded.is_multiple_of(BLOCK));
+        update_plain(level, Piece { c, master, weights, copy, past, m, v, grads, element }) && finite_coded
     }
 }
 
 /// Updates a range with 32-bit moments on all threads; gives whether all gradients were finite.
-fn update_plain<M: Master, C: Copied, G: Grad>(all: Piece<'_, M, C, G>) -> bool {
-    let Piece { c, master, weights, copy, m, v, grads, element } = all;
+fn update_plain<M: Master, C: Copied, G: Grad>(level: Level, all: Piece<'_, M, C, G>) -> bool {
+    let Piece { c, master, weights, copy, past, m, v, grads, element } = all;
     let n = weights.len();
     assert!(
         copy.len() == n && m.len() == n && v.len() == n && grads.len() == n,
@@ -209,7 +231,7 @@ fn update_plain<M: Master, C: Copied, G: Grad>(all: Piece<'_, M, C, G>) -> bool 
     let pieces = pieces.zip(grads.chunks(PIECE)).collect();
     for_parts(pieces, 4 * n, |i, ((((weights, copy), m), v), grads)| {
         let element = element.wrapping_add((i * PIECE) as u32);
-        let most = Level::best().run(Piece { c, master, weights, copy, m, v, grads, element });
+        let most = level.run(Piece { c, master, weights, copy, past, m, v, grads, element });
         if most >= INFINITY_BITS {
             finite.store(false, Ordering::Relaxed);
         }
@@ -218,9 +240,9 @@ fn update_plain<M: Master, C: Copied, G: Grad>(all: Piece<'_, M, C, G>) -> bool 
 }
 
 /// As [`update_plain`], with 8-bit moments.
-fn update_coded<M: Master, C: Copied, G: Grad>(all: Piece8<'_, M, C, G>) -> bool {
+fn update_coded<M: Master, C: Copied, G: Grad>(level: Level, all: Piece8<'_, M, C, G>) -> bool {
     const BLOCKS: usize = PIECE / BLOCK;
-    let Piece8 { c, master, weights, copy, m8, v8, m_absmax, v_absmax, grads, element } = all;
+    let Piece8 { c, master, weights, copy, past, m8, v8, m_absmax, v_absmax, grads, element } = all;
     let n = weights.len();
     let finite = AtomicBool::new(true);
     let pieces = weights.chunks_mut(PIECE).zip(copy.chunks_mut(PIECE)).zip(grads.chunks(PIECE));
@@ -228,8 +250,8 @@ fn update_coded<M: Master, C: Copied, G: Grad>(all: Piece8<'_, M, C, G>) -> bool
     let pieces = pieces.zip(m_absmax.chunks_mut(BLOCKS)).zip(v_absmax.chunks_mut(BLOCKS)).collect();
     for_parts(pieces, 8 * n, |i, ((((((weights, copy), grads), m8), v8), m_absmax), v_absmax)| {
         let element = element.wrapping_add((i * PIECE) as u32);
-        let piece = Piece8 { c, master, weights, copy, m8, v8, m_absmax, v_absmax, grads, element };
-        if Level::best().run(piece) >= INFINITY_BITS {
+        let piece = Piece8 { c, master, weights, copy, past, m8, v8, m_absmax, v_absmax, grads, element };
+        if level.run(piece) >= INFINITY_BITS {
             finite.store(false, Ordering::Relaxed);
         }
     });

@@ -7,8 +7,8 @@
 //! a code that is not zero's; that is not followed: padding must stay zero.
 
 use super::code_book::{Book, CodeBook, ONE, SHARED, ZERO_OF_M};
-use super::lanes::{Lanes, MAGNITUDE, Portable};
-use super::level::{Kernel, Level};
+use super::lanes::{Kernel, Lanes, MAGNITUDE, Portable};
+use super::level::Level;
 use crate::device::BLOCK;
 use crate::device::threads::for_parts;
 
@@ -148,5 +148,100 @@ pub unsafe fn signed_code<L: Lanes>(book: &CodeBook, x: L::F) -> L::I {
         let steps = L::sub_int(L::xor(steps, mask), mask);
         // There is no number below the smallest one, but one more above zero.
         L::max_int(L::add_int(L::splat_int(u32::from(ZERO_OF_M)), steps), zero)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use safetensors::SafeTensors;
+
+    use super::*;
+
+    /// A tensor of `tests/data/optim/blockwise.safetensors`, see `make.py` beside it.
+    fn recorded<T: bytemuck::Pod>(name: &str) -> Vec<T> {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/optim/blockwise.safetensors");
+        let bytes = std::fs::read(path).unwrap();
+        bytemuck::pod_collect_to_vec(SafeTensors::deserialize(&bytes).unwrap().tensor(name).unwrap().data())
+    }
+
+    fn bits(values: &[f32]) -> Vec<u32> {
+        values.iter().map(|x| x.to_bits()).collect()
+    }
+
+    const BOOKS: [(Book, &str); 2] = [(Book::Signed, "signed"), (Book::Unsigned, "unsigned")];
+
+    #[test]
+    fn books_codes_scales_and_numbers_are_the_peers() {
+        for (book, name) in BOOKS {
+            let of = |what: &str| recorded::<f32>(&format!("{name}.{what}"));
+            let codes: Vec<u8> = recorded(&format!("{name}.codes"));
+            assert_eq!(bits(&book.codes().values), bits(&of("book")), "{name}");
+            let values = of("values");
+            for level in Level::available() {
+                let (mut found, mut absmax) = (vec![0; values.len()], vec![0.0; codes.len() / BLOCK]);
+                let signed = book == Book::Signed;
+                let (codes_out, scales) = (&mut found[..], &mut absmax[..]);
+                level.run(Quantize { book: book.codes(), signed, values: &values, codes: codes_out, absmax: scales });
+                assert_eq!(bits(&absmax), bits(&of("absmax")), "{name} {level:?}");
+                let wrong = found.iter().zip(&codes).position(|(a, b)| a != b);
+                assert_eq!(wrong.map(|i| (i, values[i], found[i], codes[i])), None, "{name} {level:?}");
+            }
+            let mut back = vec![0.0; values.len()];
+            dequantize(book, &codes, &of("absmax"), &mut back);
+            assert_eq!(bits(&back), bits(&of("back")), "{name}");
+        }
+    }
+
+    /// Against a search through the borders: numbers of every exponent, and around every border.
+    #[test]
+    fn the_table_finds_what_a_search_finds() {
+        for (book, _) in BOOKS {
+            let values = &book.codes().values;
+            let borders: Vec<f32> = values.windows(2).map(|pair| (pair[0] + pair[1]) / 2.0).collect();
+            let mut x: Vec<f32> = (0..=0x3f80_0000 >> 9).map(|i: u32| f32::from_bits(i << 9 | i % 509)).collect();
+            x.extend(borders.iter().flat_map(|b| [b.next_down(), *b, b.next_up()]));
+            if book == Book::Signed {
+                x.extend(x.clone().iter().map(|x| -x));
+            } else {
+                x.retain(|x| x.is_sign_positive());
+            }
+            x.resize(x.len().next_multiple_of(16), 0.0);
+            for level in Level::available() {
+                let mut codes = vec![0; x.len()];
+                level.run(Round { book: book.codes(), signed: book == Book::Signed, values: &x, codes: &mut codes });
+                for (x, &code) in x.iter().zip(&codes) {
+                    assert_eq!(usize::from(code), borders.partition_point(|b| b < x), "{x:e} {book:?} {level:?}");
+                }
+            }
+        }
+    }
+
+    struct Round<'a> {
+        book: &'a CodeBook,
+        signed: bool,
+        values: &'a [f32],
+        codes: &'a mut [u8],
+    }
+
+    impl Kernel for Round<'_> {
+        type Output = ();
+        #[inline(always)]
+        unsafe fn run<L: Lanes>(self) {
+            // SAFETY: inside `vectorize`.
+            unsafe { round::<L>(self.book, self.signed, 1.0, self.values, self.codes) }
+        }
+    }
+
+    #[test]
+    fn a_short_block_and_zeros_are_blocks_too() {
+        let mut values: Vec<f32> = (0..BLOCK + 3).map(|i| i as f32 - 100.0).collect();
+        values[BLOCK..].fill(0.0);
+        let (mut codes, mut absmax) = (vec![7; values.len()], [9.0; 2]);
+        quantize(Book::Signed, &values, &mut codes, &mut absmax);
+        assert_eq!(absmax, [155.0, 0.0]);
+        assert_eq!((codes[100], codes[255], &codes[BLOCK..]), (ZERO_OF_M, 255, &[ZERO_OF_M; 3][..]));
+        let mut back = vec![1.0; values.len()];
+        dequantize(Book::Signed, &codes, &absmax, &mut back);
+        assert!(back[BLOCK..].iter().all(|x| x.to_bits() == 0) && back[255] == 155.0);
     }
 }

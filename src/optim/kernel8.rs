@@ -9,9 +9,8 @@
 use super::adamw::Coefficients;
 use super::blockwise::{reciprocal, signed_code, unsigned_code, value};
 use super::code_book::{Book, ZERO_OF_M};
-use super::kernel::{Copied, Grad, Master, step};
-use super::lanes::{INFINITY_BITS, Lanes, MAGNITUDE, Portable};
-use super::level::Kernel;
+use super::kernel::{AHEAD, Copied, Grad, Master, step};
+use super::lanes::{INFINITY_BITS, Kernel, Lanes, MAGNITUDE, Portable};
 use crate::device::BLOCK;
 
 /// Whole blocks of one range, the last of which may be shorter.
@@ -20,6 +19,8 @@ pub struct Piece8<'a, M: Master, C: Copied, G: Grad> {
     pub master: M,
     pub weights: &'a mut [M::Value],
     pub copy: &'a mut [C],
+    /// As [`super::kernel::Piece::past`].
+    pub past: bool,
     pub m8: &'a mut [u8],
     pub v8: &'a mut [u8],
     /// One a block, as `v_absmax`.
@@ -70,6 +71,10 @@ impl<M: Master, C: Copied, G: Grad> Kernel for Piece8<'_, M, C, G> {
                 self.round_block::<Portable>(&wide, block, whole, len);
             }
         }
+        if self.past {
+            // SAFETY: as above.
+            unsafe { L::fence() };
+        }
         most_grad
     }
 }
@@ -90,6 +95,8 @@ impl<M: Master, C: Copied, G: Grad> Piece8<'_, M, C, G> {
             let mut i = from;
             while i < to {
                 let at = first + i;
+                L::prefetch(self.weights.as_ptr().wrapping_add(at + AHEAD).cast());
+                L::prefetch(self.grads.as_ptr().wrapping_add(at + AHEAD).cast());
                 let g = L::mul(G::load::<L>(self.grads.as_ptr().add(at)), L::splat(c.grad_scale));
                 let g_magnitude = L::and(L::bits(g), L::splat_int(MAGNITUDE));
                 most_grad = L::max_int(most_grad, g_magnitude);
@@ -98,8 +105,9 @@ impl<M: Master, C: Copied, G: Grad> Piece8<'_, M, C, G> {
                 let m = L::add(L::mul(m, L::splat(c.beta1)), L::mul(L::splat(c.one_minus_beta1), g));
                 let gg = L::mul(L::mul(L::splat(c.one_minus_beta2), g), g);
                 let v = L::add(L::mul(v, L::splat(c.beta2)), gg);
-                let finite = |yes, no| L::where_above(L::splat_int(INFINITY_BITS), g_magnitude, yes, no);
-                let (m_bits, v_bits) = (finite(L::bits(m), zero), finite(L::bits(v), zero));
+                let infinity = L::splat_int(INFINITY_BITS);
+                let m_bits = L::where_above(infinity, g_magnitude, L::bits(m), zero);
+                let v_bits = L::where_above(infinity, g_magnitude, L::bits(v), zero);
                 let (m, v) = (L::float(m_bits), L::float(v_bits));
                 most_m = L::max_int(most_m, L::and(m_bits, L::splat_int(MAGNITUDE)));
                 most_v = L::max_int(most_v, L::and(v_bits, L::splat_int(MAGNITUDE)));
@@ -107,9 +115,10 @@ impl<M: Master, C: Copied, G: Grad> Piece8<'_, M, C, G> {
                 L::store(wide.v.as_mut_ptr().add(i), v);
                 let weights = self.weights.as_mut_ptr().add(at);
                 let old = M::load::<L>(weights);
-                let w = L::float(finite(L::bits(step::<L>(c, old, m, v)), L::bits(old)));
-                let w = self.master.store::<L>(weights, self.element.wrapping_add(at as u32), w);
-                C::store::<L>(self.copy.as_mut_ptr().add(at), w);
+                let new = step::<L>(c, old, m, v);
+                let new = L::float(L::where_above(infinity, g_magnitude, L::bits(new), L::bits(old)));
+                let w = self.master.store::<L>(weights, self.element.wrapping_add(at as u32), new);
+                C::store::<L>(self.copy.as_mut_ptr().add(at), w, self.past);
                 i += L::N;
             }
             Most { m: L::most(most_m), v: L::most(most_v), grad: L::most(most_grad) }

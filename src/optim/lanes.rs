@@ -4,6 +4,17 @@
 
 use half::{bf16, f16};
 
+/// What runs on any instruction set.
+pub trait Kernel {
+    type Output;
+    /// To be marked `#[inline(always)]`, so that it is compiled for the instruction set it is called for. For the same
+    /// reason kernels pass no closures on.
+    ///
+    /// # Safety
+    /// Called by [`Lanes::vectorize`] alone, where the CPU has the instructions of `L`.
+    unsafe fn run<L: Lanes>(self) -> Self::Output;
+}
+
 /// An instruction set with vectors of f32 and of 32-bit integers.
 ///
 /// # Safety
@@ -15,18 +26,23 @@ pub unsafe trait Lanes: Copy + Send + Sync + 'static {
     type F: Copy;
     type I: Copy;
 
-    /// Runs `f` compiled for this instruction set.
-    unsafe fn vectorize<R>(f: impl FnOnce() -> R) -> R;
+    /// Runs a kernel compiled for this instruction set.
+    unsafe fn vectorize<K: Kernel>(kernel: K) -> K::Output;
 
     unsafe fn load(from: *const f32) -> Self::F;
     unsafe fn load_bf16(from: *const bf16) -> Self::F;
     /// Unsigned bytes, widened.
     unsafe fn load_bytes(from: *const u8) -> Self::I;
     unsafe fn store(to: *mut f32, x: Self::F);
-    /// Rounded to nearest, ties to even.
-    unsafe fn store_f16(to: *mut f16, x: Self::F);
-    /// The low 16 bits of each lane, whose upper ones are zero.
-    unsafe fn store_words(to: *mut u16, x: Self::I);
+    /// Rounded to nearest, ties to even, as bits. `past`: see [`Lanes::store_words`].
+    unsafe fn store_f16(to: *mut u16, x: Self::F, past: bool);
+    /// The low 16 bits of each lane, whose upper ones are zero. `past` writes past the caches, which then need not read
+    /// first what is written over; it asks for a vector's alignment and for [`Lanes::fence`] before others may look.
+    unsafe fn store_words(to: *mut u16, x: Self::I, past: bool);
+    /// Asks for a cache line; `at` may be anywhere.
+    unsafe fn prefetch(_at: *const u8) {}
+    /// Waits for what was written past the caches.
+    unsafe fn fence() {}
     /// The low 8 bits of each lane, whose upper ones are zero.
     unsafe fn store_bytes(to: *mut u8, x: Self::I);
     /// Lane i is `table[index[i]]`.
@@ -108,8 +124,9 @@ unsafe impl Lanes for Portable {
     type I = u32;
 
     #[inline(always)]
-    unsafe fn vectorize<R>(f: impl FnOnce() -> R) -> R {
-        f()
+    unsafe fn vectorize<K: Kernel>(kernel: K) -> K::Output {
+        // SAFETY: there is no CPU without these instructions.
+        unsafe { kernel.run::<Self>() }
     }
     #[inline(always)]
     unsafe fn load(from: *const f32) -> f32 {
@@ -132,12 +149,12 @@ unsafe impl Lanes for Portable {
         unsafe { to.write_unaligned(x) }
     }
     #[inline(always)]
-    unsafe fn store_f16(to: *mut f16, x: f32) {
+    unsafe fn store_f16(to: *mut u16, x: f32, _: bool) {
         // SAFETY: as above.
-        unsafe { to.write_unaligned(f16::from_f32(x)) }
+        unsafe { to.write_unaligned(f16::from_f32(x).to_bits()) }
     }
     #[inline(always)]
-    unsafe fn store_words(to: *mut u16, x: u32) {
+    unsafe fn store_words(to: *mut u16, x: u32, _: bool) {
         // SAFETY: as above.
         unsafe { to.write_unaligned(x as u16) }
     }
@@ -234,5 +251,43 @@ unsafe impl Lanes for Portable {
     #[inline(always)]
     unsafe fn most(a: u32) -> u32 {
         a
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::level::Level;
+    use super::super::testing::bits;
+    use super::*;
+
+    struct Divide<'a>(&'a [f32], Divisor, &'a mut [f32]);
+
+    impl Kernel for Divide<'_> {
+        type Output = ();
+        #[inline(always)]
+        unsafe fn run<L: Lanes>(self) {
+            for (a, to) in self.0.chunks_exact(L::N).zip(self.2.chunks_exact_mut(L::N)) {
+                // SAFETY: inside `vectorize`, and a chunk is a vector.
+                unsafe { L::store(to.as_mut_ptr(), L::divide(L::load(a.as_ptr()), &self.1)) };
+            }
+        }
+    }
+
+    /// For the corrections of many steps and orders, on every 13th fraction: 630,000 quotients each.
+    #[test]
+    fn dividing_by_multiplying_gives_the_quotients_bits() {
+        let mut dividends: Vec<f32> = (0x3f80_0000..0x3f80_0000 + (1 << 23)).step_by(13).map(f32::from_bits).collect();
+        dividends.extend([0.0, f32::INFINITY, f32::NAN, f32::from_bits(1).sqrt(), f32::MAX.sqrt()]);
+        dividends.resize(dividends.len().next_multiple_of(16), 3.0);
+        let corrections = [(0.999f64, 1), (0.999, 2), (0.999, 17), (0.999, 16_700), (0.95, 3), (0.99999, 1), (0.5, 40)];
+        for (beta2, step) in corrections {
+            let divisor = Divisor::new((1.0 - beta2.powi(step)).sqrt() as f32);
+            for level in Level::available() {
+                let mut quotients = vec![0.0; dividends.len()];
+                level.run(Divide(&dividends, divisor, &mut quotients));
+                let expected: Vec<f32> = dividends.iter().map(|a| a / divisor.value).collect();
+                assert!(bits(&quotients) == bits(&expected), "{level:?} {divisor:?}");
+            }
+        }
     }
 }

@@ -2,17 +2,9 @@
 
 use std::sync::LazyLock;
 
-use super::lanes::{Lanes, Portable};
+use super::lanes::{Kernel, Lanes, Portable};
 #[cfg(target_arch = "x86_64")]
 use super::x86::{Avx2, Avx512};
-
-/// What runs on any instruction set.
-pub trait Kernel {
-    type Output;
-    /// # Safety
-    /// Inlined into [`Lanes::vectorize`], where the CPU has the instructions of `L`.
-    unsafe fn run<L: Lanes>(self) -> Self::Output;
-}
 
 /// An instruction set that this CPU has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,10 +46,10 @@ impl Level {
         unsafe {
             match self {
                 #[cfg(target_arch = "x86_64")]
-                Level::Avx512 => Avx512::vectorize(|| kernel.run::<Avx512>()),
+                Level::Avx512 => Avx512::vectorize(kernel),
                 #[cfg(target_arch = "x86_64")]
-                Level::Avx2 => Avx2::vectorize(|| kernel.run::<Avx2>()),
-                Level::Portable => Portable::vectorize(|| kernel.run::<Portable>()),
+                Level::Avx2 => Avx2::vectorize(kernel),
+                Level::Portable => Portable::vectorize(kernel),
             }
         }
     }

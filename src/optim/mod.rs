@@ -11,6 +11,10 @@ mod loss_scale;
 mod lr_schedule;
 mod record;
 mod rounding;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 

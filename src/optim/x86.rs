@@ -2,9 +2,9 @@
 
 use std::arch::x86_64::*;
 
-use half::{bf16, f16};
+use half::bf16;
 
-use super::lanes::{Divisor, Lanes};
+use super::lanes::{Divisor, Kernel, Lanes};
 
 #[derive(Clone, Copy)]
 pub struct Avx512;
@@ -14,14 +14,16 @@ pub struct Avx2;
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2,fma,f16c")]
 #[inline(never)]
-unsafe fn with_avx512<R>(f: impl FnOnce() -> R) -> R {
-    f()
+unsafe fn with_avx512<K: Kernel>(kernel: K) -> K::Output {
+    // SAFETY: the caller has seen that the CPU has the instructions.
+    unsafe { kernel.run::<Avx512>() }
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline(never)]
-unsafe fn with_avx2<R>(f: impl FnOnce() -> R) -> R {
-    f()
+unsafe fn with_avx2<K: Kernel>(kernel: K) -> K::Output {
+    // SAFETY: the caller has seen that the CPU has the instructions.
+    unsafe { kernel.run::<Avx2>() }
 }
 
 /// Methods that are an intrinsic or a few.
@@ -42,9 +44,9 @@ unsafe impl Lanes for Avx512 {
     type I = __m512i;
 
     #[inline(always)]
-    unsafe fn vectorize<R>(f: impl FnOnce() -> R) -> R {
+    unsafe fn vectorize<K: Kernel>(kernel: K) -> K::Output {
         // SAFETY: the CPU has the instructions, the trait's condition.
-        unsafe { with_avx512(f) }
+        unsafe { with_avx512(kernel) }
     }
 
     #[inline(always)]
@@ -61,9 +63,11 @@ unsafe impl Lanes for Avx512 {
         };
         load_bytes(from: *const u8) -> __m512i = _mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast()));
         store(to: *mut f32, x: __m512) = _mm512_storeu_ps(to, x);
-        store_f16(to: *mut f16, x: __m512) =
-            _mm256_storeu_si256(to.cast(), _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x));
-        store_words(to: *mut u16, x: __m512i) = _mm256_storeu_si256(to.cast(), _mm512_cvtepi32_epi16(x));
+        store_f16(to: *mut u16, x: __m512, past: bool) =
+            put_words(to, _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x), past);
+        store_words(to: *mut u16, x: __m512i, past: bool) = put_words(to, _mm512_cvtepi32_epi16(x), past);
+        fence() = _mm_sfence();
+        prefetch(at: *const u8) = _mm_prefetch::<_MM_HINT_T0>(at.cast());
         store_bytes(to: *mut u8, x: __m512i) = _mm_storeu_si128(to.cast(), _mm512_cvtepi32_epi8(x));
         gather(table: *const u32, index: __m512i) -> __m512i = _mm512_i32gather_epi32::<4>(index, table.cast());
         splat(x: f32) -> __m512 = _mm512_set1_ps(x);
@@ -77,9 +81,9 @@ unsafe impl Lanes for Avx512 {
                 let (high, value) = (_mm512_set1_ps(by.high), _mm512_set1_ps(by.value));
                 let quotient = _mm512_fmadd_ps(a, high, _mm512_mul_ps(a, _mm512_set1_ps(by.low)));
                 let left = _mm512_fnmadd_ps(quotient, value, a);
-                // Infinity is not to be corrected by infinity less infinity.
+                // What is not finite stays what it is; infinity less infinity would be no number.
                 let finite = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, _mm512_set1_ps(f32::INFINITY));
-                _mm512_mask3_fmadd_ps(left, high, quotient, finite)
+                _mm512_mask_blend_ps(finite, a, _mm512_fmadd_ps(left, high, quotient))
             } else {
                 _mm512_div_ps(a, _mm512_set1_ps(by.value))
             }
@@ -109,9 +113,9 @@ unsafe impl Lanes for Avx2 {
     type I = __m256i;
 
     #[inline(always)]
-    unsafe fn vectorize<R>(f: impl FnOnce() -> R) -> R {
+    unsafe fn vectorize<K: Kernel>(kernel: K) -> K::Output {
         // SAFETY: the CPU has the instructions, the trait's condition.
-        unsafe { with_avx2(f) }
+        unsafe { with_avx2(kernel) }
     }
 
     #[inline(always)]
@@ -128,9 +132,11 @@ unsafe impl Lanes for Avx2 {
         };
         load_bytes(from: *const u8) -> __m256i = _mm256_cvtepu8_epi32(_mm_loadl_epi64(from.cast()));
         store(to: *mut f32, x: __m256) = _mm256_storeu_ps(to, x);
-        store_f16(to: *mut f16, x: __m256) =
-            _mm_storeu_si128(to.cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x));
-        store_words(to: *mut u16, x: __m256i) = _mm_storeu_si128(to.cast(), words(x));
+        store_f16(to: *mut u16, x: __m256, past: bool) =
+            put_half_words(to, _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x), past);
+        store_words(to: *mut u16, x: __m256i, past: bool) = put_half_words(to, words(x), past);
+        fence() = _mm_sfence();
+        prefetch(at: *const u8) = _mm_prefetch::<_MM_HINT_T0>(at.cast());
         store_bytes(to: *mut u8, x: __m256i) = _mm_storel_epi64(to.cast(), _mm_packus_epi16(words(x), words(x)));
         gather(table: *const u32, index: __m256i) -> __m256i = _mm256_i32gather_epi32::<4>(table.cast(), index);
         splat(x: f32) -> __m256 = _mm256_set1_ps(x);
@@ -144,9 +150,9 @@ unsafe impl Lanes for Avx2 {
                 let (high, value) = (_mm256_set1_ps(by.high), _mm256_set1_ps(by.value));
                 let quotient = _mm256_fmadd_ps(a, high, _mm256_mul_ps(a, _mm256_set1_ps(by.low)));
                 let left = _mm256_fnmadd_ps(quotient, value, a);
-                // Infinity is not to be corrected by infinity less infinity.
+                // What is not finite stays what it is; infinity less infinity would be no number.
                 let finite = _mm256_cmp_ps::<_CMP_LT_OQ>(a, _mm256_set1_ps(f32::INFINITY));
-                _mm256_blendv_ps(quotient, _mm256_fmadd_ps(left, high, quotient), finite)
+                _mm256_blendv_ps(a, _mm256_fmadd_ps(left, high, quotient), finite)
             } else {
                 _mm256_div_ps(a, _mm256_set1_ps(by.value))
             }
@@ -178,4 +184,18 @@ unsafe impl Lanes for Avx2 {
 unsafe fn words(x: __m256i) -> __m128i {
     // SAFETY: called where the CPU has AVX2.
     unsafe { _mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256::<1>(x)) }
+}
+
+/// Sixteen numbers of 16 bits; past the caches if so told, which needs their alignment.
+#[inline(always)]
+unsafe fn put_words(to: *mut u16, x: __m256i, past: bool) {
+    // SAFETY: the caller's promise.
+    unsafe { if past { _mm256_stream_si256(to.cast(), x) } else { _mm256_storeu_si256(to.cast(), x) } }
+}
+
+/// As [`put_words`], of eight.
+#[inline(always)]
+unsafe fn put_half_words(to: *mut u16, x: __m128i, past: bool) {
+    // SAFETY: the caller's promise.
+    unsafe { if past { _mm_stream_si128(to.cast(), x) } else { _mm_storeu_si128(to.cast(), x) } }
 }

@@ -10,7 +10,7 @@ use crate::device::trace::{Row, span};
 use crate::ops;
 
 /// What a segment leaves behind on the way forward.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub enum Keep {
     /// Nothing: there is no way back (frozen networks, sampling).
     Nothing,

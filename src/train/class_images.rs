@@ -15,16 +15,21 @@ use image::RgbImage;
 use image::codecs::jpeg::JpegEncoder;
 use sha1::{Digest, Sha1};
 
+use super::arrange::{self, Formats};
 use super::setup;
 use crate::comm::{Communicator, CommunicatorExt, SliceMut};
 use crate::config::{PriorPlan, RunPlan};
 use crate::data::{self, ClipTokenizer};
+use crate::device::Memory;
 use crate::diffusion::sampler::SamplerConfig;
 use crate::launch::{Event, Rank};
 use crate::model;
+use crate::optim::StateKind;
 use crate::pipeline::{Configs, Frozen, PipelineWeights, Prompts};
+use crate::plan::Decision;
 use crate::sample::{Decoder, Ending, Noise, Picture, Request, Sampling, Settings, Tiling};
-use crate::zero::{ParamStore, Ranks, Stage, Tiers};
+use crate::segment::SegmentGraph;
+use crate::zero::{ParamStore, Placement, Ranks, Tiers};
 
 /// Of the JPEG files: what they lose is below what the VAE does.
 const QUALITY: u8 = 95;
@@ -32,7 +37,7 @@ const QUALITY: u8 = 95;
 const ASIDE: &str = ".writing-";
 
 /// Makes the class images that are missing, if any. A collective.
-pub fn complete(plan: &RunPlan, model_dir: &Path, rank: &Rank) -> Result<Ending> {
+pub fn complete(plan: &RunPlan, decision: &Decision, model_dir: &Path, rank: &Rank) -> Result<Ending> {
     let Some(prior) = &plan.prior else { return Ok(Ending::Done) };
     let comm = &*rank.communicator;
     let missing = agree_on_missing(prior, comm)?;
@@ -42,7 +47,7 @@ pub fn complete(plan: &RunPlan, model_dir: &Path, rank: &Rank) -> Result<Ending>
     let dir = prior.class_dir.display();
     let said = format!("making {} pictures of {:?} in {dir}", missing.len(), prior.class_prompt);
     rank.events.send(&Event::Message(said));
-    let ending = make(plan, prior, &missing, model_dir, rank).context("making the class images")?;
+    let ending = make(plan, decision, &missing, model_dir, rank).context("making the class images")?;
     if ending == Ending::Done {
         rank.events.send(&Event::Message(format!("{} class images are in {dir}", prior.num_class_images)));
     }
@@ -93,7 +98,8 @@ fn number(path: &Path) -> Option<u64> {
     is_hash.then(|| number.parse().ok()).flatten()
 }
 
-fn make(plan: &RunPlan, prior: &PriorPlan, missing: &[u64], model_dir: &Path, rank: &Rank) -> Result<Ending> {
+fn make(plan: &RunPlan, decision: &Decision, missing: &[u64], model_dir: &Path, rank: &Rank) -> Result<Ending> {
+    let Some(prior) = &plan.prior else { return Ok(Ending::Done) };
     let configs = Configs::read(model_dir)?;
     let weights = PipelineWeights::open(model_dir, plan.model.variant.as_deref().unwrap_or(""))?;
     let compute = setup::compute(plan)?;
@@ -106,14 +112,10 @@ fn make(plan: &RunPlan, prior: &PriorPlan, missing: &[u64], model_dir: &Path, ra
         Prompts::encode(&frozen, &encoder.slots, &tokens, &compute)?
     };
     let denoiser = model::denoiser(&configs.unet, None, false, compute.dtype);
-    let ranks = Ranks {
-        comm: rank.communicator.clone(),
-        stage: Stage::from_number(plan.zero.stage_or_usual(rank.communicator.world_size()))
-            .unwrap_or(Stage::Replicated),
-        reduce_dtype: DType::F32,
-    };
+    let ranks = Ranks { comm: rank.communicator.clone(), stage: decision.zero_stage(), reduce_dtype: DType::F32 };
     let segments = denoiser.graph.nodes.iter().map(|n| (&n.params, None));
-    let store = ParamStore::load(&ranks, compute.dtype, &Tiers::on_device()?, segments, &weights)?;
+    let tiers = tiers(plan, decision, &denoiser.graph, &ranks, compute.dtype);
+    let store = ParamStore::load(&ranks, compute.dtype, &rank.communicator.agree(tiers)?, segments, &weights)?;
     let mut decoder = Decoder::load(&configs.vae, &weights, &compute, Tiling::Auto)?;
     let kind = match prior.sampler {
         Some(kind) => kind,
@@ -139,6 +141,15 @@ fn make(plan: &RunPlan, prior: &PriorPlan, missing: &[u64], model_dir: &Path, ra
         rank,
     };
     sampling.pictures(&request, &mut decoder, |made| write(&prior.class_dir, made.picture.number, &made.image))
+}
+
+/// Parameters rest where the training's will.
+fn tiers(plan: &RunPlan, decision: &Decision, graph: &SegmentGraph, ranks: &Ranks, compute: DType) -> Result<Tiers> {
+    let placement = Placement { parameters: decision.placement.parameters, ..Placement::DEVICE };
+    let limit = |bytes: Option<u64>| bytes.map(|bytes| bytes as usize);
+    let memory = Memory::new(limit(decision.device_limit), limit(decision.host_limit));
+    let formats = Formats { compute, master: DType::F32, gradients: DType::F32, state: StateKind::F32 };
+    arrange::tiers(graph, ranks, placement, formats, &memory, plan.zero.nvme_dir.as_deref())
 }
 
 /// Writes a class image under the peer's name, whole or not at all.

@@ -11,6 +11,7 @@ mod interrupt;
 mod layers;
 mod parity;
 mod pictures;
+mod plan;
 mod profile;
 mod ranks;
 mod resume;
@@ -19,3 +20,7 @@ mod sharing;
 mod tiers;
 mod toy;
 mod tracking;
+
+/// The program's own, which counts what activations take.
+#[global_allocator]
+static ALLOCATOR: dblaunch::device::Keeping<std::alloc::System> = dblaunch::device::Keeping::over(std::alloc::System);

@@ -40,7 +40,7 @@ impl<T: Real> Given<'_, T> {
         note_flops(10.0 * plan.cost() as f64);
         let scratch = Group::bytes(plan, size.min(plan.queries));
         if pieces == 1 && plan.queries > 0 {
-            touch_scratch(queries.len(), scratch + KeyGradients::bytes(plan));
+            touch_scratch(queries.len(), 3 * plan.cost(), scratch + KeyGradients::bytes(plan));
             for_parts(queries.into_iter().zip(keys).collect(), 3 * plan.cost(), |head, (dq, (dk, dv))| {
                 let mut sums = KeyGradients::new(plan);
                 self.piece(head, 0, dq, &mut sums);
@@ -49,7 +49,7 @@ impl<T: Real> Given<'_, T> {
             return [dq, dk, dv];
         }
         let mut sums: Vec<_> = (0..plan.batch * plan.heads * pieces).map(|_| KeyGradients::new(plan)).collect();
-        touch_scratch(queries.len(), scratch);
+        touch_scratch(queries.len(), 3 * plan.cost(), scratch);
         for_parts(queries.into_iter().zip(&mut sums).collect(), 3 * plan.cost(), |i, (dq, sums)| {
             self.piece(i / pieces, i % pieces * size, dq, sums);
         });

@@ -21,7 +21,7 @@ pub(super) fn forward<T: Real>(plan: &Plan, q: &[T], k: &[T], v: &[T]) -> (Vec<T
     let parts = into_blocks(by_head(plan, &mut y, plan.queries), size);
     let sums = log_sums.chunks_mut(plan.queries).flat_map(|head| head.chunks_mut(size));
     let per_head = plan.queries.div_ceil(size);
-    touch_scratch(parts.len(), Group::bytes(plan));
+    touch_scratch(parts.len(), plan.cost(), Group::bytes(plan));
     for_parts(parts.into_iter().zip(sums).collect(), plan.cost(), |i, (y, log_sums)| {
         let (head, part) = (i / per_head, i % per_head);
         let (row, head) = (head / plan.heads, head % plan.heads);

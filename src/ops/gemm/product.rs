@@ -70,14 +70,15 @@ impl<A: Left, B: Right, T: Scalar> Kernel for Parallel<'_, '_, A, B, T> {
             return;
         }
         let (down, across) = tiles::<S>(product.rows, panels, product.depth);
+        let operations = product.rows * product.grid.columns() * product.depth / 16;
         if is_dry() {
             note_flops(2.0 * (product.rows * product.grid.columns()) as f64 * product.depth as f64);
             let rows = product.rows.div_ceil(S::ROWS).div_ceil(down) * S::ROWS;
             let room = product.room::<S, T>(rows.min(product.rows), panels.div_ceil(across), out);
-            note_kept_scratch(room.map(|numbers| numbers.div_ceil(16) * size_of::<Line>()));
+            let helped = threads::at_once(down * across, operations) > 1;
+            note_kept_scratch(room.map(|numbers| numbers.div_ceil(16) * size_of::<Line>()), helped);
             return;
         }
-        let operations = product.rows * product.grid.columns() * product.depth / 16;
         threads::parallel_for(down * across, operations, |task| {
             let rows = part(task % down, down, product.rows.div_ceil(S::ROWS));
             let rows = rows.start * S::ROWS..(rows.end * S::ROWS).min(product.rows);

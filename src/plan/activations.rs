@@ -1,0 +1,161 @@
+//! What activations take in a pass, turn by turn, for a choice of what each segment leaves behind: the tape's rules
+//! played through with the sizes that dry runs measured.
+
+use super::facts::Facts;
+use crate::segment::Keep;
+
+/// Bytes of activations at most in each turn.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Profile {
+    /// While segment i runs forward.
+    pub forward: Vec<usize>,
+    /// While the loss and its gradient are computed.
+    pub objective: usize,
+    /// While segment i runs backward.
+    pub backward: Vec<usize>,
+    /// What waits on the host at most.
+    pub host: usize,
+    /// What moves there, and back.
+    pub moved: usize,
+}
+
+impl Profile {
+    /// The most of all turns.
+    pub fn peak(&self) -> usize {
+        self.forward.iter().chain(&self.backward).copied().max().unwrap_or(0).max(self.objective)
+    }
+}
+
+/// What never changes while choices do: who writes and who reads a slot, and what a kept graph holds.
+pub struct Wiring<'f> {
+    facts: &'f Facts,
+    writer: Vec<Option<usize>>,
+    /// First and last reader.
+    readers: Vec<Option<(usize, usize)>>,
+    /// Bytes that segment i's kept graph holds, its outputs among them.
+    graphs: Vec<usize>,
+}
+
+impl<'f> Wiring<'f> {
+    pub fn of(facts: &'f Facts) -> Self {
+        let slots = facts.slots.len();
+        let (mut writer, mut readers) = (vec![None; slots], vec![None; slots]);
+        for (i, segment) in facts.segments.iter().enumerate() {
+            segment.outputs.iter().for_each(|&slot| writer[slot] = Some(i));
+            for &slot in &segment.inputs {
+                let (first, _) = readers[slot].unwrap_or((i, i));
+                readers[slot] = Some((first, i));
+            }
+        }
+        // Where all graphs were kept, a given value was dropped after its last reader, and others belong to a graph.
+        let dropped = |i: usize| -> usize {
+            let given = facts.given.iter().filter(|&&slot| readers[slot].is_some_and(|(_, last)| last == i));
+            given.map(|&slot| facts.slots[slot]).sum()
+        };
+        let graph = |i: usize| (facts.segments[i].measured.graph.change + dropped(i) as isize).max(0) as usize;
+        let graphs = (0..facts.segments.len()).map(graph).collect();
+        Wiring { facts, writer, readers, graphs }
+    }
+
+    /// Bytes that segment i's kept graph holds.
+    pub fn graph(&self, i: usize) -> usize {
+        self.graphs[i]
+    }
+
+    /// Plays a pass.
+    pub fn profile(&self, keep: &[Keep]) -> Profile {
+        let (facts, count) = (self.facts, self.facts.segments.len());
+        let mut state = State::of(self);
+        facts.given.iter().for_each(|&slot| state.values[slot] = At::Device);
+        let mut profile = Profile { forward: vec![0; count], backward: vec![0; count], ..Profile::default() };
+        for (i, segment) in facts.segments.iter().enumerate() {
+            let measured = &segment.measured;
+            let above = if keep[i] == Keep::Graph { measured.graph.above } else { measured.plain.above };
+            profile.forward[i] = state.held() + above;
+            state.graphs[i] = keep[i] == Keep::Graph;
+            segment.outputs.iter().for_each(|&slot| state.values[slot] = At::Device);
+            for &slot in segment.inputs.iter().filter(|&&slot| self.readers[slot].is_some_and(|(_, last)| last == i)) {
+                if !self.needed_again(slot, keep) {
+                    state.values[slot] = At::Nowhere;
+                } else if keep[i] == Keep::Host {
+                    state.values[slot] = At::Host;
+                    profile.moved += facts.slots[slot];
+                }
+            }
+            profile.host = profile.host.max(state.on_host());
+        }
+        let predicted = facts.slots[facts.prediction];
+        // The prediction as fp32, its gradient, and that in the dtype of the run.
+        let fp32 = predicted * 4 / facts.dtype.size_in_bytes();
+        profile.objective = state.held() + 2 * fp32 + predicted;
+        state.values[facts.prediction] = At::Nowhere;
+        state.grads[facts.prediction] = true;
+        for (i, segment) in facts.segments.iter().enumerate().rev() {
+            let measured = &segment.measured;
+            if keep[i].recomputes() {
+                let waiting = segment.inputs.iter().filter(|&&slot| state.values[slot] == At::Host);
+                waiting.copied().collect::<Vec<_>>().into_iter().for_each(|slot| state.values[slot] = At::Device);
+            }
+            let above = if keep[i] == Keep::Graph { measured.pull.above } else { measured.repeat.above };
+            profile.backward[i] = state.held() + above;
+            state.graphs[i] = false;
+            segment.outputs.iter().for_each(|&slot| state.grads[slot] = false);
+            for &slot in &segment.inputs {
+                if self.writer[slot].is_some() {
+                    state.grads[slot] = true;
+                }
+                if self.readers[slot].is_some_and(|(first, _)| first == i) {
+                    state.values[slot] = At::Nowhere;
+                }
+            }
+        }
+        profile
+    }
+
+    /// Whether some reader of the slot runs again on the way back.
+    fn needed_again(&self, slot: usize, keep: &[Keep]) -> bool {
+        let Some((first, last)) = self.readers[slot] else { return false };
+        (first..=last).any(|r| keep[r].recomputes() && self.facts.segments[r].inputs.contains(&slot))
+    }
+}
+
+/// Where a slot's value is.
+#[derive(Clone, Copy, PartialEq)]
+enum At {
+    Nowhere,
+    Device,
+    Host,
+}
+
+/// What is there between turns.
+struct State<'w, 'f> {
+    wiring: &'w Wiring<'f>,
+    values: Vec<At>,
+    grads: Vec<bool>,
+    graphs: Vec<bool>,
+}
+
+impl<'w, 'f> State<'w, 'f> {
+    fn of(wiring: &'w Wiring<'f>) -> Self {
+        let (slots, segments) = (wiring.facts.slots.len(), wiring.facts.segments.len());
+        State { wiring, values: vec![At::Nowhere; slots], grads: vec![false; slots], graphs: vec![false; segments] }
+    }
+
+    /// On the device.
+    fn held(&self) -> usize {
+        let sizes = &self.wiring.facts.slots;
+        let graphs = (0..self.graphs.len()).filter(|&i| self.graphs[i]).map(|i| self.wiring.graphs[i]).sum::<usize>();
+        let own = |slot: &usize| {
+            // A kept graph holds its outputs itself.
+            self.values[*slot] == At::Device && !self.wiring.writer[*slot].is_some_and(|i| self.graphs[i])
+        };
+        let values = (0..sizes.len()).filter(own).map(|slot| sizes[slot]).sum::<usize>();
+        let grads = (0..sizes.len()).filter(|&slot| self.grads[slot]).map(|slot| sizes[slot]).sum::<usize>();
+        graphs + values + grads
+    }
+
+    fn on_host(&self) -> usize {
+        let sizes = &self.wiring.facts.slots;
+        (0..sizes.len()).filter(|&slot| self.values[slot] == At::Host).map(|slot| sizes[slot]).sum()
+    }
+}

@@ -1,0 +1,153 @@
+//! Cards by name, and this machine: sizes and bandwidths as their makers state them. Nothing is measured.
+
+use crate::device::Place;
+
+/// What a run computes and stores with, as far as the planner cares. Bytes, bytes a second, operations a second.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Machine {
+    pub name: String,
+    /// Memory of the compute device.
+    pub device: u64,
+    /// Memory of the machine.
+    pub host: u64,
+    /// The compute device is the machine's processor: both tiers are the same memory.
+    pub shared: bool,
+    /// Products in fp32, and in bf16 or fp16, as far as they are reached in practice.
+    pub flops: f64,
+    pub half_flops: f64,
+    /// Of the compute device's memory.
+    pub device_bandwidth: f64,
+    /// Between device and host, each way.
+    pub bus: f64,
+    /// Of the machine's memory, as a CPU optimizer reaches it.
+    pub host_bandwidth: f64,
+    /// Of the drive: reading, writing.
+    pub drive: [f64; 2],
+    /// Between ranks, each way.
+    pub between_ranks: f64,
+}
+
+/// A card as its maker states it.
+struct Card {
+    name: &'static str,
+    gib: u64,
+    /// TFLOPS in fp32, and of the tensor cores in half precision with sums in fp32.
+    tflops: [f64; 2],
+    /// GB/s of its memory, and of its bus each way.
+    bandwidths: [f64; 2],
+}
+
+const fn card(name: &'static str, gib: u64, tflops: [f64; 2], bandwidths: [f64; 2]) -> Card {
+    Card { name, gib, tflops, bandwidths }
+}
+
+const CARDS: [Card; 13] = [
+    card("rtx2060-6gb", 6, [6.5, 25.8], [336.0, 12.0]),
+    card("rtx3060-12gb", 12, [12.7, 25.5], [360.0, 24.0]),
+    card("rtx3070-8gb", 8, [20.3, 40.6], [448.0, 24.0]),
+    card("rtx3090-24gb", 24, [35.6, 71.0], [936.0, 24.0]),
+    card("rtx4060-8gb", 8, [15.1, 30.2], [272.0, 12.0]),
+    card("rtx4060ti-16gb", 16, [22.1, 44.1], [288.0, 12.0]),
+    card("rtx4090-24gb", 24, [82.6, 165.2], [1008.0, 24.0]),
+    card("t4-16gb", 16, [8.1, 65.0], [320.0, 12.0]),
+    card("v100-16gb", 16, [15.7, 125.0], [900.0, 12.0]),
+    card("a100-40gb", 40, [19.5, 312.0], [1555.0, 24.0]),
+    card("a100-80gb", 80, [19.5, 312.0], [2039.0, 24.0]),
+    card("h100-80gb", 80, [67.0, 989.0], [3350.0, 50.0]),
+    card("h200-141gb", 141, [67.0, 989.0], [4800.0, 50.0]),
+];
+
+/// Parts of the stated operations that training reaches: in fp32, in half precision.
+const REACHED: [f64; 2] = [0.55, 0.35];
+/// What the driver and its libraries take of a card.
+const DRIVER: u64 = 640 << 20;
+/// A desktop's memory and a usual NVMe drive.
+const HOST_BANDWIDTH: f64 = 30e9;
+const DRIVE: [f64; 2] = [2.5e9, 1.8e9];
+
+/// The names that [`Machine::named`] knows.
+pub fn card_names() -> impl Iterator<Item = &'static str> {
+    CARDS.iter().map(|card| card.name)
+}
+
+impl Machine {
+    /// A machine with this card and `host` bytes of memory.
+    pub fn named(name: &str, host: u64) -> Option<Machine> {
+        let card = CARDS.iter().find(|card| card.name == name)?;
+        Some(Machine {
+            name: card.name.to_string(),
+            device: (card.gib << 30) - DRIVER,
+            host,
+            shared: false,
+            flops: card.tflops[0] * 1e12 * REACHED[0],
+            half_flops: card.tflops[1] * 1e12 * REACHED[1],
+            device_bandwidth: card.bandwidths[0] * 1e9,
+            bus: card.bandwidths[1] * 1e9,
+            host_bandwidth: HOST_BANDWIDTH,
+            drive: DRIVE,
+            between_ranks: card.bandwidths[1] * 1e9 / 2.0,
+        })
+    }
+
+    /// A machine that computes on its `cores`, with `memory` bytes.
+    pub fn of_cores(cores: usize, memory: u64) -> Machine {
+        // A core of a server: 2.5 GHz, two products of 16 numbers a cycle, half of which are reached.
+        let flops = cores as f64 * 80e9;
+        Machine {
+            name: format!("this machine's {cores} cores"),
+            device: memory,
+            host: memory,
+            shared: true,
+            flops,
+            half_flops: flops * 0.8,
+            device_bandwidth: HOST_BANDWIDTH,
+            bus: HOST_BANDWIDTH / 3.0,
+            host_bandwidth: HOST_BANDWIDTH,
+            drive: DRIVE,
+            between_ranks: HOST_BANDWIDTH / 4.0,
+        }
+    }
+
+    /// This machine without a card.
+    pub fn this() -> Machine {
+        let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+        Machine::of_cores(cores, memory_bytes())
+    }
+
+    /// How fast a state that rests in `place` is read and written by what updates it.
+    pub(super) fn bandwidth(&self, place: Place) -> f64 {
+        match place {
+            Place::Device => self.device_bandwidth,
+            Place::Host | Place::Nvme => self.host_bandwidth,
+        }
+    }
+}
+
+/// The machine's memory, as far as this process may use it.
+pub fn memory_bytes() -> u64 {
+    let limit = std::fs::read_to_string("/sys/fs/cgroup/memory.max").ok().and_then(|text| text.trim().parse().ok());
+    // Where there is no /proc, a guess that budgets can replace.
+    let total = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
+        let line = text.lines().find(|line| line.starts_with("MemTotal:"))?;
+        line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib << 10)
+    });
+    let total = total.unwrap_or(16 << 30);
+    limit.map_or(total, |limit: u64| limit.min(total))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cards_are_known_by_name_and_each_once() {
+        let mut names: Vec<_> = card_names().collect();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), CARDS.len());
+        let card = Machine::named("rtx3060-12gb", 32 << 30).unwrap();
+        assert!(card.device > 11 << 30 && card.device < 12 << 30 && !card.shared);
+        assert!(Machine::named("rtx9999", 1).is_none());
+        assert!(Machine::this().shared && memory_bytes() > 1 << 28);
+    }
+}

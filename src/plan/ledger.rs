@@ -1,0 +1,406 @@
+//! Bytes per rank in each tier, and bytes that travel in a step, for a choice of stage, tiers and what segments keep. It
+//! follows what `zero`, the optimizer's thread and the tape allocate, to the byte where that does not depend on timing.
+
+use candle_core::DType;
+use serde::{Deserialize, Serialize};
+
+use super::activations::{Profile, Wiring};
+use super::facts::{Facts, SegmentFacts, compute_dtype};
+use crate::config::{GradAccumDtype, MasterDtype, OptimizerKind, ReduceDtype, RunPlan};
+use crate::device::{Place, StateFile};
+use crate::optim::{CHUNK, RecordLayout, StateKind};
+use crate::segment::Keep;
+use crate::zero::Placement;
+
+/// Pieces that the optimizer's thread has in memory at a time: read ahead, computed, written behind.
+const PIECES: usize = 5;
+
+/// What is chosen.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Choice {
+    pub stage: u8,
+    pub placement: Placement,
+    /// What each segment leaves behind on the way forward.
+    pub keep: Vec<Keep>,
+}
+
+/// What is given, and matters for bytes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Terms {
+    pub world_size: usize,
+    /// Of the activations and of the parameters that ops read.
+    pub compute: DType,
+    pub master: MasterDtype,
+    pub state: StateKind,
+    pub grads: GradAccumDtype,
+    /// Gradients travel between ranks in half precision.
+    pub reduce_half: bool,
+    pub prefetch: bool,
+    /// Micro-batches in a step.
+    pub accumulation: usize,
+    /// The update waits for the norm of all gradients.
+    pub clips: bool,
+}
+
+/// Bytes in one tier of memory at most.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct TierBytes {
+    pub parameters: usize,
+    pub gradients: usize,
+    pub optimizer: usize,
+    /// Networks that do not train.
+    pub frozen: usize,
+    pub activations: usize,
+    /// Of all together: less than their sum, since they are not at most at the same time.
+    pub total: usize,
+}
+
+/// Bytes that travel in a step, per rank.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Traffic {
+    pub to_device: usize,
+    pub to_host: usize,
+    pub read: usize,
+    pub written: usize,
+    /// To other ranks.
+    pub between_ranks: usize,
+}
+
+/// What a choice takes.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Bytes {
+    pub device: TierBytes,
+    pub host: TierBytes,
+    pub drive: usize,
+    pub traffic: Traffic,
+    /// The turn in which the device tier holds most.
+    pub fullest: String,
+}
+
+impl Terms {
+    pub fn of(plan: &RunPlan, world_size: usize) -> Self {
+        Terms {
+            world_size,
+            compute: compute_dtype(plan),
+            master: plan.optimizer.master_dtype,
+            state: match plan.optimizer.kind {
+                OptimizerKind::AdamW => StateKind::F32,
+                OptimizerKind::AdamW8bit => StateKind::Bits8,
+            },
+            grads: plan.zero.grad_accum_dtype,
+            reduce_half: plan.zero.reduce_dtype != ReduceDtype::F32,
+            prefetch: plan.zero.prefetch,
+            accumulation: plan.train.accumulation,
+            clips: plan.train.max_grad_norm.is_some() || compute_dtype(plan) == DType::F16,
+        }
+    }
+
+    /// Bytes of a parameter in use.
+    fn used(&self) -> usize {
+        self.compute.size_in_bytes()
+    }
+
+    /// Bytes of a parameter at rest.
+    fn rest(&self) -> usize {
+        if self.master == MasterDtype::Bf16 { 2 } else { self.used() }
+    }
+
+    fn rest_differs(&self) -> bool {
+        self.master == MasterDtype::Bf16 && self.compute != DType::BF16
+    }
+
+    /// Whether fp32 masters are a copy of their own.
+    fn has_master(&self) -> bool {
+        self.master == MasterDtype::F32 && self.compute != DType::F32
+    }
+
+    fn grad(&self) -> usize {
+        match self.grads {
+            GradAccumDtype::F32 => 4,
+            GradAccumDtype::Bf16 => 2,
+        }
+    }
+}
+
+/// Sizes of one segment under a choice, in elements.
+#[derive(Clone, Copy, Debug)]
+struct Sizes {
+    full: usize,
+    shard: usize,
+    /// What this rank's optimizer sees.
+    owned: usize,
+    trains: bool,
+}
+
+/// Adds up a choice.
+pub struct Ledger<'a> {
+    facts: &'a Facts,
+    terms: Terms,
+    choice: &'a Choice,
+    sizes: Vec<Sizes>,
+}
+
+impl<'a> Ledger<'a> {
+    pub fn new(facts: &'a Facts, terms: Terms, choice: &'a Choice) -> Self {
+        let size = |segment: &SegmentFacts| {
+            let full = segment.padded_len(terms.world_size);
+            let shard = full / terms.world_size;
+            let owned = if choice.stage >= 1 { shard } else { full };
+            Sizes { full, shard, owned, trains: segment.trains }
+        };
+        let sizes = facts.segments.iter().map(size).collect();
+        Ledger { facts, terms, choice, sizes }
+    }
+
+    fn place(&self) -> Placement {
+        self.choice.placement
+    }
+
+    fn several(&self) -> bool {
+        self.terms.world_size > 1
+    }
+
+    /// Whether ops find parameters where they rest.
+    fn resident(&self) -> bool {
+        self.place().parameters == Place::Device && !self.terms.rest_differs() && self.choice.stage < 3
+    }
+
+    /// Whether buckets of gradients rest where ops fill them.
+    fn rests_in_slot(&self) -> bool {
+        self.choice.stage < 2 && self.place().gradients == Place::Device && self.terms.grads == GradAccumDtype::F32
+    }
+
+    /// Bytes of parameters, masters, gradients and state at rest.
+    fn at_rest(&self) -> [usize; 4] {
+        let mut rest = [0; 4];
+        for (sizes, segment) in self.sizes.iter().zip(&self.facts.segments) {
+            rest[0] += if self.resident() { sizes.full * self.terms.used() } else { sizes.owned * self.terms.rest() };
+            if sizes.trains {
+                rest[1] += if self.terms.has_master() { 4 * sizes.owned } else { 0 };
+                rest[2] += self.terms.grad() * if self.choice.stage >= 2 { sizes.shard } else { sizes.full };
+                rest[3] += self.records(segment, sizes).sum::<usize>();
+            }
+        }
+        rest
+    }
+
+    /// Bytes of a segment's records of optimizer state, chunk by chunk.
+    fn records(&self, segment: &SegmentFacts, sizes: &Sizes) -> impl Iterator<Item = usize> + use<'_> {
+        let (owned, small_from, state) = (sizes.owned, segment.small_from, self.terms.state);
+        // The first rank's; another one's may keep more small tensors and then differs by little.
+        (0..owned.div_ceil(CHUNK)).map(move |k| {
+            let start = k * CHUNK;
+            RecordLayout::new(state, start, (owned - start).min(CHUNK), small_from).bytes()
+        })
+    }
+
+    /// The device's parameters beyond those at rest, while segment i is used and `next` is on its way.
+    fn on_the_way(&self, i: usize, next: Option<usize>) -> usize {
+        if self.resident() {
+            return 0;
+        }
+        let coming = next.filter(|_| self.terms.prefetch).map_or(0, |next| self.bring(next));
+        (self.sizes[i].full * self.terms.used() + coming).max(self.bring(i))
+    }
+
+    /// What bringing a segment takes at most.
+    fn bring(&self, i: usize) -> usize {
+        let (sizes, used, rest) = (self.sizes[i], self.terms.used(), self.terms.rest());
+        let (whole, drive) = (sizes.owned == sizes.full, self.place().parameters == Place::Nvme);
+        if whole && !drive {
+            return sizes.full * used;
+        }
+        let shard = if !whole && drive { sizes.owned * rest } else { 0 };
+        let converted = if self.terms.rest_differs() { sizes.full * used } else { 0 };
+        sizes.full * rest + shard.max(converted)
+    }
+
+    /// A rank's shard on its way to the others' resident copies.
+    fn publishing(&self, i: usize) -> usize {
+        let publishes = self.resident() && self.several() && self.choice.stage >= 1;
+        if publishes { self.sizes[i].shard * self.terms.used() } else { 0 }
+    }
+
+    /// The device's gradients beyond those at rest, while segment i runs backward: its bucket, and the one before it on
+    /// its way to where it rests. The second number is on the heap.
+    fn leaving(&self, i: usize) -> (usize, usize) {
+        let (mut bytes, mut heap) = (0, 0);
+        let slot = self.rests_in_slot();
+        if self.sizes[i].trains && !slot {
+            bytes += 4 * self.sizes[i].full;
+        }
+        let Some(before) = self.sizes.get(i + 1).filter(|sizes| sizes.trains) else { return (bytes, heap) };
+        if !slot {
+            bytes += 4 * before.full;
+        }
+        if self.several() {
+            bytes += if self.choice.stage >= 1 { 4 * before.shard } else { 0 };
+            heap += if self.terms.reduce_half { 2 * (before.full + before.shard) } else { 0 };
+        }
+        (bytes, heap)
+    }
+
+    /// What passes through the host on its way between a drive and the optimizer: parameters, state.
+    fn staging(&self) -> [usize; 2] {
+        let Placement { parameters, optimizer, .. } = self.place();
+        let mut pieces = Vec::new();
+        for (sizes, segment) in self.sizes.iter().zip(&self.facts.segments).filter(|(sizes, _)| sizes.trains) {
+            for (k, record) in self.records(segment, sizes).enumerate() {
+                let elements = (sizes.owned - k * CHUNK).min(CHUNK);
+                let drive = |place: Place, bytes: usize| if place == Place::Nvme { bytes } else { 0 };
+                let master = if self.terms.has_master() { 4 * elements } else { 0 };
+                let weights = drive(parameters, elements * self.terms.rest()) + drive(optimizer, master);
+                pieces.push([weights, drive(optimizer, record)]);
+            }
+        }
+        let most = |which: usize| {
+            let count = PIECES.min(pieces.len()).max(1);
+            pieces.windows(count).map(|some| some.iter().map(|piece| piece[which]).sum()).max().unwrap_or(0)
+        };
+        [most(0), most(1)]
+    }
+
+    /// All of it.
+    pub fn bytes(&self, profile: &Profile) -> Bytes {
+        let [parameters, masters, gradients, state] = self.at_rest();
+        let place = self.place();
+        let on = |tier: Place, at: Place, bytes: usize| if tier == at { bytes } else { 0 };
+        let rest = |tier: Place| {
+            [
+                on(tier, place.parameters, parameters) + on(tier, place.optimizer, masters),
+                on(tier, place.gradients, gradients),
+                on(tier, place.optimizer, state),
+            ]
+        };
+        let [parameters_here, gradients_here, state_here] = rest(Place::Device);
+        let mut device = TierBytes {
+            parameters: parameters_here,
+            gradients: gradients_here,
+            optimizer: state_here,
+            frozen: self.facts.encoder.weights,
+            ..TierBytes::default()
+        };
+        let always = parameters_here + gradients_here + state_here + device.frozen;
+        let heap = self.facts.kept + self.facts.scratch;
+        let mut fullest = String::new();
+        let mut turn = |name: &dyn Fn() -> String, parameters: usize, gradients: usize, activations: usize| {
+            device.parameters = device.parameters.max(parameters_here + parameters);
+            device.gradients = device.gradients.max(gradients_here + gradients);
+            device.activations = device.activations.max(heap + activations);
+            let total = always + heap + parameters + gradients + activations;
+            if total > device.total {
+                (device.total, fullest) = (total, name());
+            }
+        };
+        turn(&|| "a picture's latents".to_string(), 0, 0, self.facts.encoder.activations + self.facts.around);
+        let count = self.sizes.len();
+        for (i, &activations) in profile.forward.iter().enumerate() {
+            let next = if i + 1 < count { i + 1 } else { i };
+            let parameters = self.on_the_way(i, Some(next)) + self.publishing(i);
+            turn(&|| self.named("forward", i), parameters, 0, self.facts.around + activations);
+        }
+        turn(&|| "the loss".to_string(), 0, 0, self.facts.around + profile.objective);
+        for (i, &activations) in profile.backward.iter().enumerate() {
+            let (gradients, reducing) = self.leaving(i);
+            let parameters = self.on_the_way(i, i.checked_sub(1));
+            turn(&|| self.named("backward", i), parameters, gradients, self.facts.around + activations + reducing);
+        }
+        if self.facts.validation > 0 {
+            let most = (0..count).map(|i| self.on_the_way(i, Some((i + 1).min(count - 1)))).max().unwrap_or(0);
+            turn(&|| "a validation picture".to_string(), most, 0, self.facts.validation);
+        }
+        let [parameters_there, gradients_there, state_there] = rest(Place::Host);
+        let staging = self.staging();
+        let mut host = TierBytes {
+            parameters: parameters_there + staging[0],
+            gradients: gradients_there,
+            optimizer: state_there + staging[1],
+            activations: profile.host,
+            ..TierBytes::default()
+        };
+        host.total = host.parameters + host.gradients + host.optimizer + host.activations;
+        Bytes { device, host, drive: self.drive(), traffic: self.traffic(profile), fullest }
+    }
+
+    fn named(&self, what: &str, i: usize) -> String {
+        format!("{what} of {}", self.facts.segments[i].name)
+    }
+
+    /// What the state file holds.
+    fn drive(&self) -> usize {
+        let place = self.place();
+        let sector = |bytes: usize| StateFile::room(bytes) as usize;
+        let mut bytes = 0;
+        for (sizes, segment) in self.sizes.iter().zip(&self.facts.segments) {
+            if place.parameters == Place::Nvme {
+                bytes += sector(sizes.owned * self.terms.rest());
+            }
+            if place.optimizer == Place::Nvme && sizes.trains {
+                bytes += if self.terms.has_master() { sector(4 * sizes.owned) } else { 0 };
+                bytes += self.records(segment, sizes).map(sector).sum::<usize>();
+            }
+        }
+        bytes
+    }
+
+    /// Bytes that travel in a step.
+    fn traffic(&self, profile: &Profile) -> Traffic {
+        let (place, terms, micro) = (self.place(), &self.terms, self.terms.accumulation);
+        let trained = |of: fn(&Sizes) -> usize| -> usize { self.sizes.iter().filter(|s| s.trains).map(of).sum() };
+        let all = |of: fn(&Sizes) -> usize| -> usize { self.sizes.iter().map(of).sum() };
+        let others = |bytes: usize| bytes / terms.world_size * (terms.world_size - 1);
+        let [_, masters, _, state] = self.at_rest();
+        let waiting = micro * profile.moved;
+        let mut traffic = Traffic { to_device: waiting, to_host: waiting, ..Traffic::default() };
+        // Forward and backward of every micro-batch bring the parameters.
+        let brought = 2 * micro * all(|s| s.owned) * terms.rest();
+        match place.parameters {
+            Place::Device => {}
+            Place::Host => traffic.to_device += brought,
+            Place::Nvme => {
+                traffic.read += brought;
+                traffic.to_device += brought;
+            }
+        }
+        let owned = trained(|s| s.owned);
+        let updated_on_host = place.optimizer != Place::Device;
+        let partitioned = if self.choice.stage >= 2 { trained(|s| s.shard) } else { trained(|s| s.full) };
+        if place.gradients == Place::Host {
+            traffic.to_host += 4 * micro * partitioned;
+            traffic.to_device += if self.choice.stage < 2 { terms.grad() * (micro - 1) * partitioned } else { 0 };
+        } else if updated_on_host {
+            traffic.to_host += terms.grad() * owned;
+        }
+        if updated_on_host && place.parameters == Place::Device {
+            traffic.to_device += owned * terms.rest();
+        }
+        if place.optimizer == Place::Nvme {
+            traffic.read += state + masters;
+            traffic.written += state + masters;
+        }
+        if place.parameters == Place::Nvme {
+            traffic.read += if terms.has_master() { 0 } else { owned * terms.rest() };
+            traffic.written += owned * terms.rest();
+        }
+        if self.several() {
+            let gathered = if self.choice.stage >= 3 || (!self.resident() && self.choice.stage >= 1) {
+                2 * micro * all(|s| s.full) * terms.rest()
+            } else {
+                trained(|s| s.full) * terms.used()
+            };
+            let reductions = if self.choice.stage >= 2 { micro } else { 1 };
+            let reduced = reductions * trained(|s| s.full) * if terms.reduce_half { 2 } else { 4 };
+            traffic.between_ranks += others(gathered) + others(reduced);
+            // The optimizer of stage 0 is replicated: nothing to gather, and sums go to everybody.
+            if self.choice.stage == 0 {
+                traffic.between_ranks = 2 * others(reduced);
+            }
+        }
+        traffic
+    }
+}
+
+/// Bytes of a choice.
+pub fn bytes(facts: &Facts, wiring: &Wiring, terms: Terms, choice: &Choice) -> Bytes {
+    Ledger::new(facts, terms, choice).bytes(&wiring.profile(&choice.keep))
+}

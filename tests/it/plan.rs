@@ -1,0 +1,151 @@
+//! What is planned beside what happens: activations counted by the allocator in passes over real networks.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use candle_core::{DType, Device, Tensor};
+use dblaunch::config::{self, RunPlan};
+use dblaunch::device::{Buffer, activations, count_activations_from_here};
+use dblaunch::model::{self, Conditioning, Denoiser, TextConfig, UnetConfig, VaeConfig};
+use dblaunch::pipeline::Configs;
+use dblaunch::plan::{Facts, Surroundings, Wiring};
+use dblaunch::segment::{Keep, SlotId, Tape};
+
+/// The counter is the whole process's.
+static ALONE: Mutex<()> = Mutex::new(());
+
+fn plan(sets: &[&str]) -> RunPlan {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/sd15-dreambooth.toml");
+    let sets: Vec<String> = sets.iter().map(|set| set.to_string()).collect();
+    config::load(&path, &sets, 1).unwrap()
+}
+
+fn folder(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(name)
+}
+
+/// The most that activations take in a pass whose arithmetic is done.
+fn measured(plan: &RunPlan, configs: &Configs, keep: &[Keep]) -> usize {
+    let dtype = dblaunch::plan::compute_dtype(plan);
+    let text = plan.model.train_text_encoder.then_some(&configs.text);
+    let Denoiser { graph, slots } = model::denoiser(&configs.unet, text, false, dtype);
+    let rows = plan.train.batch_size * if plan.prior.is_some() { 2 } else { 1 };
+    let side = plan.data.resolution / configs.vae.downscale();
+    for node in &graph.nodes {
+        let mut buffer = Buffer::unbudgeted(DType::F32, node.params.layout().len).unwrap();
+        buffer.as_mut_slice::<f32>().iter_mut().enumerate().for_each(|(i, x)| *x = (i % 7) as f32 * 0.01 - 0.03);
+        let values = Tensor::from_slice(buffer.as_slice::<f32>(), buffer.len(), &Device::Cpu).unwrap();
+        let mut half = Buffer::unbudgeted(dtype, buffer.len()).unwrap();
+        match dtype {
+            DType::BF16 => {
+                half.as_mut_slice().copy_from_slice(&values.to_dtype(dtype).unwrap().to_vec1::<half::bf16>().unwrap())
+            }
+            DType::F16 => {
+                half.as_mut_slice().copy_from_slice(&values.to_dtype(dtype).unwrap().to_vec1::<half::f16>().unwrap())
+            }
+            _ => half.as_mut_slice().copy_from_slice(buffer.as_slice::<f32>()),
+        }
+        node.params.fill(Arc::new(half));
+        if let Some(grads) = &node.grads {
+            grads.fill(Buffer::unbudgeted(DType::F32, node.params.layout().len).unwrap());
+        }
+    }
+    let pass = || {
+        let ones = |shape: &[usize], dtype| Tensor::ones(shape, dtype, &Device::Cpu).unwrap();
+        let mut given: Vec<(SlotId, Tensor)> = vec![
+            (slots.sample, ones(&[rows, configs.unet.in_channels, side, side], dtype)),
+            (slots.time_features, ones(&[rows, configs.unet.levels[0].channels], dtype)),
+        ];
+        match &slots.conditioning {
+            Conditioning::Context(slot) => {
+                given.push((*slot, ones(&[rows, 77, configs.unet.cross_attention_dim], dtype)))
+            }
+            Conditioning::Prompts(text) => {
+                let unique = 1 + usize::from(plan.prior.is_some());
+                given.push((text.token_ids, ones(&[unique, 77], DType::U32)));
+                given.push((text.rows, Tensor::zeros(&[rows], DType::U32, &Device::Cpu).unwrap()));
+            }
+        }
+        let mut tape = Tape::with_choice(&graph, keep.to_vec(), dblaunch::device::Arena::new("host", None));
+        given.into_iter().for_each(|(slot, value)| tape.set(slot, value));
+        (0..graph.nodes.len()).for_each(|i| tape.run(i).unwrap());
+        let prediction = tape.take(slots.prediction).unwrap();
+        tape.seed(slots.prediction, prediction.ones_like().unwrap());
+        drop(prediction);
+        (0..graph.nodes.len()).rev().for_each(|i| tape.pull(i).unwrap());
+    };
+    count_activations_from_here();
+    pass();
+    activations().expect("the tests' allocator counts").peak
+}
+
+fn predicted(plan: &RunPlan, configs: &Configs, keep: impl Fn(usize) -> Keep) -> (usize, Vec<Keep>) {
+    let around = Surroundings { tokens: 77, latents_kept: 0, pictures_bytes: 0 };
+    let facts = Facts::of(plan, configs, around).unwrap();
+    let keep: Vec<Keep> = (0..facts.segments.len()).map(keep).collect();
+    let profile = Wiring::of(&facts).profile(&keep);
+    if std::env::var_os("PROBE").is_some() {
+        println!("scratch {} profile {profile:?}", facts.scratch);
+    }
+    (profile.peak() + facts.scratch, keep)
+}
+
+fn compare(what: &str, plan: &RunPlan, configs: &Configs, keep: impl Fn(usize) -> Keep) {
+    let _alone = ALONE.lock().unwrap_or_else(|e| e.into_inner());
+    let started = std::time::Instant::now();
+    let (predicted, keep) = predicted(plan, configs, keep);
+    let planned = started.elapsed();
+    let measured = measured(plan, configs, &keep);
+    println!(
+        "{what}: predicted {predicted} measured {measured}: {:+.2} % (planned in {planned:.2?})",
+        100.0 * (predicted as f64 / measured as f64 - 1.0)
+    );
+    if std::env::var_os("PROBE").is_none() {
+        assert!((predicted as f64 / measured as f64 - 1.0).abs() < 0.05, "{what}: {predicted} for {measured}");
+    }
+}
+
+const SMALL: &[&str] = &["data.resolution=64", "train.batch_size=2"];
+
+#[test]
+fn small_networks_take_what_was_planned() {
+    for name in ["tests/data/models/sd15", "tests/data/models/sd21v", "demo/model"] {
+        let configs = Configs::read(&folder(name)).unwrap();
+        for text in ["false", "true"] {
+            for precision in ["no", "bf16", "fp16"] {
+                let sets = [&format!("model.train_text_encoder={text}"), &format!("train.mixed_precision={precision}")];
+                let sets: Vec<&str> = SMALL.iter().copied().chain(sets.map(String::as_str)).collect();
+                let plan = plan(&sets);
+                compare(&format!("{name} {sets:?} inputs"), &plan, &configs, |_| Keep::Inputs);
+                compare(&format!("{name} {sets:?} graph"), &plan, &configs, |_| Keep::Graph);
+                compare(&format!("{name} {sets:?} mixed"), &plan, &configs, |i| {
+                    if i % 3 == 0 { Keep::Graph } else { Keep::Inputs }
+                });
+            }
+        }
+    }
+}
+
+/// Stable Diffusion 1.5's and 2.1's shapes; takes some minutes and memory.
+#[test]
+fn published_shapes_take_what_was_planned() {
+    if std::env::var_os("DBLAUNCH_LARGE_TESTS").is_none() {
+        return;
+    }
+    let sd15 =
+        || Configs { unet: UnetConfig::sd15_shape(), text: TextConfig::sd15_shape(), vae: VaeConfig::sd_shape() };
+    let sd21 =
+        || Configs { unet: UnetConfig::sd21_shape(), text: TextConfig::sd21_shape(), vae: VaeConfig::sd_shape() };
+    let cases: [(&str, fn() -> Configs, &[&str]); 4] = [
+        ("sd15 256", sd15, &["data.resolution=256"]),
+        ("sd15 128 text", sd15, &["data.resolution=128", "model.train_text_encoder=true"]),
+        ("sd21 192", sd21, &["data.resolution=192"]),
+        ("sd15 256 bf16", sd15, &["data.resolution=256", "train.mixed_precision=bf16"]),
+    ];
+    for (what, configs, sets) in cases {
+        let (plan, configs) = (plan(sets), configs());
+        compare(&format!("{what} inputs"), &plan, &configs, |_| Keep::Inputs);
+        compare(&format!("{what} mixed"), &plan, &configs, |i| if i % 4 == 0 { Keep::Graph } else { Keep::Inputs });
+        compare(&format!("{what} graph"), &plan, &configs, |_| Keep::Graph);
+    }
+}
