@@ -16,6 +16,7 @@ use super::rest::{cast, widen};
 use super::{ParamStore, Ranks, Tiers};
 use crate::comm::{Slice, SliceMut};
 use crate::device::threads::{add, fill_zero, for_parts};
+use crate::device::trace::{Row, span};
 use crate::device::{Buffer, GradSlot, Pending, Place};
 
 /// Sums of gradients over the micro-batches of a step: whole buckets, or owned shards where gradients are partitioned.
@@ -127,8 +128,11 @@ impl GradReducer {
             segment.slot.empty().with_context(|| format!("{}: its gradient bucket is not open", segment.name))?;
         let (ranks, tiers) = (self.ranks.clone(), self.tiers.clone());
         let work = move || {
+            let storing = span(Row::Copy, || format!("gradients of {}", segment.name)).bytes(bucket.bytes().len());
             segment.store(&ranks, &tiers, bucket, last)?;
+            drop(storing);
             if last {
+                let _span = span(Row::Optimizer, || format!("norm of {}", segment.name));
                 segment.measure(&ranks);
             }
             then.into_iter().for_each(|then| then());
@@ -145,7 +149,7 @@ impl GradReducer {
     fn let_leave(&mut self, many: usize) -> Result<()> {
         while self.leaving.len() > many {
             let Some(oldest) = self.leaving.pop_front() else { break };
-            oldest.wait()?;
+            oldest.wait_for("gradients")?;
         }
         Ok(())
     }
