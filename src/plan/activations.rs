@@ -96,7 +96,9 @@ impl<'f> Wiring<'f> {
                 let waiting = segment.inputs.iter().filter(|&&slot| state.values[slot] == At::Host);
                 waiting.copied().collect::<Vec<_>>().into_iter().for_each(|slot| state.values[slot] = At::Device);
             }
-            let above = if keep[i] == Keep::Graph { measured.pull.above } else { measured.repeat.above };
+            // Run again, a segment builds its graph first and then has what it would have kept.
+            let again = measured.graph.above.max(self.graphs[i] + measured.pull.above);
+            let above = if keep[i] == Keep::Graph { measured.pull.above } else { again };
             profile.backward[i] = state.held() + above;
             state.graphs[i] = false;
             segment.outputs.iter().for_each(|&slot| state.grads[slot] = false);

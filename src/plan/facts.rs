@@ -36,6 +36,8 @@ impl SegmentFacts {
 pub struct FrozenFacts {
     /// Of its weights at rest, in bytes.
     pub weights: usize,
+    /// Of those of two segments at most, where they are read from their files as they are used.
+    pub two: usize,
     /// The most that its activations take, in bytes.
     pub activations: usize,
     pub flops: f64,
@@ -95,12 +97,16 @@ impl Facts {
         let rows = plan.train.batch_size * if plan.prior.is_some() { 2 } else { 1 };
         let side = plan.data.resolution / configs.vae.downscale();
         let latent = configs.unet.in_channels * side * side;
-        let mut given = vec![
-            Given { slot: slots.sample, shape: vec![rows, configs.unet.in_channels, side, side], dtype },
-            Given { slot: slots.time_features, shape: vec![rows, configs.unet.levels[0].channels], dtype },
-        ];
-        given.extend(text_given(plan, configs, &slots.conditioning, around.tokens, rows, dtype));
-        let (measured, scratch) = dry::forward_and_back(&graph, dtype, &given, slots.prediction)?;
+        let given = |rows: usize| {
+            let mut given = vec![
+                Given { slot: slots.sample, shape: vec![rows, configs.unet.in_channels, side, side], dtype },
+                Given { slot: slots.time_features, shape: vec![rows, configs.unet.levels[0].channels], dtype },
+            ];
+            given.extend(text_given(plan, configs, &slots.conditioning, around.tokens, rows, dtype));
+            given
+        };
+        let (measured, scratch) = dry::forward_and_back_of(&graph, dtype, rows, given, slots.prediction)?;
+        let given = given(rows);
         let encoder = encoder(plan, configs)?;
         let validation = match &plan.validation {
             Some(_) => self::validation(plan, configs, &graph, &slots, around.tokens, dtype)?,
@@ -195,7 +201,9 @@ fn encoder(plan: &RunPlan, configs: &Configs) -> Result<FrozenFacts> {
     let side = plan.data.resolution;
     let pixels = Given { slot: encoder.pixels, shape: vec![1, 3, side, side], dtype: DType::F32 };
     let (activations, flops) = dry::forward_only(&encoder.graph, DType::F32, &[pixels])?;
-    Ok(FrozenFacts { weights: weights(&encoder.graph, DType::F32), activations, flops })
+    let sizes: Vec<usize> = encoder.graph.nodes.iter().map(|n| 4 * n.params.layout().padded_len(1)).collect();
+    let two = sizes.windows(2).map(|two| two[0] + two[1]).max().unwrap_or(0);
+    Ok(FrozenFacts { weights: weights(&encoder.graph, DType::F32), two, activations, flops })
 }
 
 /// The most that making a picture takes: with guidance the network runs over two rows for each picture; then the

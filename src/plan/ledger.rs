@@ -277,7 +277,8 @@ impl<'a> Ledger<'a> {
             parameters: parameters_here,
             gradients: gradients_here,
             optimizer: state_here,
-            frozen: self.facts.encoder.weights,
+            // Where parameters rest elsewhere, its weights stay in their files.
+            frozen: if place.parameters == Place::Device { self.facts.encoder.weights } else { 0 },
             ..TierBytes::default()
         };
         let always = parameters_here + gradients_here + state_here + device.frozen;
@@ -292,7 +293,8 @@ impl<'a> Ledger<'a> {
                 (device.total, fullest) = (total, name());
             }
         };
-        turn(&|| "a picture's latents".to_string(), 0, 0, self.facts.encoder.activations + self.facts.around);
+        let read = if place.parameters == Place::Device { 0 } else { self.facts.encoder.two };
+        turn(&|| "a picture's latents".to_string(), read, 0, self.facts.encoder.activations + self.facts.around);
         let count = self.sizes.len();
         for (i, &activations) in profile.forward.iter().enumerate() {
             let next = if i + 1 < count { i + 1 } else { i };
