@@ -80,7 +80,7 @@ fn measured(plan: &RunPlan, configs: &Configs, keep: &[Keep]) -> usize {
 }
 
 fn predicted(plan: &RunPlan, configs: &Configs, keep: impl Fn(usize) -> Keep) -> (usize, Vec<Keep>) {
-    let around = Surroundings { tokens: 77, latents_kept: 0, pictures_bytes: 0 };
+    let around = Surroundings { tokens: 77, items: usize::MAX, latents_kept: 0, pictures_bytes: 0 };
     let facts = Facts::of(plan, configs, around).unwrap();
     let keep: Vec<Keep> = (0..facts.segments.len()).map(keep).collect();
     let profile = Wiring::of(&facts).profile(&keep);
