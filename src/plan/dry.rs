@@ -77,13 +77,13 @@ impl Given {
     }
 }
 
-/// All segments of `graph`, which computes in `dtype`, forward and back; and what the threads keep as scratch, in bytes each.
+/// All segments of `graph`, which computes in `dtype`, forward and back; and what the threads keep as scratch.
 pub fn forward_and_back(
     graph: &SegmentGraph,
     dtype: DType,
     given: &[Given],
     prediction: SlotId,
-) -> Result<(Vec<Measured>, usize)> {
+) -> Result<(Vec<Measured>, Tally)> {
     let mut measured = vec![Measured::default(); graph.nodes.len()];
     let mut scratch = Tally::default();
     let (result, left_out) = dry(|| plain(graph, dtype, given, &mut measured));
@@ -92,7 +92,7 @@ pub fn forward_and_back(
     let (result, left_out) = dry(|| with_graphs(graph, dtype, given, prediction, &mut measured));
     scratch.join_scratch(&left_out);
     result?;
-    Ok((measured, scratch.scratch_bytes()))
+    Ok((measured, scratch))
 }
 
 /// [`forward_and_back`] of `rows` rows, `given` by how many there are; of many rows, what two and three take says it all.
@@ -102,7 +102,7 @@ pub fn forward_and_back_of(
     rows: usize,
     given: impl Fn(usize) -> Vec<Given>,
     prediction: SlotId,
-) -> Result<(Vec<Measured>, usize)> {
+) -> Result<(Vec<Measured>, Tally)> {
     const FEW: usize = 2;
     if rows <= 2 * FEW + 1 {
         return forward_and_back(graph, dtype, &given(rows), prediction);
@@ -112,8 +112,8 @@ pub fn forward_and_back_of(
     Ok((few.iter().zip(&next).map(|(few, next)| few.along(next, FEW, rows)).collect(), scratch))
 }
 
-/// The most that a network that is only run takes at once beside what it is given, in bytes; and its operations.
-pub fn forward_only(graph: &SegmentGraph, dtype: DType, given: &[Given]) -> Result<(usize, f64)> {
+/// The most that a network that is only run takes at once beside what it is given, and what it computes; see [`Tally`].
+pub fn forward_only(graph: &SegmentGraph, dtype: DType, given: &[Given]) -> Result<Tally> {
     let (result, tally) = dry(|| -> Result<()> {
         let mut tape = Tape::new(graph, Keep::Nothing);
         for input in given {
@@ -128,7 +128,7 @@ pub fn forward_only(graph: &SegmentGraph, dtype: DType, given: &[Given]) -> Resu
         Ok(())
     });
     result?;
-    Ok((tally.peak.max(0) as usize, tally.flops))
+    Ok(tally)
 }
 
 /// Puts memory without contents where segment `i`'s ops find their weights.

@@ -6,6 +6,7 @@ use candle_core::DType;
 
 use super::dry::{self, Given, Measured};
 use crate::config::{MixedPrecision, RunPlan};
+use crate::device::Tally;
 use crate::model::{self, Conditioning, Denoiser};
 use crate::pipeline::Configs;
 use crate::segment::{SegmentGraph, SlotId};
@@ -107,9 +108,10 @@ impl Facts {
             given.extend(text_given(plan, configs, &slots.conditioning, around.tokens, rows, dtype));
             given
         };
-        let (measured, scratch) = dry::forward_and_back_of(&graph, dtype, rows, given, slots.prediction)?;
+        let (measured, mut scratch) = dry::forward_and_back_of(&graph, dtype, rows, given, slots.prediction)?;
         let given = given(rows);
-        let encoder = encoder(plan, configs)?;
+        let (encoder, left_out) = encoder(plan, configs)?;
+        scratch.join_scratch(&left_out);
         let validation = match &plan.validation {
             Some(_) => self::validation(plan, configs, &graph, &slots, around.tokens, dtype)?,
             None => 0,
@@ -131,7 +133,7 @@ impl Facts {
             slots: sizes,
             given: given.iter().map(|input| input.slot).collect(),
             prediction: slots.prediction,
-            scratch,
+            scratch: scratch.scratch_bytes(),
             // Samples and targets as fp32, and the sample's copy on its way into a tensor.
             around: 12 * rows * latent,
             kept: around.latents_kept * moments + around.pictures_bytes,
@@ -198,14 +200,15 @@ fn weights(graph: &SegmentGraph, dtype: DType) -> usize {
 }
 
 /// The VAE's encoder, one picture at a time, in fp32.
-fn encoder(plan: &RunPlan, configs: &Configs) -> Result<FrozenFacts> {
+fn encoder(plan: &RunPlan, configs: &Configs) -> Result<(FrozenFacts, Tally)> {
     let encoder = model::vae_encoder(&configs.vae);
     let side = plan.data.resolution;
     let pixels = Given { slot: encoder.pixels, shape: vec![1, 3, side, side], dtype: DType::F32 };
-    let (activations, flops) = dry::forward_only(&encoder.graph, DType::F32, &[pixels])?;
+    let tally = dry::forward_only(&encoder.graph, DType::F32, &[pixels])?;
+    let (activations, flops) = (tally.peak.max(0) as usize, tally.flops);
     let sizes: Vec<usize> = encoder.graph.nodes.iter().map(|n| 4 * n.params.layout().padded_len(1)).collect();
     let two = sizes.windows(2).map(|two| two[0] + two[1]).max().unwrap_or(0);
-    Ok(FrozenFacts { weights: weights(&encoder.graph, DType::F32), two, activations, flops })
+    Ok((FrozenFacts { weights: weights(&encoder.graph, DType::F32), two, activations, flops }, tally))
 }
 
 /// The most that making a picture takes: with guidance the network runs over two rows for each picture; then the
@@ -238,11 +241,11 @@ fn validation(
     if let Conditioning::Prompts(model::TextSlots { key_lengths: Some(slot), .. }) = slots.conditioning {
         given.push(Given { slot, shape: vec![rows], dtype: DType::U32 });
     }
-    let (denoising, _) = dry::forward_only(graph, dtype, &given)?;
+    let denoising = dry::forward_only(graph, dtype, &given)?.peak;
     let decoder = model::vae_decoder(&configs.vae);
     let decoder_dtype = if configs.vae.force_upcast { DType::F32 } else { dtype };
     let latents =
         Given { slot: decoder.latents, shape: vec![1, configs.vae.latent_channels, side, side], dtype: decoder_dtype };
-    let (decoding, _) = dry::forward_only(&decoder.graph, decoder_dtype, &[latents])?;
-    Ok(weights(&decoder.graph, decoder_dtype) + denoising.max(decoding))
+    let decoding = dry::forward_only(&decoder.graph, decoder_dtype, &[latents])?.peak;
+    Ok(weights(&decoder.graph, decoder_dtype) + denoising.max(decoding).max(0) as usize)
 }
