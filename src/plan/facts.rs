@@ -74,6 +74,8 @@ pub struct Facts {
 pub struct Surroundings {
     /// Tokens of a prompt.
     pub tokens: usize,
+    /// The most items that one rank gets of a micro-batch, however large `batch_size` is: there are no more.
+    pub items: usize,
     /// Pictures whose latents are kept, and bytes of the pictures that are kept.
     pub latents_kept: usize,
     pub pictures_bytes: usize,
@@ -95,7 +97,7 @@ impl Facts {
         let text = plan.model.train_text_encoder.then_some(&configs.text);
         let mask = plan.data.text_encoder_use_attention_mask;
         let Denoiser { graph, slots } = model::denoiser(&configs.unet, text, mask, dtype);
-        let rows = plan.train.batch_size * if plan.prior.is_some() { 2 } else { 1 };
+        let rows = plan.train.batch_size.min(around.items) * if plan.prior.is_some() { 2 } else { 1 };
         let side = plan.data.resolution / configs.vae.downscale();
         let latent = configs.unet.in_channels * side * side;
         let given = |rows: usize| {
@@ -220,7 +222,9 @@ fn validation(
     dtype: DType,
 ) -> Result<usize> {
     let side = plan.data.resolution / configs.vae.downscale();
-    let rows = 2 * plan.train.batch_size;
+    let prompts =
+        plan.validation.as_ref().map_or(1, |v| (v.prompts.len() + usize::from(v.scores.is_some())) * v.num_images);
+    let rows = 2 * plan.train.batch_size.min(prompts);
     let mut given = vec![
         Given { slot: slots.sample, shape: vec![rows, configs.unet.in_channels, side, side], dtype },
         Given { slot: slots.time_features, shape: vec![rows, configs.unet.levels[0].channels], dtype },

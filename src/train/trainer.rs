@@ -372,7 +372,6 @@ impl Trainer<'_> {
                 output_dir: &self.plan.output.dir,
                 store: &self.network.store,
                 optimizer: &self.network.optimizer,
-                state: self.network.optimizer.state(),
                 position: self.position,
                 seed: self.seed,
                 stage: self.decision.stage,

@@ -10,6 +10,7 @@ use candle_core::DType;
 use super::rest::{Rest, cast, round};
 use super::{Partition, Stage, Tiers};
 use crate::comm::{Communicator, Slice, SliceMut};
+use crate::device::trace::{Row, span};
 use crate::device::{BucketLayout, Buffer, GradSlot, ParamSlot, Pending};
 
 /// The group a run is part of, and how it shares its states.
@@ -213,7 +214,8 @@ impl ParamStore {
     /// Waits for the optimizer's work on segment `i`.
     pub fn settle(&self, i: usize) -> Result<()> {
         let update = locked(&self.stored[i].turn).update.take();
-        update.map_or(Ok(()), Pending::wait).with_context(|| format!("updating {}", self.name(i)))
+        let what = || format!("updating {}", self.name(i));
+        update.map_or(Ok(()), |update| update.wait_for(what)).with_context(what)
     }
 
     /// Segment after segment, in this order, each a collective where parameters are partitioned.
@@ -231,7 +233,7 @@ impl ParamStore {
         let stored = self.stored[i].clone();
         let mut turn = locked(&self.stored[i].turn);
         let (update, stale) = (turn.update.take(), std::mem::take(&mut turn.stale));
-        let settle = move || update.map_or(Ok(()), Pending::wait);
+        let settle = move || update.map_or(Ok(()), |update| update.wait_for("update"));
         let (ranks, tiers, dtype) = (self.ranks.clone(), self.tiers.clone(), self.dtype);
         match (&stored.at, stale) {
             (At::Slot, false) => Coming::Resident(settle()),
@@ -253,7 +255,7 @@ impl ParamStore {
                 Ok(Fetched { slot: None })
             }
             Coming::Bucket(bucket) => {
-                slot.fill(Arc::new(bucket.wait().with_context(what)?));
+                slot.fill(Arc::new(bucket.wait_for(what).with_context(what)?));
                 Ok(Fetched { slot: Some(slot) })
             }
         }
@@ -308,6 +310,7 @@ impl Drop for Fetched<'_> {
 /// The whole bucket in the compute dtype, from where it rests: from all ranks where each has a shard.
 fn bring(ranks: &Ranks, tiers: &Tiers, dtype: DType, stored: &Stored) -> Result<Buffer> {
     let name = stored.slot.name();
+    let _span = span(Row::Copy, || format!("bring {name}")).bytes(stored.padded_len * dtype.size_in_bytes());
     let arena = &tiers.device.parameters;
     let rest = match &stored.at {
         At::Rest(rest) => rest,
@@ -357,6 +360,7 @@ fn gather(ranks: &Ranks, shard: &Buffer, whole: &mut Buffer) -> Result<()> {
 
 /// Makes what the owners changed visible in every rank's resident copy.
 fn publish(ranks: &Ranks, tiers: &Tiers, stored: &Stored) -> Result<()> {
+    let _span = span(Row::Copy, || format!("publish {}", stored.slot.name()));
     let range = ranks.partition().shard(stored.padded_len);
     let gathered = stored.slot.update(|whole| {
         let mut shard = tiers.device.parameters.alloc_dirty(whole.dtype(), range.len(), stored.slot.name())?;
