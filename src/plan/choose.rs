@@ -26,7 +26,7 @@ pub struct Budgets {
 /// Part of a machine's memory that runs may have.
 const SHARE: f64 = 0.9;
 /// A choice is faster than a simpler one only by more than this part.
-const FASTER: f64 = 0.02;
+const FASTER: f64 = 0.05;
 
 impl Budgets {
     /// What `[memory]` says, else what the machine has. The ranks of a machine share its memory.
@@ -246,7 +246,7 @@ impl<'a> Question<'a> {
         let instead = self.predict(wiring, &other);
         if self.budgets.fit(&instead.bytes) {
             return format!(
-                "a step takes about {:.2} s, and {:.2} s with them on {tier}, where fewer graphs could be kept",
+                "a step takes about {:.2} s, and {:.2} s with them on {tier}",
                 prediction.seconds.step, instead.seconds.step
             );
         }

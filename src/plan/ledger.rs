@@ -262,16 +262,18 @@ impl<'a> Ledger<'a> {
         // What is fetched when its turn comes waits behind what is leaving.
         let one_by_one = !self.resident() && !self.terms.prefetch;
         let moment = if one_by_one { own.max(before_own) } else { own + before_own };
-        (Flight { moment, steady: own }, heap)
+        // A collective lasts until the slowest rank has come to it.
+        let steady = if self.several() { moment } else { own };
+        (Flight { moment, steady }, heap)
     }
 
-    /// What passes through the host on its way between a drive and the optimizer: parameters, state.
-    fn staging(&self) -> [usize; 2] {
+    /// What passes through the host on its way between a drive and the optimizer: parameters, state. `one_by_one`: each
+    /// segment's is done before the next one's begins.
+    fn staging(&self, one_by_one: bool) -> [usize; 2] {
         let Placement { parameters, optimizer, .. } = self.place();
         let mut runs: Vec<Vec<[usize; 2]>> = vec![Vec::new()];
         for (sizes, segment) in self.sizes.iter().zip(&self.facts.segments).filter(|(sizes, _)| sizes.trains) {
-            if !self.terms.clips {
-                // Updated as they come, one by one.
+            if one_by_one {
                 runs.push(Vec::new());
             }
             let last_rank = if self.choice.stage >= 1 { self.terms.world_size - 1 } else { 0 };
@@ -355,7 +357,8 @@ impl<'a> Ledger<'a> {
             turn(&|| "a validation picture".to_string(), steady(most), none, at_once(self.facts.validation));
         }
         let [parameters_there, gradients_there, state_there] = rest(Place::Host);
-        let staging = self.staging();
+        // Without clipping segments are updated as they come from the backward pass; whether a drive keeps up is its affair.
+        let [staging, at_most] = [!self.terms.clips, false].map(|one_by_one| self.staging(one_by_one));
         let mut host = TierBytes {
             parameters: parameters_there + staging[0],
             gradients: gradients_there,
@@ -364,7 +367,7 @@ impl<'a> Ledger<'a> {
             ..TierBytes::default()
         };
         host.total = host.parameters + host.gradients + host.optimizer + host.activations;
-        host.bound = host.total;
+        host.bound = host.total + at_most.iter().sum::<usize>() - staging.iter().sum::<usize>();
         Bytes {
             state_by_rank: self.state_by_rank(),
             device,
@@ -426,6 +429,10 @@ impl<'a> Ledger<'a> {
         }
         if updated_on_host && place.parameters == Place::Device {
             traffic.to_device += owned * terms.rest();
+        }
+        if !updated_on_host {
+            traffic.to_device += if place.gradients == Place::Host { terms.grad() * owned } else { 0 };
+            traffic.to_host += if place.parameters == Place::Device { 0 } else { owned * terms.rest() };
         }
         if place.optimizer == Place::Nvme {
             traffic.read += state + masters;
