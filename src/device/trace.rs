@@ -1,6 +1,7 @@
 //! Where the time goes: named spans of every thread of this process, recorded between [`begin`] and [`take`]. Off, a
 //! span costs one relaxed load. What becomes of the recording is for `track::profile` to say.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -155,26 +156,55 @@ impl Span {
 
 impl Drop for Span {
     fn drop(&mut self) {
-        let Some(Open { row, name, bytes, start }) = self.0.take() else { return };
-        let duration = nanoseconds(start.elapsed());
-        let mut recording = recording();
-        let Some(recording) = &mut *recording else { return };
-        // A span that is older than the recording belongs to the one before.
-        let Some(since) = start.checked_duration_since(recording.began) else { return };
-        let thread = recording.thread();
-        recording.trace.events.push(Event { row, name, thread, start: nanoseconds(since), duration, bytes });
+        let Some(open) = self.0.take() else { return };
+        let end = Instant::now();
+        if let Some(recording) = &mut *recording() {
+            recording.add(open, end, thread_number(), thread_name);
+        }
+    }
+}
+
+/// A line of its own for what no single thread does, such as a drive's requests; takes the place of a thread.
+#[derive(Debug)]
+pub struct Track {
+    number: usize,
+    name: String,
+}
+
+impl Track {
+    pub fn new(name: impl Into<String>) -> Self {
+        Track { number: new_number(), name: name.into() }
+    }
+
+    /// A span that has ended. Spans of a track are to be apart, or inside one another.
+    pub fn add(&self, row: Row, name: impl SpanName, span: Range<Instant>, bytes: u64) {
+        if !is_on() {
+            return;
+        }
+        let open = Open { row, name: name.text(), bytes: Some(bytes), start: span.start };
+        if let Some(recording) = &mut *recording() {
+            recording.add(open, span.end, self.number, || self.name.clone());
+        }
     }
 }
 
 impl Recording {
-    /// The calling thread's index.
-    fn thread(&mut self) -> usize {
-        let number = thread_number();
+    fn add(&mut self, open: Open, end: Instant, number: usize, thread_name: impl FnOnce() -> String) {
+        let Open { row, name, bytes, start } = open;
+        // A span that is older than the recording belongs to the one before.
+        let Some(since) = start.checked_duration_since(self.began) else { return };
+        let duration = nanoseconds(end.saturating_duration_since(start));
+        let thread = self.thread(number, thread_name);
+        self.trace.events.push(Event { row, name, thread, start: nanoseconds(since), duration, bytes });
+    }
+
+    /// The index of a thread, or of a track.
+    fn thread(&mut self, number: usize, name: impl FnOnce() -> String) -> usize {
         if let Some(known) = self.numbers.iter().position(|&n| n == number) {
             return known;
         }
         self.numbers.push(number);
-        self.trace.threads.push(thread_name());
+        self.trace.threads.push(name());
         self.numbers.len() - 1
     }
 }
@@ -193,9 +223,13 @@ fn thread_name() -> String {
 
 /// A number of the calling thread that no other thread of this process has or had.
 fn thread_number() -> usize {
-    static NEXT: AtomicUsize = AtomicUsize::new(0);
-    thread_local!(static NUMBER: usize = NEXT.fetch_add(1, Ordering::Relaxed));
+    thread_local!(static NUMBER: usize = new_number());
     NUMBER.with(|number| *number)
+}
+
+fn new_number() -> usize {
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
 #[cfg(test)]
@@ -227,16 +261,21 @@ mod tests {
             queue.submit(work).wait().unwrap();
         }
         let open = span(Row::Disk, "trace test open");
+        let (track, started) = (Track::new("trace test track"), Instant::now());
+        track.add(Row::Disk, "trace test 4", started..started + Duration::from_nanos(9), 11);
         let trace = take().unwrap();
         drop(open);
+        track.add(Row::Disk, "trace test 5", started..started, 0);
         assert!(!is_on() && take().is_none());
 
         assert_eq!(trace.rank, 4);
         let mine = |e: &&Event| e.name.starts_with("trace test");
         let events: Vec<&Event> = trace.events.iter().filter(mine).collect();
-        assert_eq!(events.len(), 3, "{events:?}");
+        assert_eq!(events.len(), 4, "{events:?}");
         assert!(trace.events.iter().all(|e| e.name != "before"));
-        let [inner, copy, outer] = events[..] else { unreachable!() };
+        let [inner, copy, outer, disk] = events[..] else { unreachable!() };
+        assert_eq!((disk.row, disk.duration, disk.bytes), (Row::Disk, 9, Some(11)));
+        assert_eq!(trace.threads[disk.thread], "trace test track");
         assert_eq!((inner.row, copy.row, outer.row), (Row::Wait, Row::Copy, Row::Compute));
         assert_eq!((inner.thread, outer.thread, copy.bytes), (0, 0, Some(7)));
         assert_eq!(trace.threads[copy.thread], "trace test queue");

@@ -16,6 +16,7 @@ use super::rest::{cast, widen};
 use super::{ParamStore, Ranks, Tiers};
 use crate::comm::{Slice, SliceMut};
 use crate::device::threads::{add, fill_zero, for_parts};
+use crate::device::trace::{Row, Span, span};
 use crate::device::{Buffer, GradSlot, Pending, Place};
 
 /// Sums of gradients over the micro-batches of a step: whole buckets, or owned shards where gradients are partitioned.
@@ -109,6 +110,7 @@ impl GradReducer {
                 self.let_leave(0)?;
                 let mut bucket = arena.alloc_dirty(DType::F32, segment.padded_len, &segment.name)?;
                 if let Some(sum) = &*locked(&segment.sum) {
+                    let _span = copying(&segment.name, &bucket);
                     cast(sum, &mut bucket);
                 }
                 bucket
@@ -145,7 +147,7 @@ impl GradReducer {
     fn let_leave(&mut self, many: usize) -> Result<()> {
         while self.leaving.len() > many {
             let Some(oldest) = self.leaving.pop_front() else { break };
-            oldest.wait()?;
+            oldest.wait_for("gradients that leave")?;
         }
         Ok(())
     }
@@ -211,6 +213,7 @@ impl Summed {
                 true => bucket,
                 false => reduce_scatter(ranks, arena, &bucket, &self.name).with_context(what)?,
             };
+            let _span = copying(&self.name, sum);
             accumulate(sum, mine.as_slice(), self.fresh.swap(false, Relaxed));
             return Ok(());
         }
@@ -224,7 +227,10 @@ impl Summed {
             }
         }
         match sum.as_mut() {
-            Some(sum) => cast(&bucket, sum),
+            Some(sum) => {
+                let _span = copying(&self.name, sum);
+                cast(&bucket, sum);
+            }
             None => *sum = Some(bucket),
         }
         self.fresh.store(false, Relaxed);
@@ -242,6 +248,12 @@ impl Summed {
         let squares = sum.as_ref().map_or(0.0, |sum| sum_of_squares(sum, self.shard_here(ranks, sum.len())));
         *locked(&self.squares) = squares;
     }
+}
+
+/// On the way between the device and where sums rest, `at_rest` bytes there. (On a CPU all tiers are the same memory, and
+/// adding to a sum costs what copying does.)
+fn copying(name: &str, at_rest: &Buffer) -> Span {
+    span(Row::Copy, || format!("gradients of {name}")).bytes(at_rest.bytes().len())
 }
 
 /// `sum += values`; `fresh`: the sum was nothing.

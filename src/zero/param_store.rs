@@ -10,6 +10,7 @@ use candle_core::DType;
 use super::rest::{Rest, cast, round};
 use super::{Partition, Stage, Tiers};
 use crate::comm::{Communicator, Slice, SliceMut};
+use crate::device::trace::{self, Row};
 use crate::device::{BucketLayout, Buffer, GradSlot, ParamSlot, Pending};
 
 /// The group a run is part of, and how it shares its states.
@@ -186,7 +187,8 @@ impl ParamStore {
     /// Waits for the optimizer's work on segment `i`.
     pub fn settle(&self, i: usize) -> Result<()> {
         let update = locked(&self.stored[i].turn).update.take();
-        update.map_or(Ok(()), Pending::wait).with_context(|| format!("updating {}", self.name(i)))
+        let name = || format!("update of {}", self.name(i));
+        update.map_or(Ok(()), |update| update.wait_for(name)).with_context(|| format!("updating {}", self.name(i)))
     }
 
     /// Segment after segment, in this order, each a collective where parameters are partitioned.
@@ -204,12 +206,17 @@ impl ParamStore {
         let stored = self.stored[i].clone();
         let mut turn = locked(&self.stored[i].turn);
         let (update, stale) = (turn.update.take(), std::mem::take(&mut turn.stale));
-        let settle = move || update.map_or(Ok(()), Pending::wait);
+        let name = self.stored[i].clone();
+        let settle =
+            move || update.map_or(Ok(()), |update| update.wait_for(|| format!("update of {}", name.slot.name())));
         let (ranks, tiers, dtype) = (self.ranks.clone(), self.tiers.clone(), self.dtype);
         match (&stored.at, stale) {
             (At::Slot, false) => Coming::Resident(settle()),
             (At::Slot, true) => Coming::Resident(
-                self.tiers.traffic.submit(move || settle().and_then(|()| publish(&ranks, &tiers, &stored))).wait(),
+                self.tiers
+                    .traffic
+                    .submit(move || settle().and_then(|()| publish(&ranks, &tiers, &stored)))
+                    .wait_for(|| format!("parameters of {}", self.name(i))),
             ),
             (At::Rest(_), _) => Coming::Bucket(
                 self.tiers.traffic.submit(move || settle().and_then(|()| bring(&ranks, &tiers, dtype, &stored))),
@@ -226,7 +233,8 @@ impl ParamStore {
                 Ok(Fetched { slot: None })
             }
             Coming::Bucket(bucket) => {
-                slot.fill(Arc::new(bucket.wait().with_context(what)?));
+                let bucket = bucket.wait_for(|| format!("parameters of {}", slot.name()));
+                slot.fill(Arc::new(bucket.with_context(what)?));
                 Ok(Fetched { slot: Some(slot) })
             }
         }
@@ -286,6 +294,7 @@ fn bring(ranks: &Ranks, tiers: &Tiers, dtype: DType, stored: &Stored) -> Result<
     let whole = rest.len() == stored.padded_len;
     if whole && let Some(memory) = rest.memory() {
         let mut bucket = arena.alloc_dirty(dtype, rest.len(), name)?;
+        let _span = trace::span(Row::Copy, || format!("parameters of {name}")).bytes(bucket.bytes().len());
         cast(&memory, &mut bucket);
         return Ok(bucket);
     }
@@ -298,6 +307,7 @@ fn bring(ranks: &Ranks, tiers: &Tiers, dtype: DType, stored: &Stored) -> Result<
         return Ok(bucket);
     }
     let mut computed = arena.alloc_dirty(dtype, stored.padded_len, name)?;
+    let _span = trace::span(Row::Copy, || format!("parameters of {name}")).bytes(computed.bytes().len());
     cast(&bucket, &mut computed);
     Ok(computed)
 }

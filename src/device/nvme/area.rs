@@ -16,7 +16,7 @@ pub(super) struct Area {
     /// The file, for messages.
     path: PathBuf,
     /// Whose state it is, for messages.
-    what: String,
+    pub what: String,
     /// Where in the file it begins.
     pub start: u64,
     pub bytes: usize,
@@ -90,6 +90,10 @@ impl Area {
                 "the drive is full although the file's room was reserved, as happens where a file system copies on write or \
                  promises more than it has: make room there or name a folder on another drive ([zero] nvme_dir), and go on \
                  from the last checkpoint"
+            }
+            std::io::ErrorKind::FileTooLarge => {
+                "this process may not write files as large as that (ulimit -f): raise that limit, and go on from the last \
+                 checkpoint"
             }
             std::io::ErrorKind::UnexpectedEof => {
                 "someone has shortened the file while it was in use. Go on from the last checkpoint"

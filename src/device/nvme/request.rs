@@ -252,11 +252,11 @@ impl Request {
                 if let Some(tail) = &self.tail {
                     buffer.bytes_mut()[whole..self.bytes].copy_from_slice(&tail.bytes()[..self.bytes - whole]);
                 }
-                self.common.meter.end(moved, 0);
+                self.common.meter.end(moved, 0, || format!("read {}", self.area.what));
             }
             Way::Write => {
                 self.area.end_write(self.first_block, failure.is_none().then_some(&self.sums), self.sums.len());
-                self.common.meter.end(0, moved);
+                self.common.meter.end(0, moved, || format!("write {}", self.area.what));
             }
         }
         promise.keep(failure.map_or(Ok(buffer), Err));
@@ -271,7 +271,7 @@ impl Request {
         if self.way == Way::Write {
             self.area.end_write(self.first_block, None, self.sums.len());
         }
-        self.common.meter.end(0, 0);
+        self.common.meter.end(0, 0, || format!("give up {}", self.area.what));
         promise.keep(Err(error));
     }
 }

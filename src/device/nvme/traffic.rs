@@ -5,6 +5,8 @@ use std::time::{Duration, Instant};
 
 use bytesize::ByteSize;
 
+use crate::device::trace::{Row, Track};
+
 /// Bytes moved so far, and the time during which at least one request was under way.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Traffic {
@@ -13,40 +15,58 @@ pub struct Traffic {
     pub busy_seconds: f64,
 }
 
-/// Keeps the count.
-#[derive(Debug, Default)]
-pub(super) struct Meter(Mutex<Count>);
+/// Keeps the count, and has requests in the recording of where the time goes.
+#[derive(Debug)]
+pub(super) struct Meter {
+    count: Mutex<Count>,
+    track: Track,
+}
 
 #[derive(Debug, Default)]
 struct Count {
     under_way: usize,
     since: Option<Instant>,
+    /// When a request last ended.
+    ended: Option<Instant>,
     busy: Duration,
     read: u64,
     written: u64,
 }
 
+impl Default for Meter {
+    fn default() -> Self {
+        Meter { count: Mutex::default(), track: Track::new("state file") }
+    }
+}
+
 impl Meter {
     pub fn begin(&self) {
-        let mut count = self.0.lock().unwrap_or_else(|e| e.into_inner());
+        let mut count = self.count.lock().unwrap_or_else(|e| e.into_inner());
         count.under_way += 1;
         count.since.get_or_insert_with(Instant::now);
     }
 
-    pub fn end(&self, read: u64, written: u64) {
-        let mut count = self.0.lock().unwrap_or_else(|e| e.into_inner());
+    /// A request is done, of `name` in recordings. Many may be under way; what each is given there is the time since the
+    /// one before it was done, or since there was nothing to do: so they add up to the time in which the drive is busy.
+    pub fn end(&self, read: u64, written: u64, name: impl FnOnce() -> String) {
+        let now = Instant::now();
+        let mut count = self.count.lock().unwrap_or_else(|e| e.into_inner());
         count.read += read;
         count.written += written;
         count.under_way -= 1;
-        if count.under_way == 0
-            && let Some(since) = count.since.take()
-        {
-            count.busy += since.elapsed();
+        let Some(since) = count.since else { return };
+        // Two may ask for the time and end in another order.
+        let from = count.ended.map_or(since, |ended| ended.max(since));
+        count.ended = Some(now.max(from));
+        if count.under_way == 0 {
+            count.since = None;
+            count.busy += now.saturating_duration_since(since);
         }
+        self.track.add(Row::Disk, name, from..now.max(from), read + written);
     }
 
     pub fn traffic(&self) -> Traffic {
-        let count = self.0.lock().unwrap_or_else(|e| e.into_inner());
+        let count = self.count.lock().unwrap_or_else(|e| e.into_inner());
         let busy = count.busy + count.since.map_or(Duration::ZERO, |since| since.elapsed());
         Traffic { read_bytes: count.read, written_bytes: count.written, busy_seconds: busy.as_secs_f64() }
     }
@@ -86,10 +106,10 @@ mod tests {
         let meter = Meter::default();
         meter.begin();
         meter.begin();
-        meter.end(5, 0);
-        assert!(meter.0.lock().unwrap().since.is_some());
-        meter.end(0, 7);
-        assert!(meter.0.lock().unwrap().since.is_none());
+        meter.end(5, 0, String::new);
+        assert!(meter.count.lock().unwrap().since.is_some());
+        meter.end(0, 7, String::new);
+        assert!(meter.count.lock().unwrap().since.is_none());
         let traffic = meter.traffic();
         assert_eq!((traffic.read_bytes, traffic.written_bytes), (5, 7));
         assert_eq!(meter.traffic(), traffic);
