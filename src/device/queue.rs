@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 
-use super::trace;
+use super::trace::{self, SpanName};
 
 /// The result of something that was begun. Dropping it does not stop the work.
 #[must_use = "what was begun must be waited for"]
@@ -42,11 +42,16 @@ impl<T> Pending<T> {
 
     /// Waits until it is done.
     pub fn wait(self) -> Result<T> {
+        self.wait_for("wait")
+    }
+
+    /// The same; `what` names the wait in a recording of where the time goes.
+    pub fn wait_for(self, what: impl SpanName) -> Result<T> {
         match self.0 {
             Kind::Ready(result) => result,
             Kind::Coming(receiver) => {
                 let come = receiver.try_recv().or_else(|_| {
-                    let _span = trace::span(trace::Row::Wait, "wait");
+                    let _span = trace::span(trace::Row::Wait, what);
                     receiver.recv()
                 });
                 come.map_err(|_| anyhow!("what was begun was given up before it was done"))?

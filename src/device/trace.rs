@@ -69,7 +69,8 @@ impl Event {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Trace {
     pub rank: usize,
-    /// Names of the threads that had spans; the first is the one that called [`begin`].
+    /// Names of the threads that had spans, and of what is no thread of ours ([`happened`]); the first is the one that
+    /// called [`begin`].
     pub threads: Vec<String>,
     /// In the order in which they ended.
     pub events: Vec<Event>,
@@ -97,8 +98,8 @@ static RECORDING: Mutex<Option<Recording>> = Mutex::new(None);
 
 struct Recording {
     trace: Trace,
-    /// The thread of each entry of `trace.threads`, by [`thread_number`].
-    numbers: Vec<usize>,
+    /// The thread of each entry of `trace.threads`, by [`thread_number`]; None for what is no thread.
+    numbers: Vec<Option<usize>>,
     began: Instant,
 }
 
@@ -106,7 +107,7 @@ struct Recording {
 pub fn begin(rank: usize) {
     let mut trace = Trace { rank, threads: Vec::new(), events: Vec::new() };
     trace.threads.push(thread_name());
-    *recording() = Some(Recording { trace, numbers: vec![thread_number()], began: Instant::now() });
+    *recording() = Some(Recording { trace, numbers: vec![Some(thread_number())], began: Instant::now() });
     ON.store(true, Ordering::Relaxed);
 }
 
@@ -129,6 +130,24 @@ pub fn span(row: Row, name: impl SpanName) -> Span {
         false => Span(None),
         true => Span(Some(Open { row, name: name.text(), bytes: None, start: Instant::now() })),
     }
+}
+
+/// Notes something that began at `start` and has ended now, without a thread of ours that did it: a drive's request, of
+/// which many are under way at a time. `who` names the row.
+pub fn happened(row: Row, who: &'static str, name: impl SpanName, start: Instant, bytes: usize) {
+    if is_on() {
+        note(row, name.text(), start, Some(bytes as u64), Some(who));
+    }
+}
+
+fn note(row: Row, name: String, start: Instant, bytes: Option<u64>, who: Option<&'static str>) {
+    let duration = nanoseconds(start.elapsed());
+    let mut recording = recording();
+    let Some(recording) = &mut *recording else { return };
+    // What is older than the recording belongs to the one before.
+    let Some(since) = start.checked_duration_since(recording.began) else { return };
+    let thread = recording.thread(who);
+    recording.trace.events.push(Event { row, name, thread, start: nanoseconds(since), duration, bytes });
 }
 
 /// An open span; see [`span`].
@@ -156,26 +175,24 @@ impl Span {
 impl Drop for Span {
     fn drop(&mut self) {
         let Some(Open { row, name, bytes, start }) = self.0.take() else { return };
-        let duration = nanoseconds(start.elapsed());
-        let mut recording = recording();
-        let Some(recording) = &mut *recording else { return };
-        // A span that is older than the recording belongs to the one before.
-        let Some(since) = start.checked_duration_since(recording.began) else { return };
-        let thread = recording.thread();
-        recording.trace.events.push(Event { row, name, thread, start: nanoseconds(since), duration, bytes });
+        note(row, name, start, bytes, None);
     }
 }
 
 impl Recording {
-    /// The calling thread's index.
-    fn thread(&mut self) -> usize {
-        let number = thread_number();
-        if let Some(known) = self.numbers.iter().position(|&n| n == number) {
-            return known;
-        }
-        self.numbers.push(number);
-        self.trace.threads.push(thread_name());
-        self.numbers.len() - 1
+    /// The index of the calling thread, or of who is none.
+    fn thread(&mut self, who: Option<&'static str>) -> usize {
+        let number = match who {
+            Some(_) => None,
+            None => Some(thread_number()),
+        };
+        let mut known = self.numbers.iter().zip(&self.trace.threads);
+        let known = known.position(|(&n, name)| n == number && who.is_none_or(|who| who == name));
+        known.unwrap_or_else(|| {
+            self.numbers.push(number);
+            self.trace.threads.push(who.map_or_else(thread_name, str::to_string));
+            self.numbers.len() - 1
+        })
     }
 }
 
@@ -225,6 +242,8 @@ mod tests {
                 Ok(())
             };
             queue.submit(work).wait().unwrap();
+            happened(Row::Disk, "drive", "trace test 4", Instant::now(), 3);
+            happened(Row::Disk, "drive", "trace test 5", Instant::now(), 3);
         }
         let open = span(Row::Disk, "trace test open");
         let trace = take().unwrap();
@@ -234,9 +253,10 @@ mod tests {
         assert_eq!(trace.rank, 4);
         let mine = |e: &&Event| e.name.starts_with("trace test");
         let events: Vec<&Event> = trace.events.iter().filter(mine).collect();
-        assert_eq!(events.len(), 3, "{events:?}");
+        assert_eq!(events.len(), 5, "{events:?}");
         assert!(trace.events.iter().all(|e| e.name != "before"));
-        let [inner, copy, outer] = events[..] else { unreachable!() };
+        let [inner, copy, read, again, outer] = events[..] else { unreachable!() };
+        assert_eq!((&*trace.threads[read.thread], read.thread, read.bytes), ("drive", again.thread, Some(3)));
         assert_eq!((inner.row, copy.row, outer.row), (Row::Wait, Row::Copy, Row::Compute));
         assert_eq!((inner.thread, outer.thread, copy.bytes), (0, 0, Some(7)));
         assert_eq!(trace.threads[copy.thread], "trace test queue");

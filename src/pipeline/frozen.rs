@@ -24,6 +24,13 @@ impl Frozen {
         Ok(Frozen { graph, store })
     }
 
+    /// Leaves the weights in their files and reads each segment's when it runs: no more than two are in memory.
+    pub fn in_files(graph: SegmentGraph, dtype: DType, tiers: &Tiers, weights: Arc<dyn WeightSource>) -> Self {
+        let ranks = Ranks { comm: Arc::new(Solo), stage: Stage::Replicated, reduce_dtype: DType::F32 };
+        let store = ParamStore::in_files(&ranks, dtype, tiers, graph.nodes.iter().map(|n| &n.params), weights);
+        Frozen { graph, store }
+    }
+
     /// Runs the whole graph and takes the value of slot `output`.
     pub fn run(&self, inputs: Vec<(SlotId, Tensor)>, output: SlotId) -> Result<Tensor> {
         let mut tape = Tape::new(&self.graph, Keep::Nothing);

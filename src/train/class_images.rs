@@ -15,16 +15,21 @@ use image::RgbImage;
 use image::codecs::jpeg::JpegEncoder;
 use sha1::{Digest, Sha1};
 
+use super::arrange::{self, Formats};
 use super::setup;
 use crate::comm::{Communicator, CommunicatorExt, SliceMut};
 use crate::config::{PriorPlan, RunPlan};
 use crate::data::{self, ClipTokenizer};
+use crate::device::Memory;
 use crate::diffusion::sampler::SamplerConfig;
 use crate::launch::{Event, Rank};
 use crate::model;
+use crate::optim::StateKind;
 use crate::pipeline::{Configs, Frozen, PipelineWeights, Prompts};
+use crate::plan::Decision;
 use crate::sample::{Decoder, Ending, Noise, Picture, Request, Sampling, Settings, Tiling};
-use crate::zero::{ParamStore, Ranks, Stage, Tiers};
+use crate::segment::SegmentGraph;
+use crate::zero::{ParamStore, Placement, Ranks, Tiers};
 
 /// Of the JPEG files: what they lose is below what the VAE does.
 const QUALITY: u8 = 95;
@@ -32,7 +37,7 @@ const QUALITY: u8 = 95;
 const ASIDE: &str = ".writing-";
 
 /// Makes the class images that are missing, if any. A collective.
-pub fn complete(plan: &RunPlan, model_dir: &Path, rank: &Rank) -> Result<Ending> {
+pub fn complete(plan: &RunPlan, decision: &Decision, model_dir: &Path, rank: &Rank) -> Result<Ending> {
     let Some(prior) = &plan.prior else { return Ok(Ending::Done) };
     let comm = &*rank.communicator;
     let missing = agree_on_missing(prior, comm)?;
@@ -42,8 +47,11 @@ pub fn complete(plan: &RunPlan, model_dir: &Path, rank: &Rank) -> Result<Ending>
     let dir = prior.class_dir.display();
     let said = format!("making {} pictures of {:?} in {dir}", missing.len(), prior.class_prompt);
     rank.events.send(&Event::Message(said));
-    let ending = make(plan, prior, &missing, model_dir, rank).context("making the class images")?;
+    let ending = make(plan, decision, &missing, model_dir, rank).context("making the class images")?;
     if ending == Ending::Done {
+        // What a rank of a killed run may still have begun meanwhile.
+        let cleared = if comm.rank() == 0 { clear_aside(&prior.class_dir) } else { Ok(()) };
+        comm.agree(cleared)?;
         rank.events.send(&Event::Message(format!("{} class images are in {dir}", prior.num_class_images)));
     }
     Ok(ending)
@@ -59,15 +67,21 @@ fn agree_on_missing(prior: &PriorPlan, comm: &dyn Communicator) -> Result<Vec<u6
     Ok((0..).zip(&there).filter(|(_, there)| **there == 0).map(|(number, _)| number).collect())
 }
 
-/// Marks the numbers whose pictures are there. Pictures of other names stand for the first numbers.
-fn look(prior: &PriorPlan, there: &mut [u8]) -> Result<()> {
-    let dir = &prior.class_dir;
-    fs::create_dir_all(dir).with_context(|| format!("creating {}", dir.display()))?;
+/// Removes what was being written.
+fn clear_aside(dir: &Path) -> Result<()> {
     for entry in fs::read_dir(dir).with_context(|| dir.display().to_string())?.flatten() {
         if entry.file_name().to_string_lossy().starts_with(ASIDE) {
             let _ = fs::remove_file(entry.path());
         }
     }
+    Ok(())
+}
+
+/// Marks the numbers whose pictures are there. Pictures of other names stand for the first numbers.
+fn look(prior: &PriorPlan, there: &mut [u8]) -> Result<()> {
+    let dir = &prior.class_dir;
+    fs::create_dir_all(dir).with_context(|| format!("creating {}", dir.display()))?;
+    clear_aside(dir)?;
     let pictures = data::list_pictures(dir, false).with_context(|| dir.display().to_string())?;
     let numbers: Vec<Option<u64>> = pictures.iter().map(|path| number(path)).collect();
     let mut seen = HashSet::new();
@@ -93,7 +107,8 @@ fn number(path: &Path) -> Option<u64> {
     is_hash.then(|| number.parse().ok()).flatten()
 }
 
-fn make(plan: &RunPlan, prior: &PriorPlan, missing: &[u64], model_dir: &Path, rank: &Rank) -> Result<Ending> {
+fn make(plan: &RunPlan, decision: &Decision, missing: &[u64], model_dir: &Path, rank: &Rank) -> Result<Ending> {
+    let Some(prior) = &plan.prior else { return Ok(Ending::Done) };
     let configs = Configs::read(model_dir)?;
     let weights = PipelineWeights::open(model_dir, plan.model.variant.as_deref().unwrap_or(""))?;
     let compute = setup::compute(plan)?;
@@ -106,14 +121,10 @@ fn make(plan: &RunPlan, prior: &PriorPlan, missing: &[u64], model_dir: &Path, ra
         Prompts::encode(&frozen, &encoder.slots, &tokens, &compute)?
     };
     let denoiser = model::denoiser(&configs.unet, None, false, compute.dtype);
-    let ranks = Ranks {
-        comm: rank.communicator.clone(),
-        stage: Stage::from_number(plan.zero.stage_or_usual(rank.communicator.world_size()))
-            .unwrap_or(Stage::Replicated),
-        reduce_dtype: DType::F32,
-    };
+    let ranks = Ranks { comm: rank.communicator.clone(), stage: decision.zero_stage(), reduce_dtype: DType::F32 };
     let segments = denoiser.graph.nodes.iter().map(|n| (&n.params, None));
-    let store = ParamStore::load(&ranks, compute.dtype, &Tiers::on_device()?, segments, &weights)?;
+    let tiers = tiers(plan, decision, &denoiser.graph, &ranks, compute.dtype);
+    let store = ParamStore::load(&ranks, compute.dtype, &rank.communicator.agree(tiers)?, segments, &weights)?;
     let mut decoder = Decoder::load(&configs.vae, &weights, &compute, Tiling::Auto)?;
     let kind = match prior.sampler {
         Some(kind) => kind,
@@ -139,6 +150,15 @@ fn make(plan: &RunPlan, prior: &PriorPlan, missing: &[u64], model_dir: &Path, ra
         rank,
     };
     sampling.pictures(&request, &mut decoder, |made| write(&prior.class_dir, made.picture.number, &made.image))
+}
+
+/// Parameters rest where the training's will.
+fn tiers(plan: &RunPlan, decision: &Decision, graph: &SegmentGraph, ranks: &Ranks, compute: DType) -> Result<Tiers> {
+    let placement = Placement { parameters: decision.placement.parameters, ..Placement::DEVICE };
+    let limit = |bytes: Option<u64>| bytes.map(|bytes| bytes as usize);
+    let memory = Memory::new(limit(decision.device_limit), limit(decision.host_limit));
+    let formats = Formats { compute, master: DType::F32, gradients: DType::F32, state: StateKind::F32 };
+    arrange::tiers(graph, ranks, placement, formats, &memory, plan.zero.nvme_dir.as_deref())
 }
 
 /// Writes a class image under the peer's name, whole or not at all.

@@ -14,16 +14,20 @@ use crate::checkpoint;
 use crate::comm::CommunicatorExt;
 use crate::config::RunPlan;
 use crate::launch::{Event, Rank};
+use crate::pipeline::Configs;
+use crate::plan::command::decide;
 use crate::sample;
 use crate::track::Profiler;
 
 /// Trains as `plan` says, from the model in `model_dir`. A collective, like everything in it. Nothing is written before
 /// all that can be refused was looked at. `profile`: steps to record, for `profile.json`.
 pub fn run(plan: &RunPlan, model_dir: &Path, rank: &Rank, profile: Option<NonZeroU32>) -> Result<Ending> {
-    if class_images::complete(plan, model_dir, rank)? == sample::Ending::Interrupted {
+    let configs = Configs::read(model_dir)?;
+    let decision = decide(plan, model_dir, &configs, &*rank.communicator)?;
+    if class_images::complete(plan, &decision, model_dir, rank)? == sample::Ending::Interrupted {
         return Ok(Ending::Interrupted);
     }
-    let mut trainer = setup::build(plan, model_dir, rank)?;
+    let mut trainer = setup::build(plan, decision, model_dir, configs, rank)?;
     trainer.profiler = Profiler::new(profile);
     trainer.comm.agree(prepare_output(&trainer))?;
     let begun = trainer.begin();
@@ -39,6 +43,7 @@ pub fn run(plan: &RunPlan, model_dir: &Path, rank: &Rank, profile: Option<NonZer
             output: &plan.output,
         };
         export::export(&trainer.network, &trainer.weights, &*trainer.comm, &export).context("writing the pipeline")?;
+        trainer.report_memory()?;
         rank.events.send(&Event::Done);
     }
     Ok(ending)

@@ -14,45 +14,49 @@ use super::prompts::Texts;
 use super::rows::{RowMaker, RowSettings, Vae};
 use super::trainer::Trainer;
 use super::validation::Validation;
-use crate::Refusal;
 use crate::checkpoint::{self, Checkpoint, Position, SegmentRecord};
 use crate::comm::{Communicator, CommunicatorExt, SliceMut, Traced};
 use crate::config::{DeviceKind, LrKind as PlannedKind, MixedPrecision, ReduceDtype, Resume, RunPlan, Steps, Toggle};
 use crate::data::Dataset;
-use crate::device::{Compute, Memory};
+use crate::device::{Compute, Memory, Place};
 use crate::diffusion::sampler::SamplerConfig;
 use crate::diffusion::{Draws, NoiseSchedule, Record};
 use crate::launch::{Event, Rank};
 use crate::model::{self, Component, Denoiser, VaeConfig};
 use crate::optim::{LossScale, LrKind, LrSchedule};
 use crate::pipeline::{Configs, Frozen, PipelineWeights, Prompts};
+use crate::plan::Decision;
 use crate::sample::Settings;
-use crate::segment::Keep;
 use crate::track::{Profiler, Trackers};
-use crate::zero::{Placement, Ranks, Stage, Tiers};
-
-/// A network with fewer parameters keeps its graphs under `recompute = "auto"`: they fit wherever its states do.
-const RECOMPUTE_FROM: usize = 100_000_000;
+use crate::zero::{Placement, Ranks, Tiers};
 
 /// Builds a trainer that stands where the run begins or resumes. Collective.
-pub fn build<'a>(plan: &'a RunPlan, model_dir: &Path, rank: &'a Rank) -> Result<Trainer<'a>> {
+pub fn build<'a>(
+    plan: &'a RunPlan,
+    decision: Decision,
+    model_dir: &Path,
+    configs: Configs,
+    rank: &'a Rank,
+) -> Result<Trainer<'a>> {
     let comm: Arc<dyn Communicator> = Arc::new(Traced::new(rank.communicator.clone()));
     let resumed = match resume_folder(plan)? {
         Some(folder) => Some(Checkpoint::open(&folder)?),
         None => None,
     };
     let seed = agree_on_seed(plan.train.seed, resumed.as_ref(), &*comm)?;
-    let configs = Configs::read(model_dir)?;
-    let weights = PipelineWeights::open(model_dir, plan.model.variant.as_deref().unwrap_or(""))?;
+    let weights = Arc::new(PipelineWeights::open(model_dir, plan.model.variant.as_deref().unwrap_or(""))?);
     let dataset = Dataset::open(&plan.dataset_options(false))?;
     let schedule = NoiseSchedule::from_json(&model_dir.join("scheduler").join("scheduler_config.json"))?;
-    let memory = memory(plan, rank);
+    let limit = |bytes: Option<u64>| bytes.map(|bytes| bytes as usize);
+    let memory = Memory::new(limit(decision.device_limit), limit(decision.host_limit));
     let frozen = Tiers::within(memory.clone(), Placement::DEVICE, None, None)?;
     let compute = compute(plan)?;
 
-    let (network, slots) = network(plan, &configs, &weights, resumed.as_ref(), &comm, compute.dtype, seed, &memory)?;
+    // First, so that a text encoder that does not train is gone before the network comes.
     let Texts { prompts, numbers, of_validation } =
         Texts::read(plan, dataset.captions(), model_dir, &configs, &weights, &frozen, &compute)?;
+    let building = Building { plan, decision: &decision, configs: &configs, weights: &weights, comm: &comm };
+    let (network, slots) = building.network(resumed.as_ref(), &compute, seed, &memory)?;
     let validation = validation(plan, model_dir, &configs, of_validation, seed)?;
     let batch_items = plan.train.batch_size.saturating_mul(comm.world_size()) as u64;
     let epoch_items = dataset.len() as u64;
@@ -75,7 +79,7 @@ pub fn build<'a>(plan: &'a RunPlan, model_dir: &Path, rank: &'a Rank) -> Result<
     let kept_scale = resumed.as_ref().and_then(|c| c.manifest.loss_scale);
     let scaling = plan.train.loss_scale.map(|policy| LossScale::new(policy, kept_scale));
     let rows = RowMaker {
-        vae: vae(&configs.vae, &weights, &frozen, &compute)?,
+        vae: vae(&configs.vae, &weights, &frozen, &decision, &compute)?,
         dataset,
         schedule,
         draws,
@@ -91,8 +95,11 @@ pub fn build<'a>(plan: &'a RunPlan, model_dir: &Path, rank: &'a Rank) -> Result<
         },
         cached_moments: HashMap::new(),
     };
+    memory.count_from_here();
     Ok(Trainer {
         plan,
+        decision,
+        memory,
         rank,
         network,
         slots,
@@ -126,12 +133,6 @@ pub(super) fn compute(plan: &RunPlan) -> Result<Compute> {
         MixedPrecision::Fp16 => DType::F16,
     };
     Ok(Compute { device, dtype })
-}
-
-/// The rank's memory with its budgets: all ranks of a machine share `memory.ram`.
-fn memory(plan: &RunPlan, rank: &Rank) -> Memory {
-    let bytes = |budget: Option<u64>, share: usize| budget.map(|bytes| bytes as usize / share);
-    Memory::new(bytes(plan.memory.vram, 1), bytes(plan.memory.ram, rank.world.local_world_size))
 }
 
 /// Which components train.
@@ -174,68 +175,78 @@ pub fn trained_graph(plan: &RunPlan, configs: &Configs, dtype: DType) -> Denoise
     model::denoiser(&configs.unet, text, plan.data.text_encoder_use_attention_mask, dtype)
 }
 
-fn network(
-    plan: &RunPlan,
-    configs: &Configs,
-    weights: &PipelineWeights,
-    resumed: Option<&Checkpoint>,
-    comm: &Arc<dyn Communicator>,
-    dtype: DType,
-    seed: u64,
-    memory: &Memory,
-) -> Result<(Network, model::DenoiserSlots)> {
-    let Denoiser { graph, slots } = trained_graph(plan, configs, dtype);
-    for &component in trained(plan) {
-        let wanted = model::wanted(&graph, component);
-        weights.component(component).check(&wanted)?;
-    }
-    let ranks = Ranks {
-        comm: comm.clone(),
-        stage: Stage::from_number(plan.zero.stage_or_usual(comm.world_size()))
-            .ok_or_else(|| Refusal::error("zero.stage is 0, 1, 2 or 3"))?,
-        reduce_dtype: match plan.zero.reduce_dtype {
+/// What a network is built from.
+struct Building<'a> {
+    plan: &'a RunPlan,
+    decision: &'a Decision,
+    configs: &'a Configs,
+    weights: &'a PipelineWeights,
+    comm: &'a Arc<dyn Communicator>,
+}
+
+impl Building<'_> {
+    fn network(
+        &self,
+        resumed: Option<&Checkpoint>,
+        compute: &Compute,
+        seed: u64,
+        memory: &Memory,
+    ) -> Result<(Network, model::DenoiserSlots)> {
+        let Building { plan, decision, weights, comm, .. } = self;
+        let Denoiser { graph, slots } = trained_graph(plan, self.configs, compute.dtype);
+        for &component in trained(plan) {
+            let wanted = model::wanted(&graph, component);
+            weights.component(component).check(&wanted)?;
+        }
+        if let Some(checkpoint) = resumed {
+            let records = graph.nodes.iter().map(|n| SegmentRecord::new(&n.name, n.params.layout()));
+            checkpoint.check(&records.collect::<Vec<_>>())?;
+        }
+        let reduce_dtype = match plan.zero.reduce_dtype {
             ReduceDtype::F32 => DType::F32,
             ReduceDtype::Bf16 => DType::BF16,
             ReduceDtype::F16 => DType::F16,
-        },
-    };
-    if let Some(checkpoint) = resumed {
-        let records = graph.nodes.iter().map(|n| SegmentRecord::new(&n.name, n.params.layout()));
-        checkpoint.check(&records.collect::<Vec<_>>())?;
-    }
-    let source: &dyn crate::zero::WeightSource = match resumed {
-        Some(checkpoint) => checkpoint,
-        None => weights,
-    };
-    let recompute = match plan.train.recompute {
-        Toggle::On => true,
-        Toggle::Off => false,
-        Toggle::Auto => graph.parameters() >= RECOMPUTE_FROM,
-    };
-    let keep = vec![if recompute { Keep::Inputs } else { Keep::Graph }; graph.nodes.len()];
-    let placement = plan.zero.placement();
-    let formats = Formats::of(plan, dtype);
-    let tiers = arrange::tiers(&graph, &ranks, placement, formats, memory, plan.zero.nvme_dir.as_deref());
-    let tiers = Tiers { prefetch: plan.zero.prefetch, ..ranks.comm.agree(tiers)? };
-    let build = Build { ranks, dtype, keep, tiers, state: formats.state, seed };
-    let network = Network::load(graph, build, source)?;
-    if let Some(checkpoint) = resumed {
-        for i in 0..network.store.len() {
-            for record in network.optimizer.records(i) {
-                let layout = *record.layout();
-                record.write(|bytes| checkpoint.read_state(network.store.name(i), &layout, bytes))??;
+        };
+        let ranks = Ranks { comm: (*comm).clone(), stage: decision.zero_stage(), reduce_dtype };
+        let formats = Formats::of(plan, compute.dtype);
+        let folder = plan.zero.nvme_dir.as_deref();
+        let tiers = arrange::tiers(&graph, &ranks, decision.placement, formats, memory, folder);
+        let tiers = Tiers { prefetch: plan.zero.prefetch, ..comm.agree(tiers)? };
+        let keep = decision.keep.clone();
+        let build = Build { ranks, dtype: compute.dtype, keep, tiers, state: formats.state, seed };
+        let source: &dyn crate::zero::WeightSource = match resumed {
+            Some(checkpoint) => checkpoint,
+            None => *weights,
+        };
+        let network = Network::load(graph, build, source)?;
+        if let Some(checkpoint) = resumed {
+            for i in 0..network.store.len() {
+                for record in network.optimizer.records(i) {
+                    let layout = *record.layout();
+                    record.write(|bytes| checkpoint.read_state(network.store.name(i), &layout, bytes))??;
+                }
             }
         }
+        Ok((network, slots))
     }
-    Ok((network, slots))
 }
 
-fn vae(config: &VaeConfig, weights: &PipelineWeights, tiers: &Tiers, compute: &Compute) -> Result<Vae> {
+fn vae(
+    config: &VaeConfig,
+    weights: &Arc<PipelineWeights>,
+    tiers: &Tiers,
+    decision: &Decision,
+    compute: &Compute,
+) -> Result<Vae> {
     let encoder = model::vae_encoder(config);
     weights.component(Component::Vae).check(&model::wanted(&encoder.graph, Component::Vae))?;
+    // fp32 in every precision: some published VAEs overflow in fp16, and it runs without a way back.
+    let network = match decision.placement.parameters {
+        Place::Device => Frozen::load(encoder.graph, DType::F32, tiers, &**weights)?,
+        Place::Host | Place::Nvme => Frozen::in_files(encoder.graph, DType::F32, tiers, weights.clone()),
+    };
     Ok(Vae {
-        // fp32 in every precision: some published VAEs overflow in fp16, and it runs without a way back.
-        network: Frozen::load(encoder.graph, DType::F32, tiers, weights)?,
+        network,
         pixels: encoder.pixels,
         moments: encoder.moments,
         device: compute.device.clone(),

@@ -18,15 +18,16 @@ use crate::checkpoint::{self, Position};
 use crate::comm::{Communicator, CommunicatorExt, Slice, SliceMut};
 use crate::config::{Resume, RunPlan};
 use crate::device::trace::{Row, span};
-use crate::device::{Compute, peak_rss_bytes};
+use crate::device::{Compute, Memory, peak_rss_bytes};
 use crate::diffusion::loss_and_gradient;
 use crate::launch::{Event, Rank};
 use crate::model::{DenoiserSlots, UnetConfig, time_features};
 use crate::optim::{AdamW, LossScale, LrSchedule};
 use crate::pipeline::{PipelineWeights, Prompts};
+use crate::plan::{Compared, Decision};
 use crate::sample;
 use crate::track::{Kept, MicroRow, Profiler, StepRow, Trackers};
-use crate::zero::Partition;
+use crate::zero::{Partition, Placement};
 
 /// How a run ended, errors aside.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,12 +40,15 @@ pub enum Ending {
 /// A run in progress on this rank.
 pub struct Trainer<'a> {
     pub plan: &'a RunPlan,
+    /// Stage, tiers and what segments keep.
+    pub decision: Decision,
+    pub memory: Memory,
     pub rank: &'a Rank,
     pub comm: Arc<dyn Communicator>,
     pub network: Network,
     pub slots: DenoiserSlots,
     pub unet: UnetConfig,
-    pub weights: PipelineWeights,
+    pub weights: Arc<PipelineWeights>,
     pub compute: Compute,
     pub prompts: Prompts,
     pub validation: Option<Validation>,
@@ -83,8 +87,31 @@ impl Trainer<'_> {
     pub fn resolved_config(&self) -> Result<String> {
         let mut resolved = self.plan.clone();
         resolved.train.seed = Some(self.seed);
-        resolved.zero.stage = Some(self.plan.zero.stage_or_usual(self.comm.world_size()));
+        resolved.zero.stage = Some(self.decision.stage);
+        let Placement { parameters, gradients, optimizer } = self.decision.placement;
+        resolved.zero.offload_params = Some(parameters);
+        resolved.zero.offload_gradients = Some(gradients);
+        resolved.zero.offload_optimizer = Some(optimizer);
         resolved.to_toml()
+    }
+
+    /// Says what memory was planned and what it came to, and writes both to `memory.json`. A collective.
+    pub fn report_memory(&self) -> Result<()> {
+        let mine = self.decision.compare(&self.memory.held(), self.comm.rank());
+        let everyone = self.comm.gather_strings(&serde_json::to_string(&mine)?)?;
+        if self.comm.rank() > 0 {
+            return Ok(());
+        }
+        let ranks =
+            everyone.iter().map(|text| serde_json::from_str(text)).collect::<Result<Vec<Vec<Compared>>, _>>()?;
+        // Ranks differ by a row or two; the fullest one is told of.
+        let fullest = ranks.iter().max_by_key(|rank| rank.iter().map(|c| c.measured).max());
+        if let Some(rank) = fullest {
+            self.rank.events.send(&Event::Message(Decision::sentence(rank)));
+        }
+        let path = self.plan.output.dir.join("memory.json");
+        let text = serde_json::to_string_pretty(&serde_json::json!({ "decision": self.decision, "ranks": ranks }))?;
+        std::fs::write(&path, text).with_context(|| format!("writing {}", path.display()))
     }
 
     /// Whether the rows that are there are this run's: where it goes on from a checkpoint beside them.
@@ -196,7 +223,7 @@ impl Trainer<'_> {
             lr: rate,
             seconds,
             images_per_second: images as f64 / seconds,
-            peak_vram_bytes: 0,
+            peak_vram_bytes: self.memory.held().device_peak as u64,
             peak_rss_bytes: peak_rss_bytes(),
             skipped: norm.is_none(),
             loss_scale: self.scaling.is_some().then_some(scale),
@@ -345,10 +372,9 @@ impl Trainer<'_> {
                 output_dir: &self.plan.output.dir,
                 store: &self.network.store,
                 optimizer: &self.network.optimizer,
-                state: self.network.optimizer.state(),
                 position: self.position,
                 seed: self.seed,
-                stage: self.plan.zero.stage_or_usual(self.comm.world_size()),
+                stage: self.decision.stage,
                 learning_rate: self.plan.optimizer.learning_rate,
                 loss_scale: self.scaling.as_ref().map(LossScale::state),
                 keep: self.plan.checkpoint.keep,

@@ -16,7 +16,11 @@ use super::rest::{cast, widen};
 use super::{ParamStore, Ranks, Tiers};
 use crate::comm::{Slice, SliceMut};
 use crate::device::threads::{add, fill_zero, for_parts};
+use crate::device::trace::{Row, span};
 use crate::device::{Buffer, GradSlot, Pending, Place};
+
+/// What begins when gradients are complete.
+pub type Start = Box<dyn FnOnce() + Send>;
 
 /// Sums of gradients over the micro-batches of a step: whole buckets, or owned shards where gradients are partitioned.
 pub struct GradReducer {
@@ -121,14 +125,17 @@ impl GradReducer {
 
     /// Closes it after the backward; where gradients are partitioned that is a collective, one per micro-batch. `last`:
     /// the step's last micro-batch, after which the sums over all ranks are complete; then `then` is called.
-    pub fn close(&mut self, i: usize, last: bool, then: Option<Box<dyn FnOnce() + Send>>) -> Result<()> {
+    pub fn close(&mut self, i: usize, last: bool, then: Option<Start>) -> Result<()> {
         let Some(segment) = self.segments[i].clone() else { return Ok(()) };
         let bucket =
             segment.slot.empty().with_context(|| format!("{}: its gradient bucket is not open", segment.name))?;
         let (ranks, tiers) = (self.ranks.clone(), self.tiers.clone());
         let work = move || {
+            let storing = span(Row::Copy, || format!("gradients of {}", segment.name)).bytes(bucket.bytes().len());
             segment.store(&ranks, &tiers, bucket, last)?;
+            drop(storing);
             if last {
+                let _span = span(Row::Optimizer, || format!("norm of {}", segment.name));
                 segment.measure(&ranks);
             }
             then.into_iter().for_each(|then| then());
@@ -145,7 +152,7 @@ impl GradReducer {
     fn let_leave(&mut self, many: usize) -> Result<()> {
         while self.leaving.len() > many {
             let Some(oldest) = self.leaving.pop_front() else { break };
-            oldest.wait()?;
+            oldest.wait_for("gradients")?;
         }
         Ok(())
     }

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use candle_core::DType;
 use half::{bf16, f16};
 
-use super::param_store::{At, Stored};
+use super::param_store::{At, Stored, read_range};
 use super::rest::{Coming, Piece, Rest, widen};
 use super::{ParamStore, Tiers};
 use crate::comm::{Slice, SliceMut};
@@ -58,6 +58,7 @@ impl ParamStore {
             (Some(master), _) => master.read(own, into),
             (None, At::Rest(rest)) => rest.read(own, into),
             (None, At::Slot) => Ok(stored.slot.update(|buffer| widen(buffer, range, into))?),
+            (None, At::Files(source)) => read_range(stored.slot.layout(), range.start, into, &**source),
         }
     }
 
@@ -90,8 +91,10 @@ impl OwnedWeights {
         let arena = &self.tiers.host.parameters;
         let bring = |rest: &Rest| rest.begin(range.clone(), arena, self.name());
         Ok(match (&self.stored.at, &self.stored.master) {
-            (At::Slot, None) => OwnedComing { weights: Coming::nothing(), master: None },
-            (At::Slot, Some(master)) => OwnedComing { weights: Coming::nothing(), master: Some(bring(master)?) },
+            (At::Slot | At::Files(_), None) => OwnedComing { weights: Coming::nothing(), master: None },
+            (At::Slot | At::Files(_), Some(master)) => {
+                OwnedComing { weights: Coming::nothing(), master: Some(bring(master)?) }
+            }
             (At::Rest(rest), None) => OwnedComing { weights: bring(rest)?, master: None },
             (At::Rest(rest), Some(master)) => {
                 // Only written: rounded anew from the masters.
@@ -136,7 +139,7 @@ impl OwnedWeights {
         change: impl FnOnce(&mut Buffer, Range<usize>) -> R,
     ) -> Result<R> {
         match &self.stored.at {
-            At::Slot => {
+            At::Slot | At::Files(_) => {
                 let start = self.range.start;
                 Ok(self.stored.slot.update(|buffer| change(buffer, start + range.start..start + range.end))?)
             }
@@ -148,7 +151,7 @@ impl OwnedWeights {
     pub fn end(&self, range: Range<usize>, piece: OwnedPiece) -> Vec<Pending<Buffer>> {
         let weights = match &self.stored.at {
             At::Rest(rest) => rest.end(range.clone(), piece.weights),
-            At::Slot => None,
+            At::Slot | At::Files(_) => None,
         };
         let master = self.stored.master.as_ref().zip(piece.master).and_then(|(rest, piece)| rest.end(range, piece));
         weights.into_iter().chain(master).collect()

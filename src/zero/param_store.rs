@@ -10,6 +10,7 @@ use candle_core::DType;
 use super::rest::{Rest, cast, round};
 use super::{Partition, Stage, Tiers};
 use crate::comm::{Communicator, Slice, SliceMut};
+use crate::device::trace::{Row, span};
 use crate::device::{BucketLayout, Buffer, GradSlot, ParamSlot, Pending};
 
 /// The group a run is part of, and how it shares its states.
@@ -32,7 +33,7 @@ impl Ranks {
 }
 
 /// Where parameters come from at the start: a model's files, a checkpoint, a generator.
-pub trait WeightSource {
+pub trait WeightSource: Send + Sync {
     /// Elements `range` of tensor `name` into `into`, as fp32.
     fn read(&self, name: &str, range: Range<usize>, into: &mut [f32]) -> Result<()>;
 }
@@ -54,6 +55,8 @@ pub(super) enum At {
     Slot,
     /// What the optimizer of this rank sees, elsewhere: all of them in stage 0, the owned shard in the others.
     Rest(Rest),
+    /// In the model's own files, which the system keeps in memory as long as there is room.
+    Files(Arc<dyn WeightSource>),
 }
 
 /// What must happen before a segment's parameters may be read again.
@@ -92,6 +95,30 @@ impl ParamStore {
         Ok(store)
     }
 
+    /// Parameters that do not train and are read from `source` whenever they are used.
+    pub fn in_files<'s>(
+        ranks: &Ranks,
+        dtype: DType,
+        tiers: &Tiers,
+        slots: impl Iterator<Item = &'s Arc<ParamSlot>>,
+        source: Arc<dyn WeightSource>,
+    ) -> Self {
+        let stored = |slot: &Arc<ParamSlot>| {
+            let padded_len = slot.layout().padded_len(ranks.partition().world_size);
+            let at = At::Files(source.clone());
+            Arc::new(Stored {
+                slot: slot.clone(),
+                trainable: false,
+                padded_len,
+                at,
+                master: None,
+                turn: Mutex::default(),
+            })
+        };
+        let stored = slots.map(stored).collect();
+        ParamStore { ranks: ranks.clone(), tiers: tiers.clone(), dtype, stored }
+    }
+
     fn allocate(&self, slot: &Arc<ParamSlot>, trainable: bool) -> Result<Stored> {
         let padded_len = slot.layout().padded_len(self.ranks.partition().world_size);
         let place = self.tiers.placement.parameters;
@@ -122,6 +149,7 @@ impl ParamStore {
         match &stored.at {
             At::Slot => stored.slot.update(|buffer| read_rounded(layout, buffer, source))??,
             At::Rest(rest) => rest.write(|at, into| read_range(layout, start + at, into, source))?,
+            At::Files(_) => {}
         }
         match &stored.master {
             Some(master) => master.write(|at, into| read_range(layout, start + at, into, source)),
@@ -186,7 +214,8 @@ impl ParamStore {
     /// Waits for the optimizer's work on segment `i`.
     pub fn settle(&self, i: usize) -> Result<()> {
         let update = locked(&self.stored[i].turn).update.take();
-        update.map_or(Ok(()), Pending::wait).with_context(|| format!("updating {}", self.name(i)))
+        let what = || format!("updating {}", self.name(i));
+        update.map_or(Ok(()), |update| update.wait_for(what)).with_context(what)
     }
 
     /// Segment after segment, in this order, each a collective where parameters are partitioned.
@@ -204,14 +233,14 @@ impl ParamStore {
         let stored = self.stored[i].clone();
         let mut turn = locked(&self.stored[i].turn);
         let (update, stale) = (turn.update.take(), std::mem::take(&mut turn.stale));
-        let settle = move || update.map_or(Ok(()), Pending::wait);
+        let settle = move || update.map_or(Ok(()), |update| update.wait_for("update"));
         let (ranks, tiers, dtype) = (self.ranks.clone(), self.tiers.clone(), self.dtype);
         match (&stored.at, stale) {
             (At::Slot, false) => Coming::Resident(settle()),
             (At::Slot, true) => Coming::Resident(
                 self.tiers.traffic.submit(move || settle().and_then(|()| publish(&ranks, &tiers, &stored))).wait(),
             ),
-            (At::Rest(_), _) => Coming::Bucket(
+            (At::Rest(_) | At::Files(_), _) => Coming::Bucket(
                 self.tiers.traffic.submit(move || settle().and_then(|()| bring(&ranks, &tiers, dtype, &stored))),
             ),
         }
@@ -226,7 +255,7 @@ impl ParamStore {
                 Ok(Fetched { slot: None })
             }
             Coming::Bucket(bucket) => {
-                slot.fill(Arc::new(bucket.wait().with_context(what)?));
+                slot.fill(Arc::new(bucket.wait_for(what).with_context(what)?));
                 Ok(Fetched { slot: Some(slot) })
             }
         }
@@ -257,7 +286,7 @@ impl<'a> Walk<'a> {
         self.at += 1;
         if let Some(&following) = self.order.get(self.at)
             && self.store.tiers.prefetch
-            && matches!(self.store.stored[following].at, At::Rest(_))
+            && !matches!(self.store.stored[following].at, At::Slot)
         {
             self.coming = Some(self.store.begin(following));
         }
@@ -280,9 +309,18 @@ impl Drop for Fetched<'_> {
 
 /// The whole bucket in the compute dtype, from where it rests: from all ranks where each has a shard.
 fn bring(ranks: &Ranks, tiers: &Tiers, dtype: DType, stored: &Stored) -> Result<Buffer> {
-    let At::Rest(rest) = &stored.at else { anyhow::bail!("resident parameters are not brought") };
     let name = stored.slot.name();
+    let _span = span(Row::Copy, || format!("bring {name}")).bytes(stored.padded_len * dtype.size_in_bytes());
     let arena = &tiers.device.parameters;
+    let rest = match &stored.at {
+        At::Rest(rest) => rest,
+        At::Files(source) => {
+            let mut bucket = arena.alloc(dtype, stored.padded_len, name)?;
+            read_rounded(stored.slot.layout(), &mut bucket, &**source)?;
+            return Ok(bucket);
+        }
+        At::Slot => anyhow::bail!("resident parameters are not brought"),
+    };
     let whole = rest.len() == stored.padded_len;
     if whole && let Some(memory) = rest.memory() {
         let mut bucket = arena.alloc_dirty(dtype, rest.len(), name)?;
@@ -322,6 +360,7 @@ fn gather(ranks: &Ranks, shard: &Buffer, whole: &mut Buffer) -> Result<()> {
 
 /// Makes what the owners changed visible in every rank's resident copy.
 fn publish(ranks: &Ranks, tiers: &Tiers, stored: &Stored) -> Result<()> {
+    let _span = span(Row::Copy, || format!("publish {}", stored.slot.name()));
     let range = ranks.partition().shard(stored.padded_len);
     let gathered = stored.slot.update(|whole| {
         let mut shard = tiers.device.parameters.alloc_dirty(whole.dtype(), range.len(), stored.slot.name())?;

@@ -105,9 +105,10 @@ fn every_world_size_and_stage_follows_one_rank() {
 
 #[test]
 fn retained_and_recomputed_graphs_agree_to_the_bit() {
-    let [kept, recomputed] =
-        [Keep::Graph, Keep::Inputs].map(|keep| together(2, &run(Stage::Gradients, keep, steps()), false));
+    let [kept, recomputed, from_the_host] =
+        [Keep::Graph, Keep::Inputs, Keep::Host].map(|keep| together(2, &run(Stage::Gradients, keep, steps()), false));
     assert_eq!(kept, recomputed);
+    assert_eq!(kept, from_the_host);
 }
 
 #[test]

@@ -82,6 +82,29 @@ fn a_run_that_skips_and_grows_resumes_to_the_bit() {
     assert!(weights(&home.out()) == trained, "the weights differ");
 }
 
+/// Scales, skips and weights do not depend on where things rest.
+#[test]
+fn every_tier_skips_alike() {
+    let home = Home::new();
+    let run = |name: &str, tiers: &[&str]| {
+        let out = format!("output.dir=HOME/{name}");
+        let sets = [&*out, FP16, "train.initial_scale_power=26", "train.loss_scale_window=2", "zero.stage=2"];
+        home.job(PLAIN).ranks(2).sets(&sets).sets(tiers).run().done();
+        let unet = home.path(name).join("unet/diffusion_pytorch_model.safetensors");
+        (rows(&home.path(name)), fs::read(unet).unwrap())
+    };
+    let device = run("device", &[]);
+    assert!(attempts(&device.0).iter().any(|(_, skipped)| *skipped));
+    fs::create_dir(home.path("drive")).unwrap();
+    let host = ["zero.offload_params=host", "zero.offload_optimizer=host", "zero.offload_gradients=host"];
+    let drive = ["zero.offload_params=nvme", "zero.offload_optimizer=nvme", "zero.nvme_dir=HOME/drive"];
+    for (name, tiers) in [("host", host), ("drive", drive)] {
+        let (rows, weights) = run(name, &tiers);
+        assert_eq!(rows, device.0, "{name}");
+        assert!(weights == device.1, "{name}: the weights differ");
+    }
+}
+
 #[test]
 fn at_the_minimum_the_run_ends_and_says_where() {
     let home = Home::new();

@@ -52,3 +52,24 @@ fn a_run_that_is_shorter_than_its_profile_leaves_what_there_is() {
     ran.done().says("nothing to profile");
     assert!(!home.path("short").join("profile.json").exists());
 }
+
+#[test]
+fn copies_and_a_drive_have_rows_of_their_own() {
+    let home = Home::new();
+    fs::create_dir(home.path("drive")).unwrap();
+    let tiers = ["zero.offload_params=nvme", "zero.offload_optimizer=nvme", "zero.nvme_dir=HOME/drive"];
+    home.job(PLAIN).sets(&tiers).words(&["--profile", "2"]).run().done();
+    let file: Value = serde_json::from_str(&fs::read_to_string(home.out().join("profile.json")).unwrap()).unwrap();
+    let all = file["traceEvents"].as_array().unwrap();
+    let rows: Vec<&str> =
+        all.iter().filter(|e| e["name"] == "thread_name").map(|e| e["args"]["name"].as_str().unwrap()).collect();
+    for row in ["compute", "optimizer: optimizer", "copies: traffic", "disk: drive"] {
+        assert!(rows.contains(&row), "no {row}: {rows:?}");
+    }
+    for name in ["read unet.mid_block", "write unet.mid_block", "bring unet.mid_block"] {
+        let found = all.iter().find(|e| e["name"] == name).unwrap_or_else(|| panic!("no {name}"));
+        assert!(found["args"]["bytes"].as_u64() > Some(0), "{found}");
+    }
+    let table = fs::read_to_string(home.out().join("profile.txt")).unwrap();
+    assert!(["optimizer", "copies", "disk", "waiting"].iter().all(|line| table.contains(line)), "{table}");
+}

@@ -40,7 +40,7 @@ fn same_everywhere(world_size: usize, base: &Run) -> Outcome {
 fn every_tier_gives_the_bits_of_the_device() {
     for world_size in 1..=3 {
         for stage in STAGES {
-            for (keep, micro_batches) in [(Keep::Inputs, 1), (Keep::Graph, 3), (Keep::Inputs, 3), (Keep::Graph, 1)] {
+            for (keep, micro_batches) in [(Keep::Inputs, 1), (Keep::Graph, 3), (Keep::Host, 3), (Keep::Graph, 1)] {
                 same_everywhere(world_size, &run(stage, keep, accumulation(micro_batches)));
             }
         }

@@ -16,7 +16,7 @@ pub(super) struct Area {
     /// The file, for messages.
     path: PathBuf,
     /// Whose state it is, for messages.
-    what: String,
+    pub what: String,
     /// Where in the file it begins.
     pub start: u64,
     pub bytes: usize,

@@ -5,6 +5,7 @@ use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::*};
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use anyhow::{Error, Result, bail};
 use candle_core::DType;
@@ -14,6 +15,7 @@ use super::area::{Area, STATE_BLOCK};
 use super::piece::Piece;
 use super::traffic::Meter;
 use crate::device::buffer::PAGE;
+use crate::device::trace::{self, Row};
 use crate::device::{Buffer, Delays, Promise};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,6 +45,7 @@ pub(super) struct Request {
     pub way: Way,
     area: Arc<Area>,
     common: Arc<Common>,
+    begun: Instant,
     first_block: usize,
     bytes: usize,
     /// The travelling buffer's memory. A piece uses its own range of it until it has landed; sums read what has landed,
@@ -149,6 +152,7 @@ impl Request {
             way,
             area: area.clone(),
             common: common.clone(),
+            begun: Instant::now(),
             first_block: at / STATE_BLOCK,
             bytes,
             memory,
@@ -246,6 +250,9 @@ impl Request {
         let Some((mut buffer, promise)) = self.end.lock().unwrap_or_else(|e| e.into_inner()).take() else { return };
         let failure = self.failure.lock().unwrap_or_else(|e| e.into_inner()).take();
         let moved = (self.bytes & !(PAGE - 1)) as u64 + self.tail.as_ref().map_or(0, |tail| tail.len() as u64);
+        let way = if self.way == Way::Read { "read" } else { "write" };
+        let name = || format!("{way} {}", self.area.what);
+        trace::happened(Row::Disk, "drive", name, self.begun, moved as usize);
         match self.way {
             Way::Read => {
                 let whole = self.bytes & !(PAGE - 1);

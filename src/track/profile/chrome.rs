@@ -12,33 +12,67 @@ use crate::device::trace::{Event, Row, Trace};
 pub fn json(traces: &[Trace]) -> Result<String> {
     let mut lines = Vec::new();
     for trace in traces {
+        let lanes = lanes(&trace.events);
         // The order of rows, the same on every rank: by kind, then by thread.
-        let rows: BTreeSet<(Row, usize)> = trace.events.iter().map(|e| (e.row, e.thread)).collect();
-        let rows: Vec<(Row, usize)> = rows.into_iter().collect();
+        let rows: BTreeSet<Drawn> = trace.events.iter().zip(&lanes).map(|(e, &lane)| (e.row, e.thread, lane)).collect();
+        let rows: Vec<Drawn> = rows.into_iter().collect();
         let pid = trace.rank;
         lines.push(metadata(pid, 0, "process_name", &format!("rank {pid}"))?);
         lines.push(format!(r#"{{"ph":"M","name":"process_sort_index","pid":{pid},"args":{{"sort_index":{pid}}}}}"#));
-        for (number, &(row, thread)) in rows.iter().enumerate() {
+        for (number, &row) in rows.iter().enumerate() {
             let tid = number + 1;
-            lines.push(metadata(pid, tid, "thread_name", &row_name(trace, row, thread))?);
+            lines.push(metadata(pid, tid, "thread_name", &row_name(trace, row))?);
             lines.push(format!(
                 r#"{{"ph":"M","name":"thread_sort_index","pid":{pid},"tid":{tid},"args":{{"sort_index":{tid}}}}}"#
             ));
         }
-        for event in &trace.events {
-            let tid = rows.iter().position(|&row| row == (event.row, event.thread)).map_or(0, |n| n + 1);
+        for (event, lane) in trace.events.iter().zip(lanes) {
+            let drawn = (event.row, event.thread, lane);
+            let tid = rows.iter().position(|&row| row == drawn).map_or(0, |n| n + 1);
             lines.push(complete(event, pid, tid)?);
         }
     }
     Ok(format!("{{\"displayTimeUnit\":\"ms\",\"traceEvents\":[\n{}\n]}}\n", lines.join(",\n")))
 }
 
+/// A row of the picture: kind of work, thread, and lane.
+type Drawn = (Row, usize, usize);
+
 /// Rows of threads other than the one that trains carry their thread's name.
-fn row_name(trace: &Trace, row: Row, thread: usize) -> String {
-    match thread {
-        0 => row.label().to_string(),
-        _ => format!("{}: {}", row.label(), trace.threads[thread]),
+fn row_name(trace: &Trace, (row, thread, lane): Drawn) -> String {
+    let mut name = row.label().to_string();
+    if thread > 0 {
+        name += &format!(": {}", trace.threads[thread]);
     }
+    if lane > 0 {
+        name += &format!(" ({})", lane + 1);
+    }
+    name
+}
+
+/// A lane for every event: 0, unless another one of its row and thread is under way that it is not inside of.
+fn lanes(events: &[Event]) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..events.len()).collect();
+    order.sort_by_key(|&i| (events[i].row, events[i].thread, events[i].start, u64::MAX - events[i].end()));
+    let mut lanes = vec![0; events.len()];
+    // Of the present row and thread: the ends of what is open in each lane, outer ones first.
+    let mut open: Vec<Vec<u64>> = Vec::new();
+    let mut last = None;
+    for i in order {
+        let event = &events[i];
+        if last.replace((event.row, event.thread)) != Some((event.row, event.thread)) {
+            open.clear();
+        }
+        open.iter_mut().for_each(|lane| lane.retain(|&end| end > event.start));
+        let fits = |lane: &Vec<u64>| lane.last().is_none_or(|&end| event.end() <= end);
+        let lane = open.iter().position(fits).unwrap_or_else(|| {
+            open.push(Vec::new());
+            open.len() - 1
+        });
+        open[lane].push(event.end());
+        lanes[i] = lane;
+    }
+    lanes
 }
 
 fn metadata(pid: usize, tid: usize, kind: &str, name: &str) -> Result<String> {
@@ -76,6 +110,20 @@ mod tests {
     use serde_json::Value;
 
     use super::*;
+
+    #[test]
+    fn requests_that_overlap_have_lanes_and_what_is_nested_has_none() {
+        let event = |start, end| Event {
+            row: Row::Disk,
+            name: String::new(),
+            thread: 1,
+            start,
+            duration: end - start,
+            bytes: None,
+        };
+        let events = [event(0, 10), event(2, 6), event(5, 12), event(3, 4), event(12, 13), event(9, 20)];
+        assert_eq!(lanes(&events), [0, 0, 1, 0, 0, 2]);
+    }
 
     #[test]
     fn every_rank_is_a_process_and_every_kind_of_work_on_a_thread_a_row() {

@@ -72,7 +72,10 @@ fn lines(trace: &Trace, steps: &[&Event]) -> Vec<Line> {
             trace.events.iter().filter(|e| e.thread == thread && e.row != Row::Step).collect();
         // The outer one of two that begin together comes first.
         events.sort_by_key(|e| (e.start, u64::MAX - e.end()));
-        for (event, own) in events.iter().zip(own_time(&events, &steps)) {
+        // Requests of a drive overlap; what counts is when it had any.
+        let requests = thread > 0 && events.iter().all(|e| e.row == Row::Disk);
+        let own = if requests { busy_time(&events, &steps) } else { own_time(&events, &steps) };
+        for (event, own) in events.iter().zip(own) {
             let label = label(event);
             let known = lines.iter().position(|line| line.label == label);
             let line = known.unwrap_or_else(|| {
@@ -108,6 +111,17 @@ fn own_time(events: &[&Event], steps: &[Range<u64>]) -> Vec<u64> {
     own
 }
 
+/// For each of `events`, by start: how long it lasted during the steps after all before it had ended.
+fn busy_time(events: &[&Event], steps: &[Range<u64>]) -> Vec<u64> {
+    let mut until = 0;
+    let own = |event: &&Event| {
+        let own = overlap(&(event.start.max(until)..event.end()), steps);
+        until = until.max(event.end());
+        own
+    };
+    events.iter().map(own).collect()
+}
+
 fn overlap(span: &Range<u64>, steps: &[Range<u64>]) -> u64 {
     steps.iter().map(|step| span.end.min(step.end).saturating_sub(span.start.max(step.start))).sum()
 }
@@ -136,12 +150,14 @@ mod tests {
             event(Row::Collective, "all-gather", 1, 10..30),
             event(Row::Compute, "backward b", 0, 60..90),
             event(Row::Step, "step 2", 0, 0..100),
-            event(Row::Disk, "read", 1, 95..110),
+            event(Row::Disk, "read", 2, 95..110),
+            event(Row::Disk, "read", 2, 10..20),
+            event(Row::Disk, "read", 2, 12..25),
             event(Row::Compute, "validation", 0, 100..200),
             event(Row::Compute, "forward a", 0, 200..280),
             event(Row::Step, "step 3", 0, 200..300),
         ];
-        let trace = Trace { rank: 0, threads: vec!["main".into(), "queue".into()], events };
+        let trace = Trace { rank: 0, threads: vec!["main".into(), "queue".into(), "drive".into()], events };
         let steps: Vec<&Event> = trace.events.iter().filter(|e| e.row == Row::Step).collect();
         let got: Vec<_> =
             lines(&trace, &steps).into_iter().map(|l| (l.label, l.training, l.all)).filter(|l| l.2 > 0).collect();
@@ -149,7 +165,7 @@ mod tests {
             ("compute: forward", 130, 130),
             ("compute: backward", 30, 30),
             ("collectives", 0, 20),
-            ("disk", 0, 5),
+            ("disk", 0, 20),
             ("waiting", 10, 10),
         ];
         assert_eq!(got, want.map(|(label, training, all)| (label.to_string(), training, all)));
