@@ -10,10 +10,9 @@ use anyhow::Result;
 use super::document::Document;
 use super::model_folder::{self, ModelFacts};
 use super::{Draft, ModelSource, Resume, RunPlan, Steps};
-use super::{output_folder, sampling};
+use super::{output_folder, sampling, state_folder};
 use crate::checkpoint::{self, Checkpoint};
 use crate::data::{self, Dataset, DatasetOptions};
-use crate::device::Place;
 use crate::diffusion::{NoiseSchedule, Record, RecordUse};
 use crate::model::{Component, VaeConfig};
 use crate::{Refusal, hub};
@@ -24,7 +23,7 @@ const INSPECTIONS: &[fn(&mut Inspection)] = &[
     images,
     pictures,
     ranks,
-    tiers,
+    state_folder::inspect,
     replay,
     warmup,
     resume,
@@ -103,6 +102,8 @@ pub struct Facts {
     pub steps: Option<Steps>,
     /// Of one checkpoint.
     pub checkpoint_bytes: u64,
+    /// Of the state files of all ranks, in `zero.nvme_dir`.
+    pub state_bytes: u64,
     /// The most the run will have on disk at once, beyond what is there now.
     pub disk_bytes: u64,
     /// What is not wrong but may surprise.
@@ -219,28 +220,6 @@ fn ranks(inspection: &mut Inspection) {
         );
         inspection.problem("data", "instance_dir", &what);
     }
-}
-
-/// The folder for the state file, if one is named.
-fn tiers(inspection: &mut Inspection) {
-    let zero = &inspection.plan.zero;
-    let Some(dir) = zero.nvme_dir.clone() else { return };
-    if zero.places().iter().all(|(_, place)| place.is_some_and(|place| place != Place::Nvme)) {
-        let what =
-            format!("zero.nvme_dir is {}, and no offload_… key says \"nvme\": nothing goes there", dir.display());
-        return inspection.facts.notes.push(what);
-    }
-    let what = match std::fs::metadata(&dir) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => "there is no such folder",
-        Err(_) => "this folder cannot be read",
-        Ok(found) if !found.is_dir() => "this is not a folder",
-        Ok(_) => return,
-    };
-    inspection.problem(
-        "zero",
-        "nvme_dir",
-        &format!("{what}: name a folder on a fast drive that this program may write in"),
-    );
 }
 
 /// The record of a replay. (The folder for its gradients is looked at with the output folder.)
@@ -419,6 +398,9 @@ impl Report {
         };
         let dir = self.plan.output.dir.display();
         writeln!(f, "  output      {dir}: {every} ({} each){resume}", size(self.facts.checkpoint_bytes))?;
+        if let Some(dir) = self.plan.zero.nvme_dir.as_ref().filter(|_| self.facts.state_bytes > 0) {
+            writeln!(f, "  state       {} in {}, while it runs", size(self.facts.state_bytes), dir.display())?;
+        }
         writeln!(f, "  disk        up to {} in all", size(self.facts.disk_bytes))
     }
 }

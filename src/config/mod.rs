@@ -16,6 +16,7 @@ mod output_folder;
 mod plan;
 mod reader;
 mod sampling;
+mod state_folder;
 mod steps;
 mod train;
 mod validation;
