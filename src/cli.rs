@@ -72,6 +72,13 @@ pub enum BenchCommand {
         #[arg(long, value_enum, default_value_t = BenchDtype::F32)]
         dtype: BenchDtype,
     },
+    /// How fast AdamW updates weights, beside a loop that only reads and writes the same
+    Adamw {
+        #[arg(long, default_value = "100000000")]
+        elements: NonZeroUsize,
+        #[arg(long, default_value = "5")]
+        repeats: NonZeroUsize,
+    },
     /// How fast state goes to a drive and comes back, in a temporary file
     Disk {
         /// Folder on the drive

@@ -150,6 +150,7 @@ fn sample(args: &SampleArgs) -> Result<u8> {
 /// `dblaunch bench`: memory is measured in ranks of its own.
 fn bench(command: &BenchCommand) -> Result<u8> {
     match *command {
+        BenchCommand::Adamw { elements, repeats } => bench::adamw(elements.get(), repeats.get())?,
         BenchCommand::Disk { ref dir, bytes, rounds, wait } => bench::disk(dir, bytes, rounds.get(), wait)?,
         BenchCommand::Layers { batch, latent, repeats, dtype } => {
             bench::layers(batch.get(), latent, repeats.get(), bench_dtype(dtype))?;

@@ -8,50 +8,68 @@ use half::bf16;
 use serde_json::json;
 
 use crate::device::Buffer;
-use crate::device::threads::for_parts;
+use crate::device::threads::{for_parts, threads};
 use crate::optim::{AdamW, CHUNK, Grads, RecordLayout, Rounded, StateKind, StochasticRounding, Weights};
 
-/// Bytes that fp32 AdamW moves for an element: it reads master, two moments and gradient and writes the first three.
-const BYTES: f64 = 28.0;
-
-/// What takes turns: a name, the bytes it moves for an element, and one pass, which takes the running number of its step.
-struct Contestant<'a> {
-    name: &'static str,
-    bytes: f64,
-    pass: Box<dyn FnMut(u64) + 'a>,
+/// What takes turns.
+#[derive(Clone, Copy, PartialEq)]
+enum Pass {
+    Stream,
+    F32,
+    Copied,
+    Bf16Master,
+    Coded,
 }
 
-/// Times `repeats` updates of `elements` elements each (after one that is not counted): fp32, with a bf16 copy, with a
-/// bf16 master, with 8-bit moments, and the plain loop. Prints a table and one JSON line: medians in seconds.
+impl Pass {
+    const ALL: [Pass; 5] = [Pass::Stream, Pass::F32, Pass::Copied, Pass::Bf16Master, Pass::Coded];
+
+    fn name(self) -> &'static str {
+        match self {
+            Pass::Stream => "plain loop",
+            Pass::F32 => "fp32",
+            Pass::Copied => "fp32, bf16 copy",
+            Pass::Bf16Master => "bf16 master",
+            Pass::Coded => "fp32, 8-bit moments",
+        }
+    }
+
+    /// Bytes that it moves for an element: master, two moments and gradient are read and the first three written.
+    fn bytes(self) -> f64 {
+        match self {
+            Pass::Stream | Pass::F32 => 28.0,
+            Pass::Copied => 30.0,
+            Pass::Bf16Master => 24.0,
+            // Two codes each way, and a block's two scales.
+            Pass::Coded => 16.0 + 16.0 / 256.0,
+        }
+    }
+}
+
+/// Times `repeats` updates of `elements` elements each, after one that is not counted. Prints a table and one JSON line,
+/// in which times are medians in seconds.
 pub fn adamw(elements: usize, repeats: usize) -> Result<()> {
-    let mut contestants = [stream(elements)?, plain(elements, false)?, plain(elements, true)?]
-        .into_iter()
-        .chain([bf16_master(elements)?, coded(elements)?])
-        .collect::<Vec<_>>();
-    let mut times = vec![Vec::new(); contestants.len()];
+    let mut arrays = Arrays::new(elements)?;
+    let mut times = Pass::ALL.map(|_| Vec::new());
     for step in 0..=repeats {
-        for (contestant, times) in contestants.iter_mut().zip(&mut times) {
+        for (pass, times) in Pass::ALL.into_iter().zip(&mut times) {
             let started = Instant::now();
-            (contestant.pass)(step as u64 + 1);
+            arrays.run(pass, step as u64 + 1);
             if step > 0 {
                 times.push(started.elapsed().as_secs_f64());
             }
         }
     }
-    let medians: Vec<f64> = times.into_iter().map(median).collect();
-    println!("{:24}  {:>9}  {:>8}  {:>14}  {:>10}", "", "ms", "B/elem", "GB/s", "of stream");
-    for (contestant, &seconds) in contestants.iter().zip(&medians) {
-        println!(
-            "{:24}  {:9.2}  {:8.2}  {:14.2}  {:10.3}",
-            contestant.name,
-            1e3 * seconds,
-            contestant.bytes,
-            contestant.bytes * elements as f64 / seconds / 1e9,
-            medians[0] / seconds * contestant.bytes / BYTES,
-        );
+    let medians = times.map(median);
+    println!("{:20}  {:>8}  {:>13}  {:>6}  {:>14}", "", "ms", "bytes/element", "GB/s", "of the loop's");
+    for (pass, seconds) in Pass::ALL.into_iter().zip(medians) {
+        let speed = pass.bytes() * elements as f64 / seconds / 1e9;
+        let share = pass.bytes() / seconds / (Pass::Stream.bytes() / medians[0]);
+        println!("{:20}  {:8.2}  {:13.2}  {speed:6.2}  {share:14.3}", pass.name(), 1e3 * seconds, pass.bytes());
     }
-    let rows: Vec<_> = contestants.iter().zip(&medians).map(|(c, s)| json!({"name": c.name, "seconds": s})).collect();
-    println!("{}", json!({"elements": elements, "threads": crate::device::threads::threads(), "rows": rows}));
+    let rows =
+        Pass::ALL.into_iter().zip(medians).map(|(pass, seconds)| json!({"name": pass.name(), "seconds": seconds}));
+    println!("{}", json!({"elements": elements, "threads": threads(), "rows": rows.collect::<Vec<_>>()}));
     Ok(())
 }
 
@@ -60,111 +78,87 @@ fn median(mut times: Vec<f64>) -> f64 {
     times.get(times.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
-fn settings() -> AdamW {
-    AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01 }
+/// A bucket's optimizer state, cut into chunks as in training.
+type State = Vec<(RecordLayout, Buffer)>;
+
+fn state(kind: StateKind, elements: usize) -> Result<State> {
+    let chunk = |start: usize| {
+        let layout = RecordLayout::new(kind, start, CHUNK.min(elements - start), elements);
+        let mut record = Buffer::unbudgeted(DType::U8, layout.bytes())?;
+        layout.initialise(record.bytes_mut());
+        Ok((layout, record))
+    };
+    (0..elements).step_by(CHUNK).map(chunk).collect()
 }
 
-const RATE: f64 = 1e-5;
+struct Arrays {
+    weights: Buffer,
+    /// Copy or master.
+    halves: Buffer,
+    grads: Buffer,
+    /// What the plain loop has for moments: it would leave nothing that is any.
+    loose: [Buffer; 2],
+    state: State,
+    coded: State,
+}
 
-/// Numbers between -`size` and `size`, none of them zero, that cost nothing to make.
-fn made(dtype: DType, elements: usize, size: f32) -> Result<Buffer> {
-    let mut buffer = Buffer::unbudgeted(dtype, elements)?;
-    let number = |i: usize| ((i * 37 % 1009) as f32 - 504.5) / 505.0 * size;
-    const PIECE: usize = 1 << 18;
-    if dtype == DType::BF16 {
-        for_parts(buffer.as_mut_slice().chunks_mut(PIECE).collect(), elements, |k, piece: &mut [bf16]| {
-            piece.iter_mut().enumerate().for_each(|(i, x)| *x = bf16::from_f32(number(k * PIECE + i)));
-        });
-    } else {
-        for_parts(buffer.as_mut_slice().chunks_mut(PIECE).collect(), elements, |k, piece: &mut [f32]| {
-            piece.iter_mut().enumerate().for_each(|(i, x)| *x = number(k * PIECE + i));
-        });
+impl Arrays {
+    fn new(elements: usize) -> Result<Self> {
+        let mut halves = Buffer::unbudgeted(DType::BF16, elements)?;
+        halves.as_mut_slice().fill(bf16::from_f32(0.01));
+        Ok(Arrays {
+            weights: made(elements, 0.02)?,
+            halves,
+            grads: made(elements, 0.01)?,
+            loose: [made(elements, 0.02)?, made(elements, 0.02)?],
+            state: state(StateKind::F32, elements)?,
+            coded: state(StateKind::Bits8, elements)?,
+        })
     }
-    Ok(buffer)
+
+    fn run(&mut self, pass: Pass, step: u64) {
+        let (w, g) = (self.weights.as_mut_slice::<f32>(), self.grads.as_slice::<f32>());
+        if pass == Pass::Stream {
+            let [m, v] = &mut self.loose;
+            return stream(w, m.as_mut_slice(), v.as_mut_slice(), g);
+        }
+        let settings = AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01 };
+        let state = if pass == Pass::Coded { &mut self.coded } else { &mut self.state };
+        let chunks = w.chunks_mut(CHUNK).zip(self.halves.as_mut_slice::<bf16>().chunks_mut(CHUNK)).zip(g.chunks(CHUNK));
+        for ((layout, record), ((w, halves), g)) in state.iter_mut().zip(chunks) {
+            let (weights, rounded) = match pass {
+                Pass::Copied => (Weights::F32(w), Rounded::Bf16(halves)),
+                Pass::Bf16Master => {
+                    let rounding = StochasticRounding { seed: 1, step, bucket: 0, start: layout.start() as u64 };
+                    (Weights::Bf16 { values: halves, rounding }, Rounded::None)
+                }
+                _ => (Weights::F32(w), Rounded::None),
+            };
+            settings.update_chunk(step, 1e-5, 0.5, layout, record.bytes_mut(), weights, rounded, Grads::F32(g));
+        }
+    }
 }
 
 /// Reads four arrays and writes three of them, doing no more than it must to need them all.
-fn stream(elements: usize) -> Result<Contestant<'static>> {
-    let mut arrays = [0, 1, 2].map(|_| made(DType::F32, elements, 0.02));
-    let [w, m, v] = &mut arrays;
-    let _ = (w, m, v);
-    let [w, m, v] = arrays;
-    let (mut w, mut m, mut v) = (w?, m?, v?);
-    let grads = made(DType::F32, elements, 0.02)?;
-    let pass = move |_| {
-        const PIECE: usize = 1 << 14;
-        let w = w.as_mut_slice::<f32>().chunks_mut(PIECE);
-        let parts = w.zip(m.as_mut_slice::<f32>().chunks_mut(PIECE)).zip(v.as_mut_slice::<f32>().chunks_mut(PIECE));
-        let parts = parts.zip(grads.as_slice::<f32>().chunks(PIECE)).collect();
-        for_parts(parts, elements, |_, (((w, m), v), g)| {
-            for (((w, m), v), g) in w.iter_mut().zip(m).zip(v).zip(g) {
-                (*w, *m, *v) = (*w - g, *m + g, *v + g);
-            }
-        });
-    };
-    Ok(Contestant { name: "plain loop", bytes: BYTES, pass: Box::new(pass) })
-}
-
-/// A bucket's optimizer state, cut into chunks as in training.
-struct State {
-    records: Vec<(RecordLayout, Buffer)>,
-}
-
-impl State {
-    fn new(kind: StateKind, elements: usize) -> Result<Self> {
-        let chunk = |start: usize| {
-            let layout = RecordLayout::new(kind, start, CHUNK.min(elements - start), elements);
-            let mut record = Buffer::unbudgeted(DType::U8, layout.bytes())?;
-            layout.initialise(record.bytes_mut());
-            Ok((layout, record))
-        };
-        Ok(State { records: (0..elements).step_by(CHUNK).map(chunk).collect::<Result<_>>()? })
-    }
-}
-
-fn plain(elements: usize, copied: bool) -> Result<Contestant<'static>> {
-    let mut state = State::new(StateKind::F32, elements)?;
-    let (mut w, g) = (made(DType::F32, elements, 0.02)?, made(DType::F32, elements, 0.01)?);
-    let mut copy = Buffer::unbudgeted(DType::BF16, if copied { elements } else { 0 })?;
-    let pass = move |step| {
-        let (w, g) = (w.as_mut_slice::<f32>(), g.as_slice::<f32>());
-        let mut copies = copy.as_mut_slice::<bf16>().chunks_mut(CHUNK);
-        let chunks = state.records.iter_mut().zip(w.chunks_mut(CHUNK)).zip(g.chunks(CHUNK));
-        for (((layout, record), w), g) in chunks {
-            let rounded = copies.next().map_or(Rounded::None, Rounded::Bf16);
-            let record = record.bytes_mut();
-            settings().update_chunk(step, RATE, 0.5, layout, record, Weights::F32(w), rounded, Grads::F32(g));
+fn stream(w: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32]) {
+    const PIECE: usize = 1 << 14;
+    let cost = w.len();
+    let parts = w.chunks_mut(PIECE).zip(m.chunks_mut(PIECE)).zip(v.chunks_mut(PIECE)).zip(g.chunks(PIECE)).collect();
+    for_parts(parts, cost, |_, (((w, m), v), g)| {
+        for (((w, m), v), g) in w.iter_mut().zip(m).zip(v).zip(g) {
+            (*w, *m, *v) = (*w - g, *m + g, *v + g);
         }
-    };
-    let (name, bytes) = if copied { ("fp32, bf16 copy", BYTES + 2.0) } else { ("fp32", BYTES) };
-    Ok(Contestant { name, bytes, pass: Box::new(pass) })
+    });
 }
 
-fn bf16_master(elements: usize) -> Result<Contestant<'static>> {
-    let mut state = State::new(StateKind::F32, elements)?;
-    let (mut w, g) = (made(DType::BF16, elements, 0.02)?, made(DType::F32, elements, 0.01)?);
-    let pass = move |step| {
-        let (w, g) = (w.as_mut_slice::<bf16>(), g.as_slice::<f32>());
-        for (((layout, record), values), g) in state.records.iter_mut().zip(w.chunks_mut(CHUNK)).zip(g.chunks(CHUNK)) {
-            let rounding = StochasticRounding { seed: 1, step, bucket: 0, start: layout.start() as u64 };
-            let weights = Weights::Bf16 { values, rounding };
-            let record = record.bytes_mut();
-            settings().update_chunk(step, RATE, 0.5, layout, record, weights, Rounded::None, Grads::F32(g));
+/// Numbers between -`size` and `size`, none of them zero, that cost nothing to make.
+fn made(elements: usize, size: f32) -> Result<Buffer> {
+    let mut buffer = Buffer::unbudgeted(DType::F32, elements)?;
+    const PIECE: usize = 1 << 18;
+    for_parts(buffer.as_mut_slice().chunks_mut(PIECE).collect(), elements, |_, piece: &mut [f32]| {
+        for (i, x) in piece.iter_mut().enumerate() {
+            *x = ((i * 37 % 1009) as f32 - 504.5) / 505.0 * size;
         }
-    };
-    Ok(Contestant { name: "bf16 master, fp32 moments", bytes: BYTES - 4.0, pass: Box::new(pass) })
-}
-
-fn coded(elements: usize) -> Result<Contestant<'static>> {
-    let mut state = State::new(StateKind::Bits8, elements)?;
-    let (mut w, g) = (made(DType::F32, elements, 0.02)?, made(DType::F32, elements, 0.01)?);
-    let pass = move |step| {
-        let (w, g) = (w.as_mut_slice::<f32>(), g.as_slice::<f32>());
-        for (((layout, record), w), g) in state.records.iter_mut().zip(w.chunks_mut(CHUNK)).zip(g.chunks(CHUNK)) {
-            let (record, weights) = (record.bytes_mut(), Weights::F32(w));
-            settings().update_chunk(step, RATE, 0.5, layout, record, weights, Rounded::None, Grads::F32(g));
-        }
-    };
-    // Master and gradient as ever, two codes each way, and a block's two scales.
-    Ok(Contestant { name: "fp32, 8-bit moments", bytes: 16.0 + 16.0 / 256.0, pass: Box::new(pass) })
+    });
+    Ok(buffer)
 }

@@ -9,4 +9,4 @@ mod shard_file;
 
 pub use load::{Checkpoint, latest};
 pub use manifest::{Manifest, Position, SegmentRecord};
-pub use save::{Saving, all_finite, clear_leftovers, number, save};
+pub use save::{OptimizerState, Saving, all_finite, clear_leftovers, number, save};

@@ -10,16 +10,21 @@ use super::manifest::{FORMAT, Manifest, Position, SegmentRecord, StateName};
 use super::shard_file::{self, Flat};
 use crate::comm::{Communicator, CommunicatorExt};
 use crate::optim::{Part, RecordLayout, ScaleState, StateKind};
-use crate::train::optimizer::Optimizer;
 use crate::zero::{self, ParamStore};
+
+/// Whoever has the optimizer's state, in records, one after another for each segment.
+pub trait OptimizerState {
+    /// What its moments rest in.
+    fn kind(&self) -> StateKind;
+    /// Shows the records of segment `i` in order.
+    fn records(&self, i: usize, show: &mut dyn FnMut(&RecordLayout, &[u8]) -> Result<()>) -> Result<()>;
+}
 
 /// What goes into a checkpoint.
 pub struct Saving<'a> {
     pub output_dir: &'a Path,
     pub store: &'a ParamStore,
-    pub optimizer: &'a Optimizer,
-    /// What its moments rest in.
-    pub state: StateKind,
+    pub optimizer: &'a dyn OptimizerState,
     pub position: Position,
     pub seed: u64,
     pub stage: u8,
@@ -71,7 +76,7 @@ fn saved(saving: &Saving) -> Vec<Saved> {
     let store = saving.store;
     let of = |i: usize| {
         let (shard, small_from) = (store.shard(i), store.layout(i).small_from);
-        let parts = RecordLayout::new(saving.state, shard.start, shard.len(), small_from).parts();
+        let parts = RecordLayout::new(saving.optimizer.kind(), shard.start, shard.len(), small_from).parts();
         [None].into_iter().chain(parts.into_iter().map(Some)).map(move |part| Saved { segment: i, part })
     };
     (0..store.len()).filter(|&i| store.trains(i)).flat_map(of).collect()
@@ -110,17 +115,19 @@ fn write_weights(store: &ParamStore, i: usize, put: &mut dyn FnMut(&[u8]) -> Res
 }
 
 /// What the optimizer's records hold of one part of the shard's state, in order.
-fn write_part(optimizer: &Optimizer, i: usize, wanted: &Part, put: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
-    for record in optimizer.records(i) {
-        let parts = record.layout().parts();
-        let Some(part) = parts.iter().find(|part| part.name == wanted.name) else { continue };
+fn write_part(
+    optimizer: &dyn OptimizerState,
+    i: usize,
+    wanted: &Part,
+    put: &mut dyn FnMut(&[u8]) -> Result<()>,
+) -> Result<()> {
+    optimizer.records(i, &mut |layout, bytes| {
+        let parts = layout.parts();
+        let Some(part) = parts.iter().find(|part| part.name == wanted.name) else { return Ok(()) };
         let from = part.elements.start.max(wanted.elements.start);
         let to = part.elements.end.min(wanted.elements.end);
-        if from < to {
-            record.read(|bytes| put(&bytes[part.bytes_of(from..to)]))??;
-        }
-    }
-    Ok(())
+        if from < to { put(&bytes[part.bytes_of(from..to)]) } else { Ok(()) }
+    })
 }
 
 /// Without branches, so that it runs at the memory's speed.
@@ -147,7 +154,7 @@ fn finish(saving: &Saving, aside: &Path, target: &Path, world_size: usize, check
         world_size,
         stage: saving.stage,
         learning_rate: saving.learning_rate,
-        state: StateName::of(saving.state),
+        state: StateName::of(saving.optimizer.kind()),
         loss_scale: saving.loss_scale,
         segments: trained.map(|i| SegmentRecord::new(store.name(i), store.layout(i))).collect(),
         checksums,

@@ -198,7 +198,7 @@ mod tests {
         for (book, _) in BOOKS {
             let values = &book.codes().values;
             let borders: Vec<f32> = values.windows(2).map(|pair| (pair[0] + pair[1]) / 2.0).collect();
-            let mut x: Vec<f32> = (0..=0x3f80_0000 >> 9).map(|i: u32| f32::from_bits(i << 9 | i % 509)).collect();
+            let mut x: Vec<f32> = (0..=0x3f80_0000 >> 9).map(|i: u32| f32::from_bits((i << 9) | (i % 509))).collect();
             x.extend(borders.iter().flat_map(|b| [b.next_down(), *b, b.next_up()]));
             if book == Book::Signed {
                 x.extend(x.clone().iter().map(|x| -x));

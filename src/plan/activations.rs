@@ -4,15 +4,22 @@
 use super::facts::Facts;
 use crate::segment::Keep;
 
-/// Bytes of activations at most in each turn.
+/// Bytes of activations when a turn begins, and at most in it.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Turn {
+    pub before: usize,
+    pub most: usize,
+}
+
+/// Bytes of activations turn by turn.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Profile {
     /// While segment i runs forward.
-    pub forward: Vec<usize>,
+    pub forward: Vec<Turn>,
     /// While the loss and its gradient are computed.
     pub objective: usize,
     /// While segment i runs backward.
-    pub backward: Vec<usize>,
+    pub backward: Vec<Turn>,
     /// What waits on the host at most.
     pub host: usize,
     /// What moves there, and back.
@@ -22,7 +29,7 @@ pub struct Profile {
 impl Profile {
     /// The most of all turns.
     pub fn peak(&self) -> usize {
-        self.forward.iter().chain(&self.backward).copied().max().unwrap_or(0).max(self.objective)
+        self.forward.iter().chain(&self.backward).map(|turn| turn.most).max().unwrap_or(0).max(self.objective)
     }
 }
 
@@ -67,11 +74,15 @@ impl<'f> Wiring<'f> {
         let (facts, count) = (self.facts, self.facts.segments.len());
         let mut state = State::of(self);
         facts.given.iter().for_each(|&slot| state.values[slot] = At::Device);
-        let mut profile = Profile { forward: vec![0; count], backward: vec![0; count], ..Profile::default() };
+        let mut profile = Profile {
+            forward: vec![Turn::default(); count],
+            backward: vec![Turn::default(); count],
+            ..Profile::default()
+        };
         for (i, segment) in facts.segments.iter().enumerate() {
             let measured = &segment.measured;
             let above = if keep[i] == Keep::Graph { measured.graph.above } else { measured.plain.above };
-            profile.forward[i] = state.held() + above;
+            profile.forward[i] = state.turn(above);
             state.graphs[i] = keep[i] == Keep::Graph;
             segment.outputs.iter().for_each(|&slot| state.values[slot] = At::Device);
             for &slot in segment.inputs.iter().filter(|&&slot| self.readers[slot].is_some_and(|(_, last)| last == i)) {
@@ -96,8 +107,10 @@ impl<'f> Wiring<'f> {
                 let waiting = segment.inputs.iter().filter(|&&slot| state.values[slot] == At::Host);
                 waiting.copied().collect::<Vec<_>>().into_iter().for_each(|slot| state.values[slot] = At::Device);
             }
-            let above = if keep[i] == Keep::Graph { measured.pull.above } else { measured.repeat.above };
-            profile.backward[i] = state.held() + above;
+            // Run again, a segment builds its graph first and then has what it would have kept.
+            let again = measured.graph.above.max(self.graphs[i] + measured.pull.above);
+            let above = if keep[i] == Keep::Graph { measured.pull.above } else { again };
+            profile.backward[i] = state.turn(above);
             state.graphs[i] = false;
             segment.outputs.iter().for_each(|&slot| state.grads[slot] = false);
             for &slot in &segment.inputs {
@@ -139,6 +152,12 @@ impl<'w, 'f> State<'w, 'f> {
     fn of(wiring: &'w Wiring<'f>) -> Self {
         let (slots, segments) = (wiring.facts.slots.len(), wiring.facts.segments.len());
         State { wiring, values: vec![At::Nowhere; slots], grads: vec![false; slots], graphs: vec![false; segments] }
+    }
+
+    /// A turn that takes so much beyond what is held.
+    fn turn(&self, above: usize) -> Turn {
+        let before = self.held();
+        Turn { before, most: before + above }
     }
 
     /// On the device.

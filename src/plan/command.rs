@@ -46,7 +46,7 @@ pub fn plan(asked: &Asked) -> Result<String> {
     }
     let machine = machine(&plan, asked.card)?;
     let (configs, tokens) = configs(&plan)?;
-    let around = Surroundings::of(&plan, tokens);
+    let around = Surroundings::of(&plan, tokens, asked.world_size);
     let ranks_threads = (threads::threads() / asked.world_size).max(1);
     let facts = threads::with_threads(ranks_threads, || Facts::of(&plan, &configs, around))?;
     let decision = Decision::of(&plan, &facts, asked.world_size, &machine)?;
@@ -113,10 +113,10 @@ const UNSEEN: usize = 8;
 impl Surroundings {
     /// What pictures and latents will be kept, from the pictures' headers. Pictures that are not there are taken for
     /// squares, as those that the run makes are.
-    pub fn of(plan: &RunPlan, tokens: usize) -> Self {
+    pub fn of(plan: &RunPlan, tokens: usize, world_size: usize) -> Self {
         let r = plan.data.resolution;
         let caches = plan.data.cache_latents != Toggle::Off;
-        let mut around = Surroundings { tokens, latents_kept: 0, pictures_bytes: 0 };
+        let mut around = Surroundings { tokens, items: 1, latents_kept: 0, pictures_bytes: 0 };
         let mut folders = vec![(plan.data.instance_dir.as_path(), usize::MAX, UNSEEN, plan.data.random_flip)];
         if let Some(prior) = &plan.prior {
             folders.push((prior.class_dir.as_path(), prior.num_class_images, prior.num_class_images, false));
@@ -132,6 +132,8 @@ impl Surroundings {
             // Class pictures that are missing are made; of photographs, some are there by then.
             let expected = if most == usize::MAX && !sizes.is_empty() { sizes.len() } else { unseen };
             sizes.resize(expected.max(sizes.len()), (r, r));
+            // An epoch is the larger of the two numbers, and no micro-batch is larger than an epoch.
+            around.items = around.items.max(sizes.len().div_ceil(world_size));
             for (width, height) in sizes {
                 let (short, long) = (width.min(height).max(1), width.max(height));
                 let long = if plan.data.center_crop { r } else { r * long / short };
@@ -152,7 +154,7 @@ pub fn decide(
     comm: &dyn crate::comm::Communicator,
 ) -> Result<Decision> {
     Decision::agree(comm, || {
-        let around = Surroundings::of(plan, tokens(plan, model_dir, configs));
+        let around = Surroundings::of(plan, tokens(plan, model_dir, configs), comm.world_size());
         let facts = Facts::of(plan, configs, around)?;
         Decision::of(plan, &facts, comm.world_size(), &Machine::this())
     })

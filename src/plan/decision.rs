@@ -10,7 +10,7 @@ use super::time::Seconds;
 use super::{Machine, refusal};
 use crate::comm::{Communicator, SliceMut};
 use crate::config::RunPlan;
-use crate::device::Held;
+use crate::device::{Held, Place};
 use crate::segment::Keep;
 use crate::zero::{Placement, Stage};
 
@@ -47,7 +47,7 @@ pub struct Compared {
 impl Decision {
     pub(super) fn new(choice: Choice, prediction: Prediction, budgets: Budgets, reasons: Vec<String>) -> Self {
         let Choice { stage, placement, keep } = choice;
-        let (device, host) = (prediction.bytes.device.total as u64, prediction.bytes.host.total as u64);
+        let (device, host) = (prediction.bytes.device.bound as u64, prediction.bytes.host.bound as u64);
         // Memory that both tiers share is split as was planned; what is left over is either's.
         let left = budgets.together.map(|all| all.saturating_sub(device + host));
         let limit = |own: Option<u64>, planned: u64| own.or(left.map(|left| planned + left));
@@ -94,16 +94,28 @@ impl Decision {
     }
 
     /// What was predicted beside what was held; parts that nothing was predicted for, and parts that nobody measured,
-    /// are left out.
-    pub fn compare(&self, held: &Held) -> Vec<Compared> {
-        let Bytes { device, host, .. } = &self.prediction.bytes;
+    /// are left out. `rank` is whose these are.
+    pub fn compare(&self, held: &Held, rank: usize) -> Vec<Compared> {
+        let Bytes { mut device, mut host, state_by_rank, .. } = self.prediction.bytes.clone();
+        // The prediction is the fullest rank's.
+        if let (Some(&own), Some(&most)) = (state_by_rank.get(rank), state_by_rank.iter().max()) {
+            let tier = match self.placement.optimizer {
+                Place::Device => Some(&mut device),
+                Place::Host => Some(&mut host),
+                Place::Nvme => None,
+            };
+            if let Some(tier) = tier {
+                tier.optimizer -= most - own;
+                tier.total -= most - own;
+            }
+        }
         let mut compared = Vec::new();
         let mut add = |what: String, predicted: usize, measured: Option<usize>| {
             if let Some(measured) = measured.filter(|&measured| predicted + measured > 0) {
                 compared.push(Compared { what, predicted, measured });
             }
         };
-        for (tier, bytes, parts) in [("device", device, &held.device_parts), ("host", host, &held.host_parts)] {
+        for (tier, bytes, parts) in [("device", &device, &held.device_parts), ("host", &host, &held.host_parts)] {
             let part = |name: &str| parts.iter().find(|(known, _)| known == name).map(|(_, usage)| usage.peak);
             let states = [
                 ("parameters", bytes.parameters + bytes.frozen),

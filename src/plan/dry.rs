@@ -1,5 +1,5 @@
-//! What each segment takes in a pass forward and back: the real code runs dry, once without anything kept but inputs and
-//! once with all graphs kept, and the counting allocator is read around each segment.
+//! What each segment takes in a pass forward and back: the real code runs dry, once without a graph and once with all graphs
+//! kept, and the counting allocator is read around each segment. Many rows are not run: what a few take is a straight line.
 
 use std::sync::Arc;
 
@@ -29,8 +29,6 @@ pub struct Measured {
     pub graph: Span,
     /// Backward of the kept graph.
     pub pull: Span,
-    /// Forward again, and its backward.
-    pub repeat: Span,
     /// Bytes of each of its outputs.
     pub outputs: Vec<usize>,
 }
@@ -43,6 +41,32 @@ pub struct Given {
     pub dtype: DType,
 }
 
+impl Span {
+    /// On the line through what it is for `at` and `at + 1` rows (`next`), for `rows`.
+    fn along(&self, next: &Span, at: usize, rows: usize) -> Span {
+        let above = along(self.above as f64, next.above as f64, at, rows).max(0.0) as usize;
+        let change = along(self.change as f64, next.change as f64, at, rows) as isize;
+        Span { above, change, flops: along(self.flops, next.flops, at, rows) }
+    }
+}
+
+fn along(one: f64, next: f64, at: usize, rows: usize) -> f64 {
+    one + (next - one) * (rows as f64 - at as f64)
+}
+
+impl Measured {
+    /// As [`Span::along`].
+    pub fn along(&self, next: &Measured, at: usize, rows: usize) -> Measured {
+        let outputs = self.outputs.iter().zip(&next.outputs);
+        Measured {
+            plain: self.plain.along(&next.plain, at, rows),
+            graph: self.graph.along(&next.graph, at, rows),
+            pull: self.pull.along(&next.pull, at, rows),
+            outputs: outputs.map(|(&one, &next)| along(one as f64, next as f64, at, rows) as usize).collect(),
+        }
+    }
+}
+
 impl Given {
     pub fn bytes(&self) -> usize {
         self.shape.iter().product::<usize>() * self.dtype.size_in_bytes()
@@ -53,28 +77,43 @@ impl Given {
     }
 }
 
-/// All segments of `graph`, which computes in `dtype`, forward and back; and what the threads keep as scratch, in bytes each.
+/// All segments of `graph`, which computes in `dtype`, forward and back; and what the threads keep as scratch.
 pub fn forward_and_back(
     graph: &SegmentGraph,
     dtype: DType,
     given: &[Given],
     prediction: SlotId,
-) -> Result<(Vec<Measured>, usize)> {
+) -> Result<(Vec<Measured>, Tally)> {
     let mut measured = vec![Measured::default(); graph.nodes.len()];
     let mut scratch = Tally::default();
     let (result, left_out) = dry(|| plain(graph, dtype, given, &mut measured));
     scratch.join_scratch(&left_out);
     result?;
-    for keep in [Keep::Inputs, Keep::Graph] {
-        let (result, left_out) = dry(|| pass(graph, dtype, given, prediction, keep, &mut measured));
-        scratch.join_scratch(&left_out);
-        result?;
-    }
-    Ok((measured, scratch.scratch_bytes()))
+    let (result, left_out) = dry(|| with_graphs(graph, dtype, given, prediction, &mut measured));
+    scratch.join_scratch(&left_out);
+    result?;
+    Ok((measured, scratch))
 }
 
-/// The most that a network that is only run takes at once beside what it is given, in bytes; and its operations.
-pub fn forward_only(graph: &SegmentGraph, dtype: DType, given: &[Given]) -> Result<(usize, f64)> {
+/// [`forward_and_back`] of `rows` rows, `given` by how many there are; of many rows, what two and three take says it all.
+pub fn forward_and_back_of(
+    graph: &SegmentGraph,
+    dtype: DType,
+    rows: usize,
+    given: impl Fn(usize) -> Vec<Given>,
+    prediction: SlotId,
+) -> Result<(Vec<Measured>, Tally)> {
+    const FEW: usize = 2;
+    if rows <= 2 * FEW + 1 {
+        return forward_and_back(graph, dtype, &given(rows), prediction);
+    }
+    let (few, _) = forward_and_back(graph, dtype, &given(FEW), prediction)?;
+    let (next, scratch) = forward_and_back(graph, dtype, &given(FEW + 1), prediction)?;
+    Ok((few.iter().zip(&next).map(|(few, next)| few.along(next, FEW, rows)).collect(), scratch))
+}
+
+/// The most that a network that is only run takes at once beside what it is given, and what it computes; see [`Tally`].
+pub fn forward_only(graph: &SegmentGraph, dtype: DType, given: &[Given]) -> Result<Tally> {
     let (result, tally) = dry(|| -> Result<()> {
         let mut tape = Tape::new(graph, Keep::Nothing);
         for input in given {
@@ -89,7 +128,7 @@ pub fn forward_only(graph: &SegmentGraph, dtype: DType, given: &[Given]) -> Resu
         Ok(())
     });
     result?;
-    Ok((tally.peak.max(0) as usize, tally.flops))
+    Ok(tally)
 }
 
 /// Puts memory without contents where segment `i`'s ops find their weights.
@@ -141,16 +180,15 @@ fn plain(graph: &SegmentGraph, dtype: DType, given: &[Given], measured: &mut [Me
     Ok(())
 }
 
-/// A whole pass with every segment's inputs or graph kept.
-fn pass(
+/// A whole pass with every segment's graph kept.
+fn with_graphs(
     graph: &SegmentGraph,
     dtype: DType,
     given: &[Given],
     prediction: SlotId,
-    keep: Keep,
     measured: &mut [Measured],
 ) -> Result<()> {
-    let mut tape = Tape::new(graph, keep);
+    let mut tape = Tape::new(graph, Keep::Graph);
     for input in given {
         tape.set(input.slot, input.tensor()?);
     }
@@ -158,9 +196,7 @@ fn pass(
         fill(graph, i, dtype)?;
         let (_, span) = spanned(|| tape.run(i).with_context(|| format!("running {} dry", node.name)))?;
         node.params.empty();
-        if keep == Keep::Graph {
-            measured[i].graph = span;
-        }
+        measured[i].graph = span;
     }
     let predicted = tape.take(prediction)?;
     tape.seed(prediction, Tensor::zeros(predicted.shape(), predicted.dtype(), &Device::Cpu)?);
@@ -176,10 +212,7 @@ fn pass(
             grads.empty();
             grads.take_visits();
         }
-        match keep {
-            Keep::Graph => measured[i].pull = span,
-            _ => measured[i].repeat = span,
-        }
+        measured[i].pull = span;
     }
     Ok(())
 }

@@ -6,6 +6,7 @@ use candle_core::DType;
 
 use super::dry::{self, Given, Measured};
 use crate::config::{MixedPrecision, RunPlan};
+use crate::device::Tally;
 use crate::model::{self, Conditioning, Denoiser};
 use crate::pipeline::Configs;
 use crate::segment::{SegmentGraph, SlotId};
@@ -36,6 +37,8 @@ impl SegmentFacts {
 pub struct FrozenFacts {
     /// Of its weights at rest, in bytes.
     pub weights: usize,
+    /// Of those of two segments at most, where they are read from their files as they are used.
+    pub two: usize,
     /// The most that its activations take, in bytes.
     pub activations: usize,
     pub flops: f64,
@@ -71,6 +74,8 @@ pub struct Facts {
 pub struct Surroundings {
     /// Tokens of a prompt.
     pub tokens: usize,
+    /// The most items that one rank gets of a micro-batch, however large `batch_size` is: there are no more.
+    pub items: usize,
     /// Pictures whose latents are kept, and bytes of the pictures that are kept.
     pub latents_kept: usize,
     pub pictures_bytes: usize,
@@ -92,16 +97,21 @@ impl Facts {
         let text = plan.model.train_text_encoder.then_some(&configs.text);
         let mask = plan.data.text_encoder_use_attention_mask;
         let Denoiser { graph, slots } = model::denoiser(&configs.unet, text, mask, dtype);
-        let rows = plan.train.batch_size * if plan.prior.is_some() { 2 } else { 1 };
+        let rows = plan.train.batch_size.min(around.items) * if plan.prior.is_some() { 2 } else { 1 };
         let side = plan.data.resolution / configs.vae.downscale();
         let latent = configs.unet.in_channels * side * side;
-        let mut given = vec![
-            Given { slot: slots.sample, shape: vec![rows, configs.unet.in_channels, side, side], dtype },
-            Given { slot: slots.time_features, shape: vec![rows, configs.unet.levels[0].channels], dtype },
-        ];
-        given.extend(text_given(plan, configs, &slots.conditioning, around.tokens, rows, dtype));
-        let (measured, scratch) = dry::forward_and_back(&graph, dtype, &given, slots.prediction)?;
-        let encoder = encoder(plan, configs)?;
+        let given = |rows: usize| {
+            let mut given = vec![
+                Given { slot: slots.sample, shape: vec![rows, configs.unet.in_channels, side, side], dtype },
+                Given { slot: slots.time_features, shape: vec![rows, configs.unet.levels[0].channels], dtype },
+            ];
+            given.extend(text_given(plan, configs, &slots.conditioning, around.tokens, rows, dtype));
+            given
+        };
+        let (measured, mut scratch) = dry::forward_and_back_of(&graph, dtype, rows, given, slots.prediction)?;
+        let given = given(rows);
+        let (encoder, left_out) = encoder(plan, configs)?;
+        scratch.join_scratch(&left_out);
         let validation = match &plan.validation {
             Some(_) => self::validation(plan, configs, &graph, &slots, around.tokens, dtype)?,
             None => 0,
@@ -123,7 +133,7 @@ impl Facts {
             slots: sizes,
             given: given.iter().map(|input| input.slot).collect(),
             prediction: slots.prediction,
-            scratch,
+            scratch: scratch.scratch_bytes(),
             // Samples and targets as fp32, and the sample's copy on its way into a tensor.
             around: 12 * rows * latent,
             kept: around.latents_kept * moments + around.pictures_bytes,
@@ -190,12 +200,15 @@ fn weights(graph: &SegmentGraph, dtype: DType) -> usize {
 }
 
 /// The VAE's encoder, one picture at a time, in fp32.
-fn encoder(plan: &RunPlan, configs: &Configs) -> Result<FrozenFacts> {
+fn encoder(plan: &RunPlan, configs: &Configs) -> Result<(FrozenFacts, Tally)> {
     let encoder = model::vae_encoder(&configs.vae);
     let side = plan.data.resolution;
     let pixels = Given { slot: encoder.pixels, shape: vec![1, 3, side, side], dtype: DType::F32 };
-    let (activations, flops) = dry::forward_only(&encoder.graph, DType::F32, &[pixels])?;
-    Ok(FrozenFacts { weights: weights(&encoder.graph, DType::F32), activations, flops })
+    let tally = dry::forward_only(&encoder.graph, DType::F32, &[pixels])?;
+    let (activations, flops) = (tally.peak.max(0) as usize, tally.flops);
+    let sizes: Vec<usize> = encoder.graph.nodes.iter().map(|n| 4 * n.params.layout().padded_len(1)).collect();
+    let two = sizes.windows(2).map(|two| two[0] + two[1]).max().unwrap_or(0);
+    Ok((FrozenFacts { weights: weights(&encoder.graph, DType::F32), two, activations, flops }, tally))
 }
 
 /// The most that making a picture takes: with guidance the network runs over two rows for each picture; then the
@@ -209,7 +222,9 @@ fn validation(
     dtype: DType,
 ) -> Result<usize> {
     let side = plan.data.resolution / configs.vae.downscale();
-    let rows = 2 * plan.train.batch_size;
+    let prompts =
+        plan.validation.as_ref().map_or(1, |v| (v.prompts.len() + usize::from(v.scores.is_some())) * v.num_images);
+    let rows = 2 * plan.train.batch_size.min(prompts);
     let mut given = vec![
         Given { slot: slots.sample, shape: vec![rows, configs.unet.in_channels, side, side], dtype },
         Given { slot: slots.time_features, shape: vec![rows, configs.unet.levels[0].channels], dtype },
@@ -226,11 +241,11 @@ fn validation(
     if let Conditioning::Prompts(model::TextSlots { key_lengths: Some(slot), .. }) = slots.conditioning {
         given.push(Given { slot, shape: vec![rows], dtype: DType::U32 });
     }
-    let (denoising, _) = dry::forward_only(graph, dtype, &given)?;
+    let denoising = dry::forward_only(graph, dtype, &given)?.peak;
     let decoder = model::vae_decoder(&configs.vae);
     let decoder_dtype = if configs.vae.force_upcast { DType::F32 } else { dtype };
     let latents =
         Given { slot: decoder.latents, shape: vec![1, configs.vae.latent_channels, side, side], dtype: decoder_dtype };
-    let (decoding, _) = dry::forward_only(&decoder.graph, decoder_dtype, &[latents])?;
-    Ok(weights(&decoder.graph, decoder_dtype) + denoising.max(decoding))
+    let decoding = dry::forward_only(&decoder.graph, decoder_dtype, &[latents])?.peak;
+    Ok(weights(&decoder.graph, decoder_dtype) + denoising.max(decoding).max(0) as usize)
 }

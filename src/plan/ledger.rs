@@ -4,7 +4,7 @@
 use candle_core::DType;
 use serde::{Deserialize, Serialize};
 
-use super::activations::{Profile, Wiring};
+use super::activations::{Profile, Turn, Wiring};
 use super::facts::{Facts, SegmentFacts, compute_dtype};
 use crate::config::{GradAccumDtype, MasterDtype, OptimizerKind, ReduceDtype, RunPlan};
 use crate::device::{Place, StateFile};
@@ -53,6 +53,15 @@ pub struct TierBytes {
     pub activations: usize,
     /// Of all together: less than their sum, since they are not at most at the same time.
     pub total: usize,
+    /// Of all together if whatever may happen at the same time does: what a budget must have room for.
+    pub bound: usize,
+}
+
+/// Bytes of an arena in a turn: for a moment at its beginning, and through it.
+#[derive(Clone, Copy, Debug, Default)]
+struct Flight {
+    moment: usize,
+    steady: usize,
 }
 
 /// Bytes that travel in a step, per rank.
@@ -75,6 +84,8 @@ pub struct Bytes {
     pub traffic: Traffic,
     /// The turn in which the device tier holds most.
     pub fullest: String,
+    /// Optimizer state at rest on each rank; on all alike if there is one number.
+    pub state_by_rank: Vec<usize>,
 }
 
 impl Terms {
@@ -170,37 +181,50 @@ impl<'a> Ledger<'a> {
         self.choice.stage < 2 && self.place().gradients == Place::Device && self.terms.grads == GradAccumDtype::F32
     }
 
-    /// Bytes of parameters, masters, gradients and state at rest.
+    /// Bytes of parameters, masters, gradients and state at rest; of state on the rank that has most.
     fn at_rest(&self) -> [usize; 4] {
         let mut rest = [0; 4];
-        for (sizes, segment) in self.sizes.iter().zip(&self.facts.segments) {
+        for sizes in &self.sizes {
             rest[0] += if self.resident() { sizes.full * self.terms.used() } else { sizes.owned * self.terms.rest() };
             if sizes.trains {
                 rest[1] += if self.terms.has_master() { 4 * sizes.owned } else { 0 };
                 rest[2] += self.terms.grad() * if self.choice.stage >= 2 { sizes.shard } else { sizes.full };
-                rest[3] += self.records(segment, sizes).sum::<usize>();
             }
         }
+        rest[3] = self.state_by_rank().into_iter().max().unwrap_or(0);
         rest
     }
 
-    /// Bytes of a segment's records of optimizer state, chunk by chunk.
-    fn records(&self, segment: &SegmentFacts, sizes: &Sizes) -> impl Iterator<Item = usize> + use<'_> {
+    /// Bytes of optimizer state: small tensors keep 32 bits and lie at the ends of buckets, so ranks differ.
+    fn state_by_rank(&self) -> Vec<usize> {
+        let ranks = if self.choice.stage >= 1 { self.terms.world_size } else { 1 };
+        let of = |rank: usize| {
+            let all = self.sizes.iter().zip(&self.facts.segments).filter(|(sizes, _)| sizes.trains);
+            all.map(|(sizes, segment)| self.records(segment, sizes, rank).sum::<usize>()).sum()
+        };
+        (0..ranks).map(of).collect()
+    }
+
+    /// Bytes of a segment's records of optimizer state on one rank, chunk by chunk.
+    fn records(&self, segment: &SegmentFacts, sizes: &Sizes, rank: usize) -> impl Iterator<Item = usize> + use<> {
         let (owned, small_from, state) = (sizes.owned, segment.small_from, self.terms.state);
-        // The first rank's; another one's may keep more small tensors and then differs by little.
         (0..owned.div_ceil(CHUNK)).map(move |k| {
             let start = k * CHUNK;
-            RecordLayout::new(state, start, (owned - start).min(CHUNK), small_from).bytes()
+            RecordLayout::new(state, rank * owned + start, (owned - start).min(CHUNK), small_from).bytes()
         })
     }
 
     /// The device's parameters beyond those at rest, while segment i is used and `next` is on its way.
-    fn on_the_way(&self, i: usize, next: Option<usize>) -> usize {
+    fn on_the_way(&self, i: usize, next: Option<usize>) -> Flight {
         if self.resident() {
-            return 0;
+            let moment = self.publishing(i);
+            return Flight { moment, steady: 0 };
         }
-        let coming = next.filter(|_| self.terms.prefetch).map_or(0, |next| self.bring(next));
-        (self.sizes[i].full * self.terms.used() + coming).max(self.bring(i))
+        let used = self.terms.used();
+        let own = self.sizes[i].full * used;
+        let next = next.filter(|_| self.terms.prefetch);
+        let moment = (own + next.map_or(0, |next| self.bring(next))).max(self.bring(i));
+        Flight { moment, steady: own + next.map_or(0, |next| self.sizes[next].full * used) }
     }
 
     /// What bringing a segment takes at most.
@@ -221,41 +245,54 @@ impl<'a> Ledger<'a> {
         if publishes { self.sizes[i].shard * self.terms.used() } else { 0 }
     }
 
-    /// The device's gradients beyond those at rest, while segment i runs backward: its bucket, and the one before it on
-    /// its way to where it rests. The second number is on the heap.
-    fn leaving(&self, i: usize) -> (usize, usize) {
-        let (mut bytes, mut heap) = (0, 0);
+    /// The device's gradients beyond those at rest, while segment i runs backward: its bucket, and for a moment the one
+    /// before it on its way to where it rests. The second number is on the heap, for a moment.
+    fn leaving(&self, i: usize) -> (Flight, usize) {
         let slot = self.rests_in_slot();
-        if self.sizes[i].trains && !slot {
-            bytes += 4 * self.sizes[i].full;
-        }
-        let Some(before) = self.sizes.get(i + 1).filter(|sizes| sizes.trains) else { return (bytes, heap) };
-        if !slot {
-            bytes += 4 * before.full;
-        }
+        let own = if self.sizes[i].trains && !slot { 4 * self.sizes[i].full } else { 0 };
+        let Some(before) = self.sizes.get(i + 1).filter(|sizes| sizes.trains) else {
+            return (Flight { moment: own, steady: own }, 0);
+        };
+        let mut before_own = if slot { 0 } else { 4 * before.full };
+        let mut heap = 0;
         if self.several() {
-            bytes += if self.choice.stage >= 1 { 4 * before.shard } else { 0 };
+            before_own += if self.choice.stage >= 1 { 4 * before.shard } else { 0 };
             heap += if self.terms.reduce_half { 2 * (before.full + before.shard) } else { 0 };
         }
-        (bytes, heap)
+        // What is fetched when its turn comes waits behind what is leaving.
+        let one_by_one = !self.resident() && !self.terms.prefetch;
+        let moment = if one_by_one { own.max(before_own) } else { own + before_own };
+        // A collective lasts until the slowest rank has come to it.
+        let steady = if self.several() { moment } else { own };
+        (Flight { moment, steady }, heap)
     }
 
-    /// What passes through the host on its way between a drive and the optimizer: parameters, state.
-    fn staging(&self) -> [usize; 2] {
+    /// What passes through the host on its way between a drive and the optimizer: parameters, state. `one_by_one`: each
+    /// segment's is done before the next one's begins.
+    fn staging(&self, one_by_one: bool) -> [usize; 2] {
         let Placement { parameters, optimizer, .. } = self.place();
-        let mut pieces = Vec::new();
+        let mut runs: Vec<Vec<[usize; 2]>> = vec![Vec::new()];
         for (sizes, segment) in self.sizes.iter().zip(&self.facts.segments).filter(|(sizes, _)| sizes.trains) {
-            for (k, record) in self.records(segment, sizes).enumerate() {
+            if one_by_one {
+                runs.push(Vec::new());
+            }
+            let last_rank = if self.choice.stage >= 1 { self.terms.world_size - 1 } else { 0 };
+            for (k, record) in self.records(segment, sizes, last_rank).enumerate() {
                 let elements = (sizes.owned - k * CHUNK).min(CHUNK);
                 let drive = |place: Place, bytes: usize| if place == Place::Nvme { bytes } else { 0 };
                 let master = if self.terms.has_master() { 4 * elements } else { 0 };
                 let weights = drive(parameters, elements * self.terms.rest()) + drive(optimizer, master);
-                pieces.push([weights, drive(optimizer, record)]);
+                if let Some(run) = runs.last_mut() {
+                    run.push([weights, drive(optimizer, record)]);
+                }
             }
         }
         let most = |which: usize| {
-            let count = PIECES.min(pieces.len()).max(1);
-            pieces.windows(count).map(|some| some.iter().map(|piece| piece[which]).sum()).max().unwrap_or(0)
+            let of = |run: &Vec<[usize; 2]>| {
+                let windows = run.windows(PIECES.min(run.len()).max(1));
+                windows.map(|some| some.iter().map(|piece| piece[which]).sum()).max().unwrap_or(0)
+            };
+            runs.iter().map(of).max().unwrap_or(0)
         };
         [most(0), most(1)]
     }
@@ -277,40 +314,51 @@ impl<'a> Ledger<'a> {
             parameters: parameters_here,
             gradients: gradients_here,
             optimizer: state_here,
-            frozen: self.facts.encoder.weights,
+            // Where parameters rest elsewhere, its weights stay in their files.
+            frozen: if place.parameters == Place::Device { self.facts.encoder.weights } else { 0 },
             ..TierBytes::default()
         };
         let always = parameters_here + gradients_here + state_here + device.frozen;
         let heap = self.facts.kept + self.facts.scratch;
+        let around = heap + self.facts.around;
         let mut fullest = String::new();
-        let mut turn = |name: &dyn Fn() -> String, parameters: usize, gradients: usize, activations: usize| {
-            device.parameters = device.parameters.max(parameters_here + parameters);
-            device.gradients = device.gradients.max(gradients_here + gradients);
-            device.activations = device.activations.max(heap + activations);
-            let total = always + heap + parameters + gradients + activations;
+        let mut turn = |name: &dyn Fn() -> String, parameters: Flight, gradients: Flight, activations: Turn| {
+            device.parameters = device.parameters.max(parameters_here + parameters.moment.max(parameters.steady));
+            device.gradients = device.gradients.max(gradients_here + gradients.moment.max(gradients.steady));
+            device.activations = device.activations.max(around + activations.most.max(activations.before));
+            let begins = parameters.moment + gradients.moment + activations.before;
+            let goes_on = parameters.steady + gradients.steady + activations.most;
+            let total = always + around + begins.max(goes_on);
+            let bound = always + around + parameters.moment + gradients.moment + activations.most;
+            device.bound = device.bound.max(bound);
             if total > device.total {
                 (device.total, fullest) = (total, name());
             }
         };
-        turn(&|| "a picture's latents".to_string(), 0, 0, self.facts.encoder.activations + self.facts.around);
+        let steady = |bytes: usize| Flight { moment: bytes, steady: bytes };
+        let at_once = |bytes: usize| Turn { before: bytes, most: bytes };
+        let none = Flight::default();
+        let read = if place.parameters == Place::Device { 0 } else { self.facts.encoder.two };
+        turn(&|| "a picture's latents".to_string(), steady(read), none, at_once(self.facts.encoder.activations));
         let count = self.sizes.len();
         for (i, &activations) in profile.forward.iter().enumerate() {
             let next = if i + 1 < count { i + 1 } else { i };
-            let parameters = self.on_the_way(i, Some(next)) + self.publishing(i);
-            turn(&|| self.named("forward", i), parameters, 0, self.facts.around + activations);
+            turn(&|| self.named("forward", i), self.on_the_way(i, Some(next)), none, activations);
         }
-        turn(&|| "the loss".to_string(), 0, 0, self.facts.around + profile.objective);
+        turn(&|| "the loss".to_string(), none, none, at_once(profile.objective));
         for (i, &activations) in profile.backward.iter().enumerate() {
             let (gradients, reducing) = self.leaving(i);
             let parameters = self.on_the_way(i, i.checked_sub(1));
-            turn(&|| self.named("backward", i), parameters, gradients, self.facts.around + activations + reducing);
+            let activations = Turn { before: activations.before + reducing, ..activations };
+            turn(&|| self.named("backward", i), parameters, gradients, activations);
         }
         if self.facts.validation > 0 {
-            let most = (0..count).map(|i| self.on_the_way(i, Some((i + 1).min(count - 1)))).max().unwrap_or(0);
-            turn(&|| "a validation picture".to_string(), most, 0, self.facts.validation);
+            let most = (0..count).map(|i| self.on_the_way(i, Some((i + 1).min(count - 1))).moment).max().unwrap_or(0);
+            turn(&|| "a validation picture".to_string(), steady(most), none, at_once(self.facts.validation));
         }
         let [parameters_there, gradients_there, state_there] = rest(Place::Host);
-        let staging = self.staging();
+        // Without clipping segments are updated as they come from the backward pass; whether a drive keeps up is its affair.
+        let [staging, at_most] = [!self.terms.clips, false].map(|one_by_one| self.staging(one_by_one));
         let mut host = TierBytes {
             parameters: parameters_there + staging[0],
             gradients: gradients_there,
@@ -319,7 +367,15 @@ impl<'a> Ledger<'a> {
             ..TierBytes::default()
         };
         host.total = host.parameters + host.gradients + host.optimizer + host.activations;
-        Bytes { device, host, drive: self.drive(), traffic: self.traffic(profile), fullest }
+        host.bound = host.total + at_most.iter().sum::<usize>() - staging.iter().sum::<usize>();
+        Bytes {
+            state_by_rank: self.state_by_rank(),
+            device,
+            host,
+            drive: self.drive(),
+            traffic: self.traffic(profile),
+            fullest,
+        }
     }
 
     fn named(&self, what: &str, i: usize) -> String {
@@ -337,7 +393,7 @@ impl<'a> Ledger<'a> {
             }
             if place.optimizer == Place::Nvme && sizes.trains {
                 bytes += if self.terms.has_master() { sector(4 * sizes.owned) } else { 0 };
-                bytes += self.records(segment, sizes).map(sector).sum::<usize>();
+                bytes += self.records(segment, sizes, 0).map(sector).sum::<usize>();
             }
         }
         bytes
@@ -373,6 +429,10 @@ impl<'a> Ledger<'a> {
         }
         if updated_on_host && place.parameters == Place::Device {
             traffic.to_device += owned * terms.rest();
+        }
+        if !updated_on_host {
+            traffic.to_device += if place.gradients == Place::Host { terms.grad() * owned } else { 0 };
+            traffic.to_host += if place.parameters == Place::Device { 0 } else { owned * terms.rest() };
         }
         if place.optimizer == Place::Nvme {
             traffic.read += state + masters;

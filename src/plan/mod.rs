@@ -17,7 +17,7 @@ mod refusal;
 mod table;
 mod time;
 
-pub use activations::{Profile, Wiring};
+pub use activations::{Profile, Turn, Wiring};
 pub use cards::{Machine, card_names, memory_bytes};
 pub use choose::{Answer, Budgets, Question};
 pub use decision::{Compared, Decision, Prediction};

@@ -54,8 +54,9 @@ pub fn seconds(facts: &Facts, terms: &Terms, choice: &Choice, traffic: &Traffic,
     // A copy that the device makes of its own memory waits for nobody; the others run beside the computation, except
     // that without prefetch each segment waits for its own.
     let (hidden, exposed) = if terms.prefetch { (travel, 0.0) } else { (0.0, travel) };
-    seconds.step = if choice.placement == crate::zero::Placement::DEVICE {
-        (forward + backward).max(hidden) + update + exposed
+    seconds.step = if choice.placement.optimizer == Place::Device {
+        // The device updates, and computes nothing else meanwhile.
+        (forward + backward).max(hidden).max(drive) + update + exposed
     } else if terms.clips {
         // The update runs beside the next step's forward.
         backward.max(hidden / 2.0) + forward.max(hidden / 2.0).max(update).max(drive) + exposed

@@ -49,6 +49,9 @@ pub fn complete(plan: &RunPlan, decision: &Decision, model_dir: &Path, rank: &Ra
     rank.events.send(&Event::Message(said));
     let ending = make(plan, decision, &missing, model_dir, rank).context("making the class images")?;
     if ending == Ending::Done {
+        // What a rank of a killed run may still have begun meanwhile.
+        let cleared = if comm.rank() == 0 { clear_aside(&prior.class_dir) } else { Ok(()) };
+        comm.agree(cleared)?;
         rank.events.send(&Event::Message(format!("{} class images are in {dir}", prior.num_class_images)));
     }
     Ok(ending)
@@ -64,15 +67,21 @@ fn agree_on_missing(prior: &PriorPlan, comm: &dyn Communicator) -> Result<Vec<u6
     Ok((0..).zip(&there).filter(|(_, there)| **there == 0).map(|(number, _)| number).collect())
 }
 
-/// Marks the numbers whose pictures are there. Pictures of other names stand for the first numbers.
-fn look(prior: &PriorPlan, there: &mut [u8]) -> Result<()> {
-    let dir = &prior.class_dir;
-    fs::create_dir_all(dir).with_context(|| format!("creating {}", dir.display()))?;
+/// Removes what was being written.
+fn clear_aside(dir: &Path) -> Result<()> {
     for entry in fs::read_dir(dir).with_context(|| dir.display().to_string())?.flatten() {
         if entry.file_name().to_string_lossy().starts_with(ASIDE) {
             let _ = fs::remove_file(entry.path());
         }
     }
+    Ok(())
+}
+
+/// Marks the numbers whose pictures are there. Pictures of other names stand for the first numbers.
+fn look(prior: &PriorPlan, there: &mut [u8]) -> Result<()> {
+    let dir = &prior.class_dir;
+    fs::create_dir_all(dir).with_context(|| format!("creating {}", dir.display()))?;
+    clear_aside(dir)?;
     let pictures = data::list_pictures(dir, false).with_context(|| dir.display().to_string())?;
     let numbers: Vec<Option<u64>> = pictures.iter().map(|path| number(path)).collect();
     let mut seen = HashSet::new();

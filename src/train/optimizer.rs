@@ -12,12 +12,13 @@ use anyhow::{Context, Result, bail};
 use candle_core::DType;
 
 use super::step::Group;
+use crate::checkpoint::OptimizerState;
 use crate::device::trace::{self, Row};
 use crate::device::{Arena, Buffer, Pending, Promise, promise};
 use crate::optim::{self, RecordLayout, Rounded, StateKind, StochasticRounding};
 use crate::zero::{
-    Coming, GradReducer, Grads, OwnedComing, OwnedGrads, OwnedPiece, OwnedWeights, ParamStore, Piece, Rest, Tiers,
-    Weights, pieces,
+    Coming, GradReducer, Grads, OwnedComing, OwnedGrads, OwnedPiece, OwnedWeights, ParamStore, Piece, Rest, Start,
+    Tiers, Weights, pieces,
 };
 
 /// Pieces that are read ahead of the one that is computed, and pieces that may still be being written behind it.
@@ -86,7 +87,7 @@ impl Optimizer {
 
     /// Prepares the update of segment `i`: the first result is waited for before its weights are used again, the second
     /// one starts the work. None if the segment does not train.
-    pub fn prepare(&self, i: usize, scale: StepScale, group: Group) -> Option<(Pending<()>, Box<dyn FnOnce() + Send>)> {
+    pub fn prepare(&self, i: usize, scale: StepScale, group: Group) -> Option<(Pending<()>, Start)> {
         let (segment, jobs) = (self.segments[i].clone()?, self.jobs.clone()?);
         let (promise, pending) = promise();
         let job = Job { segment, scale, group, done: Arc::new(Mutex::new(Some(promise))) };
@@ -94,14 +95,19 @@ impl Optimizer {
         Some((pending, Box::new(move || drop(jobs.send(job)))))
     }
 
-    /// What moments rest in.
-    pub fn state(&self) -> StateKind {
-        self.kind
-    }
-
     /// The records of segment `i`, one for each piece, in order; nothing may be at work on it.
     pub fn records(&self, i: usize) -> impl Iterator<Item = Record<'_>> {
         self.segments[i].iter().flat_map(|segment| &segment.chunks).map(Record)
+    }
+}
+
+impl OptimizerState for Optimizer {
+    fn kind(&self) -> StateKind {
+        self.kind
+    }
+
+    fn records(&self, i: usize, show: &mut dyn FnMut(&RecordLayout, &[u8]) -> Result<()>) -> Result<()> {
+        Optimizer::records(self, i).try_for_each(|record| record.read(|bytes| show(record.layout(), bytes))?)
     }
 }
 

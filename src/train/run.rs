@@ -42,8 +42,8 @@ pub fn run(plan: &RunPlan, model_dir: &Path, rank: &Rank, profile: Option<NonZer
             trained: setup::trained(plan),
             output: &plan.output,
         };
-        trainer.report_memory()?;
         export::export(&trainer.network, &trainer.weights, &*trainer.comm, &export).context("writing the pipeline")?;
+        trainer.report_memory()?;
         rank.events.send(&Event::Done);
     }
     Ok(ending)

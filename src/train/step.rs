@@ -151,7 +151,7 @@ fn prepare(
     reducer: &crate::zero::GradReducer,
     i: usize,
     then: Then,
-) -> Option<Box<dyn FnOnce() + Send>> {
+) -> Option<crate::zero::Start> {
     let Then::Update(scale, group) = then else { return None };
     let (updated, start) = optimizer.prepare(i, scale, group(store.name(i)))?;
     store.updating(i, updated);

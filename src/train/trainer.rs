@@ -97,7 +97,7 @@ impl Trainer<'_> {
 
     /// Says what memory was planned and what it came to, and writes both to `memory.json`. A collective.
     pub fn report_memory(&self) -> Result<()> {
-        let mine = self.decision.compare(&self.memory.held());
+        let mine = self.decision.compare(&self.memory.held(), self.comm.rank());
         let everyone = self.comm.gather_strings(&serde_json::to_string(&mine)?)?;
         if self.comm.rank() > 0 {
             return Ok(());
@@ -372,7 +372,6 @@ impl Trainer<'_> {
                 output_dir: &self.plan.output.dir,
                 store: &self.network.store,
                 optimizer: &self.network.optimizer,
-                state: self.network.optimizer.state(),
                 position: self.position,
                 seed: self.seed,
                 stage: self.decision.stage,

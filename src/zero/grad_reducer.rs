@@ -19,6 +19,9 @@ use crate::device::threads::{add, fill_zero, for_parts};
 use crate::device::trace::{Row, span};
 use crate::device::{Buffer, GradSlot, Pending, Place};
 
+/// What begins when gradients are complete.
+pub type Start = Box<dyn FnOnce() + Send>;
+
 /// Sums of gradients over the micro-batches of a step: whole buckets, or owned shards where gradients are partitioned.
 pub struct GradReducer {
     ranks: Ranks,
@@ -122,7 +125,7 @@ impl GradReducer {
 
     /// Closes it after the backward; where gradients are partitioned that is a collective, one per micro-batch. `last`:
     /// the step's last micro-batch, after which the sums over all ranks are complete; then `then` is called.
-    pub fn close(&mut self, i: usize, last: bool, then: Option<Box<dyn FnOnce() + Send>>) -> Result<()> {
+    pub fn close(&mut self, i: usize, last: bool, then: Option<Start>) -> Result<()> {
         let Some(segment) = self.segments[i].clone() else { return Ok(()) };
         let bucket =
             segment.slot.empty().with_context(|| format!("{}: its gradient bucket is not open", segment.name))?;

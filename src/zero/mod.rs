@@ -11,7 +11,7 @@ mod rest;
 mod stage;
 mod tiers;
 
-pub use grad_reducer::{GradReducer, Grads, OwnedGrads};
+pub use grad_reducer::{GradReducer, Grads, OwnedGrads, Start};
 pub use owned::{OwnedComing, OwnedPiece, OwnedWeights, Weights};
 pub use param_store::{Fetched, ParamStore, Ranks, Walk, WeightSource};
 pub use partition::Partition;

@@ -1,18 +1,31 @@
 //! What is planned beside what happens: activations counted by the allocator in passes over real networks.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::process::Command;
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use dblaunch::config::{self, RunPlan};
+use dblaunch::device::threads;
 use dblaunch::device::{Buffer, activations, count_activations_from_here};
 use dblaunch::model::{self, Conditioning, Denoiser, TextConfig, UnetConfig, VaeConfig};
 use dblaunch::pipeline::Configs;
 use dblaunch::plan::{Facts, Surroundings, Wiring};
 use dblaunch::segment::{Keep, SlotId, Tape};
 
-/// The counter is the whole process's.
-static ALONE: Mutex<()> = Mutex::new(());
+/// The counter is the whole process's: the test `name` of this file runs in a process of its own.
+fn alone(name: &str, test: impl FnOnce()) {
+    const ALONE: &str = "DBLAUNCH_TEST_ALONE";
+    if std::env::var(ALONE).is_ok_and(|alone| alone == name) {
+        // What threads keep depends on which of them happened to get work.
+        threads::set_threads(1);
+        return test();
+    }
+    let program = std::env::current_exe().unwrap();
+    let arguments = ["--exact", &format!("plan::{name}"), "--nocapture", "--test-threads=1"];
+    let ended = Command::new(program).args(arguments).env(ALONE, name).status().unwrap();
+    assert!(ended.success(), "see above");
+}
 
 fn plan(sets: &[&str]) -> RunPlan {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/sd15-dreambooth.toml");
@@ -80,7 +93,7 @@ fn measured(plan: &RunPlan, configs: &Configs, keep: &[Keep]) -> usize {
 }
 
 fn predicted(plan: &RunPlan, configs: &Configs, keep: impl Fn(usize) -> Keep) -> (usize, Vec<Keep>) {
-    let around = Surroundings { tokens: 77, latents_kept: 0, pictures_bytes: 0 };
+    let around = Surroundings { tokens: 77, items: usize::MAX, latents_kept: 0, pictures_bytes: 0 };
     let facts = Facts::of(plan, configs, around).unwrap();
     let keep: Vec<Keep> = (0..facts.segments.len()).map(keep).collect();
     let profile = Wiring::of(&facts).profile(&keep);
@@ -91,7 +104,6 @@ fn predicted(plan: &RunPlan, configs: &Configs, keep: impl Fn(usize) -> Keep) ->
 }
 
 fn compare(what: &str, plan: &RunPlan, configs: &Configs, keep: impl Fn(usize) -> Keep) {
-    let _alone = ALONE.lock().unwrap_or_else(|e| e.into_inner());
     let started = std::time::Instant::now();
     let (predicted, keep) = predicted(plan, configs, keep);
     let planned = started.elapsed();
@@ -109,6 +121,10 @@ const SMALL: &[&str] = &["data.resolution=64", "train.batch_size=2"];
 
 #[test]
 fn small_networks_take_what_was_planned() {
+    alone("small_networks_take_what_was_planned", small_networks);
+}
+
+fn small_networks() {
     for name in ["tests/data/models/sd15", "tests/data/models/sd21v", "demo/model"] {
         let configs = Configs::read(&folder(name)).unwrap();
         for text in ["false", "true"] {
@@ -130,13 +146,19 @@ fn small_networks_take_what_was_planned() {
 #[test]
 fn published_shapes_take_what_was_planned() {
     if std::env::var_os("DBLAUNCH_LARGE_TESTS").is_none() {
+        eprintln!("skipped: set DBLAUNCH_LARGE_TESTS to run it");
         return;
     }
+    alone("published_shapes_take_what_was_planned", published_shapes);
+}
+
+fn published_shapes() {
     let sd15 =
         || Configs { unet: UnetConfig::sd15_shape(), text: TextConfig::sd15_shape(), vae: VaeConfig::sd_shape() };
     let sd21 =
         || Configs { unet: UnetConfig::sd21_shape(), text: TextConfig::sd21_shape(), vae: VaeConfig::sd_shape() };
-    let cases: [(&str, fn() -> Configs, &[&str]); 4] = [
+    type Case = (&'static str, fn() -> Configs, &'static [&'static str]);
+    let cases: [Case; 4] = [
         ("sd15 256", sd15, &["data.resolution=256"]),
         ("sd15 128 text", sd15, &["data.resolution=128", "model.train_text_encoder=true"]),
         ("sd21 192", sd21, &["data.resolution=192"]),

@@ -152,6 +152,8 @@ impl Scratch {
         for ((buffer, len), at) in self.0.iter_mut().zip(lens).zip(&mut at) {
             let lines = len.div_ceil(16);
             if buffer.len() < lines {
+                // No more than that, so that what threads keep can be foreseen.
+                buffer.reserve_exact(lines - buffer.len());
                 buffer.resize(lines, Line { _numbers: [0.0; 16] });
             }
             *at = buffer.as_mut_ptr().cast();
