@@ -10,12 +10,13 @@ use anyhow::Result;
 use super::document::Document;
 use super::model_folder::{self, ModelFacts};
 use super::{Draft, ModelSource, Resume, RunPlan, Steps};
-use super::{output_folder, sampling};
+use super::{output_folder, sampling, state_folder};
 use crate::checkpoint::{self, Checkpoint};
 use crate::data::{self, Dataset, DatasetOptions};
-use crate::device::Place;
 use crate::diffusion::{NoiseSchedule, Record, RecordUse};
 use crate::model::{Component, VaeConfig};
+use crate::pipeline::Configs;
+use crate::plan::Decision;
 use crate::{Refusal, hub};
 
 /// What is looked at, in this order, after the configuration itself.
@@ -24,12 +25,14 @@ const INSPECTIONS: &[fn(&mut Inspection)] = &[
     images,
     pictures,
     ranks,
-    tiers,
     replay,
     warmup,
     resume,
     sampling::inspect,
     output_folder::inspect,
+    // Takes seconds for a large network, so nothing else is wrong by then.
+    memory,
+    state_folder::inspect,
     output_folder::disk_space,
 ];
 
@@ -88,6 +91,15 @@ impl Inspection {
     }
 }
 
+/// Stage and tiers: whether there is a way to run this that fits the memory.
+fn memory(inspection: &mut Inspection) {
+    let Some(folder) = inspection.facts.model_dir.clone().filter(|_| inspection.problems.is_empty()) else { return };
+    let decided = Configs::read(&folder).and_then(|configs| {
+        crate::plan::command::for_this_machine(&inspection.plan, &folder, &configs, inspection.world_size)
+    });
+    inspection.facts.decision = inspection.absorb("memory", "vram", decided);
+}
+
 /// What the inspections learnt.
 #[derive(Clone, Debug, Default)]
 pub struct Facts {
@@ -101,8 +113,12 @@ pub struct Facts {
     pub class_images_made: usize,
     /// Known where the images are.
     pub steps: Option<Steps>,
+    /// Known where nothing else is wrong.
+    pub decision: Option<Decision>,
     /// Of one checkpoint.
     pub checkpoint_bytes: u64,
+    /// Of the state files of all ranks, in `zero.nvme_dir`.
+    pub state_bytes: u64,
     /// The most the run will have on disk at once, beyond what is there now.
     pub disk_bytes: u64,
     /// What is not wrong but may surprise.
@@ -219,28 +235,6 @@ fn ranks(inspection: &mut Inspection) {
         );
         inspection.problem("data", "instance_dir", &what);
     }
-}
-
-/// The folder for the state file, if one is named.
-fn tiers(inspection: &mut Inspection) {
-    let zero = &inspection.plan.zero;
-    let Some(dir) = zero.nvme_dir.clone() else { return };
-    if zero.places().iter().all(|(_, place)| place.is_some_and(|place| place != Place::Nvme)) {
-        let what =
-            format!("zero.nvme_dir is {}, and no offload_… key says \"nvme\": nothing goes there", dir.display());
-        return inspection.facts.notes.push(what);
-    }
-    let what = match std::fs::metadata(&dir) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => "there is no such folder",
-        Err(_) => "this folder cannot be read",
-        Ok(found) if !found.is_dir() => "this is not a folder",
-        Ok(_) => return,
-    };
-    inspection.problem(
-        "zero",
-        "nvme_dir",
-        &format!("{what}: name a folder on a fast drive that this program may write in"),
-    );
 }
 
 /// The record of a replay. (The folder for its gradients is looked at with the output folder.)
@@ -379,8 +373,11 @@ impl fmt::Display for Report {
             super::DeviceKind::Cpu => "CPU",
             super::DeviceKind::Cuda => "GPU",
         };
-        let stage = plan.zero.stage_or_usual(self.world_size);
+        let stage = facts.decision.as_ref().map_or(0, |decision| decision.stage);
         writeln!(f, "\n  ranks       {} on the {device}, ZeRO stage {stage}", self.world_size)?;
+        if let Some(decision) = &facts.decision {
+            writeln!(f, "  memory      {}", decision.summary())?;
+        }
         self.write_output(f)?;
         for note in &facts.notes {
             writeln!(f, "  note        {note}")?;
@@ -419,6 +416,9 @@ impl Report {
         };
         let dir = self.plan.output.dir.display();
         writeln!(f, "  output      {dir}: {every} ({} each){resume}", size(self.facts.checkpoint_bytes))?;
+        if let Some(dir) = self.plan.zero.nvme_dir.as_ref().filter(|_| self.facts.state_bytes > 0) {
+            writeln!(f, "  state       {} in {}, while it runs", size(self.facts.state_bytes), dir.display())?;
+        }
         writeln!(f, "  disk        up to {} in all", size(self.facts.disk_bytes))
     }
 }

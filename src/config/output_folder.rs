@@ -2,6 +2,7 @@
 //! for what will come.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
@@ -87,6 +88,12 @@ fn is_of_a_run(name: &str) -> bool {
     files.contains(&name) || folders.contains(&name) || checkpoint::number(name).is_some()
 }
 
+/// Whether two folders, or where they would be made, take their room from the same file system.
+fn same_disk(a: &Path, b: &Path) -> bool {
+    let device = |path| fs::metadata(nearest_existing(path)).map(|meta| meta.dev());
+    matches!((device(a), device(b)), (Ok(a), Ok(b)) if a == b)
+}
+
 /// The longest beginning of `path` that exists.
 fn nearest_existing(path: &Path) -> &Path {
     let there = path.ancestors().find(|part| part.symlink_metadata().is_ok());
@@ -139,13 +146,21 @@ pub(super) fn disk_space(inspection: &mut Inspection) {
     inspection.facts.checkpoint_bytes = one;
     inspection.facts.disk_bytes = need;
     let free = free_disk_bytes(&inspection.plan.output.dir);
+    // State files are there first.
+    let state = match &inspection.plan.zero.nvme_dir {
+        Some(dir) if same_disk(dir, &inspection.plan.output.dir) => inspection.facts.state_bytes,
+        _ => 0,
+    };
+    let need = need.saturating_add(state);
     if let Ok(free) = free
         && free < need
     {
         let size = |bytes: u64| bytesize::ByteSize(bytes).display().iec();
+        let state = if state > 0 { format!(", state files of {}", size(state)) } else { String::new() };
         let what = format!(
-            "the run will need {} on this disk ({checkpoints} checkpoints of {} and a pipeline folder of {}), and {} are free: \
-             make room, name a folder on another disk, or keep fewer checkpoints ([checkpoint] every, keep, on_interrupt = false)",
+            "the run will need {} on this disk ({checkpoints} checkpoints of {}{state} and a pipeline folder of {}), and {} are \
+             free: make room, name a folder on another disk, or keep fewer checkpoints ([checkpoint] every, keep, \
+             on_interrupt = false)",
             size(need),
             size(one),
             size(pipeline),

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGINT, SIGTERM, SIGXFSZ};
 use signal_hook::flag;
 
 use super::event::{Event, EventSink, Failure};
@@ -66,6 +66,8 @@ impl Interrupt {
     /// Notes SIGINT and SIGTERM instead of ending by them; the second one ends the process at once.
     fn install() -> Result<Interrupt> {
         let raised = Arc::new(AtomicBool::new(false));
+        // A file that grows past a limit is an error of the write that does it, which names the file.
+        flag::register(SIGXFSZ, Arc::default()).context("cannot listen for signals")?;
         for signal in [SIGINT, SIGTERM] {
             // In this order: the first signal finds the flag still down.
             flag::register_conditional_shutdown(signal, status::INTERRUPTED.into(), raised.clone())

@@ -3,6 +3,7 @@
 use candle_core::{DType, Device, Error, Result, Shape, Storage, Tensor, bail};
 use half::{bf16, f16};
 
+use crate::device::trace::{Row, span};
 use crate::device::{Arena, Buffer, Element};
 
 /// An activation, wherever it is.
@@ -16,11 +17,14 @@ impl Value {
     pub fn tensor(&self) -> Result<Tensor> {
         match self {
             Value::Device(tensor) => Ok(tensor.clone()),
-            Value::Host { values, shape, device } => match values.dtype() {
-                DType::F32 => Tensor::from_slice(values.as_slice::<f32>(), shape, device),
-                DType::BF16 => Tensor::from_slice(values.as_slice::<bf16>(), shape, device),
-                _ => Tensor::from_slice(values.as_slice::<f16>(), shape, device),
-            },
+            Value::Host { values, shape, device } => {
+                let _span = span(Row::Copy, "activations").bytes(values.bytes().len());
+                match values.dtype() {
+                    DType::F32 => Tensor::from_slice(values.as_slice::<f32>(), shape, device),
+                    DType::BF16 => Tensor::from_slice(values.as_slice::<bf16>(), shape, device),
+                    _ => Tensor::from_slice(values.as_slice::<f16>(), shape, device),
+                }
+            }
         }
     }
 
@@ -40,6 +44,7 @@ impl Value {
 fn copied<T: Element>(tensor: &Tensor, arena: &Arena, what: &str) -> Result<Buffer> {
     let mut values =
         arena.alloc_dirty(T::DTYPE, tensor.elem_count(), what).map_err(|e| Error::msg(format!("{e:#}")))?;
+    let _span = span(Row::Copy, || format!("activations of {what}")).bytes(values.bytes().len());
     let tensor = tensor.contiguous()?;
     let (storage, layout) = tensor.storage_and_layout();
     match (&*storage, layout.contiguous_offsets()) {

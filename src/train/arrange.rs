@@ -4,11 +4,11 @@
 use anyhow::Result;
 use candle_core::DType;
 
-use crate::config::{GradAccumDtype, MasterDtype, OptimizerKind, RunPlan};
-use crate::device::{Memory, Place, StateFile, StateFileOptions};
+use crate::config::{GradAccumDtype, MasterDtype, MixedPrecision, OptimizerKind, RunPlan};
+use crate::device::{BucketLayout, Memory, Place, StateFile, StateFileOptions};
 use crate::optim::{RecordLayout, StateKind};
 use crate::segment::SegmentGraph;
-use crate::zero::{Partition, Placement, Ranks, Tiers, pieces};
+use crate::zero::{Partition, Placement, Ranks, Stage, Tiers, pieces};
 
 /// What the states of a run are stored as.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,19 +52,30 @@ impl Formats {
     }
 }
 
-/// Bytes of a rank's file on the drive: everything that rests there, each in whole pages.
-pub fn drive_bytes(graph: &SegmentGraph, ranks: &Ranks, placement: Placement, formats: Formats) -> u64 {
-    let Partition { world_size, .. } = ranks.partition();
-    let of = |node: &crate::segment::Node| {
-        let layout = node.params.layout();
-        let padded_len = layout.padded_len(world_size);
-        let owned = match ranks.stage.partitions_optimizer() {
-            true => ranks.partition().shard(padded_len),
-            false => 0..padded_len,
-        };
+/// What ops compute in.
+pub fn compute_dtype(plan: &RunPlan) -> DType {
+    match plan.train.mixed_precision {
+        MixedPrecision::No => DType::F32,
+        MixedPrecision::Bf16 => DType::BF16,
+        MixedPrecision::Fp16 => DType::F16,
+    }
+}
+
+/// Bytes of a rank's file on the drive: everything of `segments` (layout, and whether it trains) that rests there, each
+/// in whole pages.
+pub fn drive_bytes<'a>(
+    segments: impl Iterator<Item = (&'a BucketLayout, bool)>,
+    partition: Partition,
+    stage: Stage,
+    placement: Placement,
+    formats: Formats,
+) -> u64 {
+    let of = |(layout, trains): (&BucketLayout, bool)| {
+        let padded_len = layout.padded_len(partition.world_size);
+        let owned = if stage.partitions_optimizer() { partition.shard(padded_len) } else { 0..padded_len };
         let values = |dtype: DType| StateFile::room(owned.len() * dtype.size_in_bytes());
         let parameters = if placement.parameters == Place::Nvme { values(formats.parameters()) } else { 0 };
-        if node.grads.is_none() || placement.optimizer != Place::Nvme {
+        if !trains || placement.optimizer != Place::Nvme {
             return parameters;
         }
         let masters = if formats.has_masters() { values(DType::F32) } else { 0 };
@@ -74,7 +85,7 @@ pub fn drive_bytes(graph: &SegmentGraph, ranks: &Ranks, placement: Placement, fo
         };
         parameters + masters + pieces(owned.len()).map(record).sum::<u64>()
     };
-    graph.nodes.iter().map(of).sum()
+    segments.map(of).sum()
 }
 
 /// The tiers of a network within a rank's memory. Opens the run's file where something rests on the drive in `folder`:
@@ -89,7 +100,8 @@ pub fn tiers(
 ) -> Result<Tiers> {
     let drive = match (placement.uses_drive(), folder) {
         (true, Some(folder)) => {
-            let bytes = drive_bytes(graph, ranks, placement, formats);
+            let segments = graph.nodes.iter().map(|n| (n.params.layout(), n.grads.is_some()));
+            let bytes = drive_bytes(segments, ranks.partition(), ranks.stage, placement, formats);
             Some(StateFile::create(StateFileOptions::new(folder, ranks.comm.rank(), bytes))?)
         }
         _ => None,

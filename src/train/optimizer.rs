@@ -319,7 +319,7 @@ impl Pipeline {
     /// Waits for the oldest piece that is being written.
     fn end(&mut self) {
         let Some(Writing { job, last, writes }) = self.writing.pop_front() else { return };
-        let written = writes.into_iter().try_for_each(|write| write.wait().map(drop));
+        let written = writes.into_iter().try_for_each(|write| write.wait_for("drive").map(drop));
         match written {
             Err(error) => job.done(Err(error.context("writing what the optimizer changed"))),
             Ok(()) if last => job.done(Ok(())),

@@ -5,14 +5,17 @@ use std::num::NonZeroU32;
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use bytesize::ByteSize;
 
 use super::class_images;
 use super::export::{self, Export};
 use super::setup;
 use super::trainer::{Ending, Trainer};
 use crate::checkpoint;
-use crate::comm::CommunicatorExt;
+use crate::comm::{CommunicatorExt, SliceMut};
 use crate::config::RunPlan;
+use crate::device::Place;
+use crate::device::nvme::wear_note;
 use crate::launch::{Event, Rank};
 use crate::pipeline::Configs;
 use crate::plan::command::decide;
@@ -34,7 +37,10 @@ pub fn run(plan: &RunPlan, model_dir: &Path, rank: &Rank, profile: Option<NonZer
     trainer.comm.agree(begun)?;
     let start = Event::Start { total_steps: trainer.total_steps, done_steps: trainer.position.step };
     rank.events.send(&start);
+    say_where_state_rests(&trainer);
+    let before = Written::of(&trainer);
     let ending = trainer.train()?;
+    say_what_was_written(&trainer, before)?;
     if ending == Ending::Done {
         let export = Export {
             model_dir,
@@ -47,6 +53,55 @@ pub fn run(plan: &RunPlan, model_dir: &Path, rank: &Rank, profile: Option<NonZer
         rank.events.send(&Event::Done);
     }
     Ok(ending)
+}
+
+/// Rank 0's file on the drive, if there is one.
+fn say_where_state_rests(trainer: &Trainer) {
+    let tiers = trainer.network.store.tiers();
+    let Some(drive) = &tiers.drive else { return };
+    let what = match (tiers.placement.parameters, tiers.placement.optimizer) {
+        (Place::Nvme, Place::Nvme) => "parameters and optimizer state rest",
+        (Place::Nvme, _) => "parameters rest",
+        _ => "optimizer state rests",
+    };
+    let ranks = match trainer.comm.world_size() {
+        1 => "",
+        _ => ", and the other ranks' beside it",
+    };
+    let size = ByteSize(drive.bytes()).display().iec();
+    trainer.rank.say(&format!("{what} in {}{ranks}: {size}, {}", drive.path().display(), drive.tuning()));
+}
+
+/// What all ranks have written to their state files before some step.
+#[derive(Clone, Copy)]
+struct Written {
+    step: u64,
+    bytes: u64,
+}
+
+impl Written {
+    /// This rank's alone.
+    fn of(trainer: &Trainer) -> Written {
+        let drive = trainer.network.store.tiers().drive.as_ref();
+        Written { step: trainer.position.step, bytes: drive.map_or(0, |drive| drive.traffic().written_bytes) }
+    }
+}
+
+/// What the steps since `before` have written on all ranks, and what that does to the drive. A collective.
+fn say_what_was_written(trainer: &Trainer, before: Written) -> Result<()> {
+    if trainer.network.store.tiers().drive.is_none() {
+        return Ok(());
+    }
+    // The last update may still be on its way.
+    trainer.comm.agree(trainer.network.settle())?;
+    let after = Written::of(trainer);
+    let mut bytes = [(after.bytes - before.bytes) as f64];
+    trainer.comm.all_reduce(SliceMut::F64(&mut bytes))?;
+    let steps = after.step - before.step;
+    if steps > 0 {
+        trainer.rank.say(&wear_note((bytes[0] / steps as f64) as u64, steps));
+    }
+    Ok(())
 }
 
 /// Rank 0 makes the output folder, clears what another run left if this one starts afresh (the configuration allowed

@@ -16,14 +16,14 @@ use super::trainer::Trainer;
 use super::validation::Validation;
 use crate::checkpoint::{self, Checkpoint, Position, SegmentRecord};
 use crate::comm::{Communicator, CommunicatorExt, SliceMut, Traced};
-use crate::config::{DeviceKind, LrKind as PlannedKind, MixedPrecision, ReduceDtype, Resume, RunPlan, Steps, Toggle};
+use crate::config::{DeviceKind, LrKind as PlannedKind, ReduceDtype, Resume, RunPlan, Steps, Toggle};
 use crate::data::Dataset;
 use crate::device::{Compute, Memory, Place};
 use crate::diffusion::sampler::SamplerConfig;
 use crate::diffusion::{Draws, NoiseSchedule, Record};
 use crate::launch::{Event, Rank};
 use crate::model::{self, Component, Denoiser, VaeConfig};
-use crate::optim::{LossScale, LrKind, LrSchedule};
+use crate::optim::{LossScale, LrKind, LrSchedule, StateKind};
 use crate::pipeline::{Configs, Frozen, PipelineWeights, Prompts};
 use crate::plan::Decision;
 use crate::sample::Settings;
@@ -127,12 +127,7 @@ pub(super) fn compute(plan: &RunPlan) -> Result<Compute> {
         DeviceKind::Cpu => Device::Cpu,
         DeviceKind::Cuda => Device::new_cuda_with_stream(0)?,
     };
-    let dtype = match plan.train.mixed_precision {
-        MixedPrecision::No => DType::F32,
-        MixedPrecision::Bf16 => DType::BF16,
-        MixedPrecision::Fp16 => DType::F16,
-    };
-    Ok(Compute { device, dtype })
+    Ok(Compute { device, dtype: arrange::compute_dtype(plan) })
 }
 
 /// Which components train.
@@ -298,6 +293,15 @@ fn say_where_it_begins(plan: &RunPlan, resumed: Option<&Checkpoint>, seed: u64, 
     // Not to the bit: the number has been through a text.
     if (was - now).abs() > 1e-12 * was.abs() {
         say(format!("optimizer.learning_rate is {now:e} from here on; it was {was:e}"));
+    }
+    let (was, now) = (manifest.state.kind(), Formats::of(plan, arrange::compute_dtype(plan)).state);
+    if was != now {
+        let bits = |kind| if kind == StateKind::Bits8 { "8 bits" } else { "32 bits" };
+        say(format!(
+            "the optimizer's moments are converted: they were kept in {}, and are now in {}",
+            bits(was),
+            bits(now)
+        ));
     }
     if seed != manifest.seed {
         say(format!("train.seed is {seed} from here on; it was {}", manifest.seed));

@@ -116,7 +116,7 @@ impl Rest {
                 }
                 Ok(into)
             }
-            At::File(region) => region.read(0, self.bytes(self.len), into).wait(),
+            At::File(region) => region.read(0, self.bytes(self.len), into).wait_for("drive"),
         }
     }
 
@@ -164,7 +164,7 @@ impl Coming {
     }
 
     pub fn wait(self) -> Result<Piece> {
-        Ok(Piece(self.0.map(Pending::wait).transpose().context("reading what rests on the drive")?))
+        Ok(Piece(self.0.map(|coming| coming.wait_for("drive")).transpose().context("reading what rests on the drive")?))
     }
 }
 

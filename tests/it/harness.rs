@@ -200,13 +200,18 @@ impl<'a> Job<'a> {
     }
 
     /// The same through a shell, which runs `before` first.
-    pub fn run_after(mut self, before: &str) -> Ran {
-        let mut shell = Command::new("sh");
-        shell.arg("-c").arg(format!("{before}; exec \"$0\" \"$@\"")).arg(self.command.get_program());
-        shell.args(self.command.get_args()).env_clear().stdin(Stdio::null());
-        shell.envs(self.command.get_envs().filter_map(|(name, value)| Some((name, value?))));
-        self.command = shell;
-        self.run()
+    pub fn run_after(self, before: &str) -> Ran {
+        self.through(&["sh", "-c", &format!("{before}; exec \"$0\" \"$@\"")]).run()
+    }
+
+    /// The same as the last words of another command line.
+    pub fn through(mut self, words: &[&str]) -> Self {
+        let mut outer = Command::new(words[0]);
+        outer.args(&words[1..]).arg(self.command.get_program()).args(self.command.get_args());
+        outer.env_clear().stdin(Stdio::null());
+        outer.envs(self.command.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        self.command = outer;
+        self
     }
 }
 
@@ -239,7 +244,7 @@ impl Running {
         }
     }
 
-    fn told(&self) -> String {
+    pub fn told(&self) -> String {
         fs::read_to_string(&self.stderr).unwrap()
     }
 

@@ -3,11 +3,10 @@
 #![cfg(target_os = "linux")]
 
 use std::fs;
-use std::path::PathBuf;
-use std::process::Command;
 use std::time::{Duration, Instant};
 
-use crate::harness::{Home, PLAIN, Running, column, rows};
+use crate::harness::{Home, PLAIN, column, rows};
+use crate::processes::{both_ranks, checkpoints, gone, kill, ranks};
 
 /// In which all must have stopped after a failure.
 const SOON: Duration = Duration::from_secs(5);
@@ -16,58 +15,6 @@ const STEPS: &str = "train.max_steps=14";
 
 fn unet(home: &Home, out: &str) -> Vec<u8> {
     fs::read(home.path(out).join("unet/diffusion_pytorch_model.safetensors")).unwrap()
-}
-
-fn kill(signal: &str, pid: u32) {
-    assert!(Command::new("kill").args([signal, &pid.to_string()]).status().unwrap().success());
-}
-
-/// Both ranks' processes, once they are there.
-fn both_ranks(launcher: &Running) -> Vec<u32> {
-    let since = Instant::now();
-    loop {
-        let found = ranks(launcher);
-        if found.len() == 2 {
-            return found;
-        }
-        assert!(since.elapsed() < Duration::from_secs(60), "no ranks");
-        std::thread::sleep(Duration::from_millis(1));
-    }
-}
-
-/// The ranks' processes, by rank.
-fn ranks(launcher: &Running) -> Vec<u32> {
-    let parent = launcher.child.id().to_string();
-    let mut found = Vec::new();
-    for entry in fs::read_dir("/proc").unwrap().flatten() {
-        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
-        let Some(fields) = fields(pid) else { continue };
-        let environment = fs::read(entry.path().join("environ")).unwrap_or_default();
-        let rank = environment.split(|byte| *byte == 0).find_map(|variable| variable.strip_prefix(b"RANK="));
-        if fields[1] == parent
-            && let Some(rank) = rank
-        {
-            found.push((rank.to_vec(), pid));
-        }
-    }
-    found.sort();
-    found.into_iter().map(|(_, pid)| pid).collect()
-}
-
-/// State and parent of a process, if there is one.
-fn fields(pid: u32) -> Option<Vec<String>> {
-    let stat = fs::read_to_string(PathBuf::from("/proc").join(pid.to_string()).join("stat")).ok()?;
-    Some(stat.rsplit_once(')')?.1.split_whitespace().map(str::to_string).collect())
-}
-
-/// Whether all are gone, or only to be buried.
-fn gone(pids: &[u32]) -> bool {
-    pids.iter().all(|pid| fields(*pid).is_none_or(|fields| fields[0] == "Z"))
-}
-
-fn checkpoints(home: &Home) -> Vec<String> {
-    let names = fs::read_dir(home.out()).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
-    names.filter(|name| name.contains("checkpoint")).collect()
 }
 
 /// A signal to the launcher: a checkpoint, status 130, and the rest of the run gives the same weights to the bit.

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use dblaunch::config::{self, RunPlan};
+use dblaunch::device::threads;
 use dblaunch::device::{Buffer, activations, count_activations_from_here};
 use dblaunch::model::{self, Conditioning, Denoiser, TextConfig, UnetConfig, VaeConfig};
 use dblaunch::pipeline::Configs;
@@ -19,6 +20,8 @@ use crate::harness::{Home, PLAIN};
 fn alone(name: &str, test: impl FnOnce()) {
     const ALONE: &str = "DBLAUNCH_TEST_ALONE";
     if std::env::var(ALONE).is_ok_and(|alone| alone == name) {
+        // What threads keep depends on which of them happened to get work.
+        threads::set_threads(1);
         return test();
     }
     let program = std::env::current_exe().unwrap();

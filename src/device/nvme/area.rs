@@ -91,6 +91,10 @@ impl Area {
                  promises more than it has: make room there or name a folder on another drive ([zero] nvme_dir), and go on \
                  from the last checkpoint"
             }
+            std::io::ErrorKind::FileTooLarge => {
+                "this process may not write files as large as that (ulimit -f): raise that limit, and go on from the last \
+                 checkpoint"
+            }
             std::io::ErrorKind::UnexpectedEof => {
                 "someone has shortened the file while it was in use. Go on from the last checkpoint"
             }

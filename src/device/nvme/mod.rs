@@ -25,6 +25,7 @@ mod traffic;
 mod tuning;
 
 pub use area::STATE_BLOCK;
+pub use reserve::left_by_dead_runs;
 pub use traffic::{Traffic, wear_note};
 pub use tuning::Tuning;
 
@@ -115,6 +116,16 @@ impl StateFile {
     /// What an allocation of `bytes` takes of the file: whole pages.
     pub fn room(bytes: usize) -> u64 {
         bytes.next_multiple_of(PAGE) as u64
+    }
+
+    /// The whole file's size, where `bytes` are allocated in all.
+    pub fn size(bytes: u64) -> u64 {
+        bytes.saturating_add(HEADER_BYTES)
+    }
+
+    /// What was reserved for state.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
     }
 
     /// What was moved so far, without the measurement at the start.

@@ -5,7 +5,7 @@
 //! removed. Between making a file and locking it somebody else may take it for such a one: whoever makes a file looks
 //! after locking it whether it is still there, and begins anew if not.
 
-use std::fs::{File, Metadata, OpenOptions};
+use std::fs::{DirEntry, File, Metadata, OpenOptions};
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -243,32 +243,46 @@ fn clear_room(dir: &Path, rank: usize, total: u64) -> Result<()> {
 /// Removes the state files of runs that have ended without doing so themselves; the number of state files there were.
 /// Whatever cannot be opened, locked or removed is left alone.
 fn remove_leftovers(dir: &Path) -> usize {
-    let Ok(entries) = std::fs::read_dir(dir) else { return 0 };
-    let named = |name: &str| name.starts_with(PREFIX) && name.ends_with(SUFFIX);
     let mut seen = 0;
-    for entry in entries.flatten() {
-        if entry.file_name().to_str().is_some_and(named) && entry.file_type().is_ok_and(|kind| kind.is_file()) {
-            seen += 1;
-            // An error is somebody else's file, or one that has gone meanwhile.
-            let _ = remove_if_dead(&entry.path());
+    for path in state_files(dir) {
+        seen += 1;
+        // An error is somebody else's file, or one that has gone meanwhile. Removed while it is held: else its maker could
+        // take it in between.
+        if let Ok(Some(_held)) = dead(&path) {
+            let _ = std::fs::remove_file(&path);
         }
     }
     seen
 }
 
-/// Removes a state file that no process holds, while holding it itself: else its maker could take it in between.
-fn remove_if_dead(path: &Path) -> io::Result<()> {
+/// Bytes of `dir`'s file system that [`remove_leftovers`] would free.
+pub fn left_by_dead_runs(dir: &Path) -> u64 {
+    let bytes = |file: File| file.metadata().map_or(0, |meta| meta.blocks() * 512);
+    state_files(dir).filter_map(|path| dead(&path).ok().flatten()).map(bytes).sum()
+}
+
+/// What is called as a state file is.
+fn state_files(dir: &Path) -> impl Iterator<Item = PathBuf> {
+    let named = |name: &str| name.starts_with(PREFIX) && name.ends_with(SUFFIX);
+    let ours = move |entry: &DirEntry| {
+        entry.file_name().to_str().is_some_and(named) && entry.file_type().is_ok_and(|kind| kind.is_file())
+    };
+    std::fs::read_dir(dir).into_iter().flatten().flatten().filter(ours).map(|entry| entry.path())
+}
+
+/// A state file that no process holds, now held by us.
+fn dead(path: &Path) -> io::Result<Option<File>> {
     let file = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NOFOLLOW).open(path)?;
     if file.try_lock().is_err() || !is_at(&file, path) {
-        return Ok(());
+        return Ok(None);
     }
     let mut magic = [0; MAGIC.len()];
     // An empty one is of a run that was killed before it could mark it, or is about to: its maker will see.
     if file.metadata()?.len() > 0 {
         file.read_exact_at(&mut magic, 0)?;
         if &magic != MAGIC {
-            return Ok(());
+            return Ok(None);
         }
     }
-    std::fs::remove_file(path)
+    Ok(Some(file))
 }

@@ -1,10 +1,12 @@
 //! How many pieces of which size a drive is given at a time: measured once, at the start, on the run's own file.
 
+use std::fmt;
 use std::fs::File;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use bytesize::ByteSize;
 use candle_core::DType;
 
 use super::area::{Area, STATE_BLOCK};
@@ -24,6 +26,16 @@ pub struct Tuning {
     pub direct: bool,
     /// Whether requests go through an io_uring, else through `depth` threads.
     pub ring: bool,
+}
+
+/// In words, as in "4 pieces of 1 MiB at a time, past the page cache, by io_uring".
+impl fmt::Display for Tuning {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let block = ByteSize(self.block as u64).display().iec();
+        let cache = if self.direct { "past the page cache" } else { "through the page cache" };
+        let way = if self.ring { "by io_uring" } else { "by threads" };
+        write!(f, "{} pieces of {block} at a time, {cache}, {way}", self.depth)
+    }
 }
 
 /// (depth, bytes of a piece), the usual best first: it stays if no other is clearly better.
