@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Times `dblaunch bench adamw` beside torch.optim.AdamW(fused=True) and, where DeepSpeed is installed, its DeepSpeedCPUAdam,
-which is compiled on the spot (needs g++ and ninja): fp32 on two threads, in turn, medians of all rounds.
+which is compiled on the spot (needs g++ and ninja): fp32 on two threads, in turn, medians of all rounds. Theirs lies in huge
+pages too, as ours always does: without them they are slower.
 
 usage: adamw_torch.py DBLAUNCH [--elements 50000000] [--rounds 7] [--threads 2]
 Needs torch; `pip install deepspeed ninja` for the other. No part of the test command."""
@@ -12,7 +13,8 @@ p.add_argument("--elements", type=int, default=50_000_000)
 p.add_argument("--rounds", type=int, default=7)
 p.add_argument("--threads", type=int, default=2)
 a = p.parse_args()
-os.environ.update(OMP_NUM_THREADS=str(a.threads), MKL_NUM_THREADS=str(a.threads), MKL_DYNAMIC="FALSE", DS_ACCELERATOR="cpu")
+os.environ.update(OMP_NUM_THREADS=str(a.threads), MKL_NUM_THREADS=str(a.threads), MKL_DYNAMIC="FALSE", DS_ACCELERATOR="cpu",
+    THP_MEM_ALLOC_ENABLE="1")
 import torch
 
 torch.set_num_threads(a.threads)
