@@ -74,11 +74,11 @@ fn measured(plan: &RunPlan, configs: &Configs, keep: &[Keep]) -> usize {
         ];
         match &slots.conditioning {
             Conditioning::Context(slot) => {
-                given.push((*slot, ones(&[rows, 77, configs.unet.cross_attention_dim], dtype)))
+                given.push((*slot, ones(&[rows, configs.text.max_positions, configs.unet.cross_attention_dim], dtype)))
             }
             Conditioning::Prompts(text) => {
                 let unique = 1 + usize::from(plan.prior.is_some());
-                given.push((text.token_ids, ones(&[unique, 77], DType::U32)));
+                given.push((text.token_ids, ones(&[unique, configs.text.max_positions], DType::U32)));
                 given.push((text.rows, Tensor::zeros(&[rows], DType::U32, &Device::Cpu).unwrap()));
             }
         }
@@ -98,7 +98,8 @@ fn measured(plan: &RunPlan, configs: &Configs, keep: &[Keep]) -> usize {
 }
 
 fn predicted(plan: &RunPlan, configs: &Configs, keep: impl Fn(usize) -> Keep) -> (usize, Vec<Keep>) {
-    let around = Surroundings { tokens: 77, items: usize::MAX, latents_kept: 0, pictures_bytes: 0 };
+    let around =
+        Surroundings { tokens: configs.text.max_positions, items: usize::MAX, latents_kept: 0, pictures_bytes: 0 };
     let facts = Facts::of(plan, configs, around).unwrap();
     let keep: Vec<Keep> = (0..facts.segments.len()).map(keep).collect();
     let profile = Wiring::of(&facts).profile(&keep);
