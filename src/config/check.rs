@@ -15,6 +15,8 @@ use crate::checkpoint::{self, Checkpoint};
 use crate::data::{self, Dataset, DatasetOptions};
 use crate::diffusion::{NoiseSchedule, Record, RecordUse};
 use crate::model::{Component, VaeConfig};
+use crate::pipeline::Configs;
+use crate::plan::Decision;
 use crate::{Refusal, hub};
 
 /// What is looked at, in this order, after the configuration itself.
@@ -23,12 +25,14 @@ const INSPECTIONS: &[fn(&mut Inspection)] = &[
     images,
     pictures,
     ranks,
-    state_folder::inspect,
     replay,
     warmup,
     resume,
     sampling::inspect,
     output_folder::inspect,
+    // Takes seconds for a large network, so nothing else is wrong by then.
+    memory,
+    state_folder::inspect,
     output_folder::disk_space,
 ];
 
@@ -87,6 +91,15 @@ impl Inspection {
     }
 }
 
+/// Stage and tiers: whether there is a way to run this that fits the memory.
+fn memory(inspection: &mut Inspection) {
+    let Some(folder) = inspection.facts.model_dir.clone().filter(|_| inspection.problems.is_empty()) else { return };
+    let decided = Configs::read(&folder).and_then(|configs| {
+        crate::plan::command::for_this_machine(&inspection.plan, &folder, &configs, inspection.world_size)
+    });
+    inspection.facts.decision = inspection.absorb("memory", "vram", decided);
+}
+
 /// What the inspections learnt.
 #[derive(Clone, Debug, Default)]
 pub struct Facts {
@@ -100,6 +113,8 @@ pub struct Facts {
     pub class_images_made: usize,
     /// Known where the images are.
     pub steps: Option<Steps>,
+    /// Known where nothing else is wrong.
+    pub decision: Option<Decision>,
     /// Of one checkpoint.
     pub checkpoint_bytes: u64,
     /// Of the state files of all ranks, in `zero.nvme_dir`.
@@ -358,8 +373,11 @@ impl fmt::Display for Report {
             super::DeviceKind::Cpu => "CPU",
             super::DeviceKind::Cuda => "GPU",
         };
-        let stage = plan.zero.stage_or_usual(self.world_size);
+        let stage = facts.decision.as_ref().map_or(0, |decision| decision.stage);
         writeln!(f, "\n  ranks       {} on the {device}, ZeRO stage {stage}", self.world_size)?;
+        if let Some(decision) = &facts.decision {
+            writeln!(f, "  memory      {}", decision.summary())?;
+        }
         self.write_output(f)?;
         for note in &facts.notes {
             writeln!(f, "  note        {note}")?;

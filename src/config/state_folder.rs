@@ -1,5 +1,5 @@
 //! Whether the run's state files can be where `zero.nvme_dir` says: a folder that can be written, with room for what
-//! will rest there on all ranks. Only where the configuration itself says that something rests on a drive.
+//! will rest there on all ranks.
 
 use std::path::Path;
 
@@ -8,7 +8,7 @@ use super::output_folder::can_write;
 use crate::device::nvme::{StateFile, left_by_dead_runs};
 use crate::device::{BucketLayout, Place, free_disk_bytes};
 use crate::train::arrange::{self, Formats};
-use crate::zero::{Partition, Stage};
+use crate::zero::Partition;
 
 /// The folder for the state files, if one is named.
 pub(super) fn inspect(inspection: &mut Inspection) {
@@ -40,14 +40,13 @@ pub(super) fn inspect(inspection: &mut Inspection) {
     );
 }
 
-/// Bytes of the state files of all ranks; 0 where the model is not known.
+/// Bytes of the state files of all ranks; 0 where nothing is decided yet, or nothing goes there.
 fn bytes(inspection: &Inspection) -> u64 {
     let (plan, world_size) = (&inspection.plan, inspection.world_size);
-    let Some(stage) = Stage::from_number(plan.zero.stage_or_usual(world_size)) else { return 0 };
-    let placement = plan.zero.placement();
-    if !placement.uses_drive() || inspection.facts.model_dir.is_none() {
+    let Some(decision) = inspection.facts.decision.as_ref().filter(|decision| decision.placement.uses_drive()) else {
         return 0;
-    }
+    };
+    let (stage, placement) = (decision.zero_stage(), decision.placement);
     let layouts: Vec<BucketLayout> =
         inspection.facts.model.segments.iter().map(|segment| BucketLayout::new(segment.tensors.clone())).collect();
     let formats = Formats::of(plan, arrange::compute_dtype(plan));

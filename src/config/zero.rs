@@ -5,7 +5,6 @@ use std::path::PathBuf;
 use super::plan::Writer;
 use super::reader::{Choice, Reader};
 use crate::device::Place;
-use crate::zero::Placement;
 
 /// Every `None` stands for "auto": the planner chooses.
 #[derive(Clone, Debug, PartialEq)]
@@ -124,20 +123,6 @@ impl ZeroPlan {
             ("offload_optimizer", self.offload_optimizer),
             ("offload_gradients", self.offload_gradients),
         ]
-    }
-
-    /// The tiers where nobody plans: what the configuration says, else the device.
-    pub fn placement(&self) -> Placement {
-        Placement {
-            parameters: self.offload_params.unwrap_or(Place::Device),
-            gradients: self.offload_gradients.unwrap_or(Place::Device),
-            optimizer: self.offload_optimizer.unwrap_or(Place::Device),
-        }
-    }
-
-    /// The stage where nobody plans: what the configuration says, else 2 with more than one rank and 0 with one.
-    pub fn stage_or_usual(&self, world_size: usize) -> u8 {
-        self.stage.unwrap_or(if world_size > 1 { 2 } else { 0 })
     }
 }
 

@@ -4,8 +4,6 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use anyhow::Result;
-use candle_core::DType;
 use half::{bf16, f16};
 
 use super::kernel::{Bf16Master, Copied, F32Master, Grad, Master, Piece, past_the_caches};
@@ -14,20 +12,8 @@ use super::lanes::{Divisor, INFINITY_BITS};
 use super::level::Level;
 use super::record::{PartsMut, RecordLayout};
 use super::rounding::StochasticRounding;
+use crate::device::BLOCK;
 use crate::device::threads::for_parts;
-use crate::device::{Arena, BLOCK, Buffer};
-
-/// The moments of one segment's owned range.
-pub struct Moments {
-    pub m: Buffer,
-    pub v: Buffer,
-}
-
-impl Moments {
-    pub fn zeroed(arena: &Arena, len: usize, what: &str) -> Result<Self> {
-        Ok(Moments { m: arena.alloc(DType::F32, len, what)?, v: arena.alloc(DType::F32, len, what)? })
-    }
-}
 
 /// The master weights that are updated.
 pub enum Weights<'a> {
@@ -35,7 +21,8 @@ pub enum Weights<'a> {
     Bf16 { values: &'a mut [bf16], rounding: StochasticRounding },
 }
 
-/// The half-precision copy of the updated master weights, written in the same pass, rounded to nearest even.
+/// The half-precision copy of the updated master weights as they are stored, written in the same pass, rounded to nearest
+/// even.
 pub enum Rounded<'a> {
     None,
     Bf16(&'a mut [bf16]),
@@ -96,25 +83,6 @@ impl AdamW {
     ) -> bool {
         let c = self.coefficients(step, rate, grad_scale);
         update_chunk(Level::best(), &c, layout, record, weights, rounded, grads)
-    }
-
-    /// One update of a whole range in f32, as [`AdamW::update_chunk`].
-    pub fn update(
-        &self,
-        step: u64,
-        rate: f64,
-        grad_scale: f32,
-        weights: &mut [f32],
-        moments: &mut Moments,
-        grads: &[f32],
-    ) {
-        let c = self.coefficients(step, rate, grad_scale);
-        let (m, v) = (moments.m.as_mut_slice::<f32>(), moments.v.as_mut_slice::<f32>());
-        let copy = &mut vec![(); weights.len()];
-        update_plain(
-            Level::best(),
-            Piece { c: &c, master: F32Master, weights, copy, past: false, m, v, grads, element: 0 },
-        );
     }
 
     pub(super) fn coefficients(&self, step: u64, rate: f64, grad_scale: f32) -> Coefficients {
@@ -260,42 +228,29 @@ fn update_coded<M: Master, C: Copied, G: Grad>(level: Level, all: Piece8<'_, M, 
 
 #[cfg(test)]
 mod tests {
+    use super::super::StateKind;
     use super::*;
-    use crate::device::threads::with_threads;
 
     /// torch.optim.AdamW([0.5, -0.25, 0], lr=0.1, weight_decay=0.01), gradients [1, -2, 0] then [0.5, 0, 0]:
     /// after one step [0.3995, -0.14975, 0].
     #[test]
     fn first_steps_follow_the_definition() {
-        let arena = Arena::new("test", None);
         let adam = AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01 };
-        let mut moments = Moments::zeroed(&arena, 3, "m").unwrap();
+        let layout = RecordLayout::new(StateKind::F32, 0, 3, 0);
+        let mut record = vec![0u64; layout.bytes() / 8];
         let mut weights = [0.5f32, -0.25, 0.0];
-        adam.update(1, 0.1, 1.0, &mut weights, &mut moments, &[1.0, -2.0, 0.0]);
+        let mut update = |step, grad_scale, weights: &mut [f32], grads: &[f32]| {
+            let record = bytemuck::cast_slice_mut(&mut record);
+            let (weights, grads) = (Weights::F32(weights), Grads::F32(grads));
+            assert!(adam.update_chunk(step, 0.1, grad_scale, &layout, record, weights, Rounded::None, grads));
+        };
+        update(1, 1.0, &mut weights, &[1.0, -2.0, 0.0]);
         assert!((weights[0] - 0.3995).abs() < 1e-6 && (weights[1] + 0.14975).abs() < 1e-6, "{weights:?}");
         let before = weights;
-        adam.update(2, 0.1, 0.5, &mut weights, &mut moments, &[1.0, 0.0, 0.0]);
+        update(2, 0.5, &mut weights, &[1.0, 0.0, 0.0]);
         let (m, v) = (0.9 * 0.1 + 0.1 * 0.5, 0.999 * 0.001 + 0.001 * 0.25);
         let expected = f64::from(before[0]) * 0.999 - 0.1 * (m / 0.19) / ((v / 0.001999f64).sqrt() + 1e-8);
         assert!((f64::from(weights[0]) - expected).abs() < 1e-6, "{weights:?} {expected}");
         assert_eq!(weights[2], 0.0);
-    }
-
-    #[test]
-    fn the_number_of_threads_does_not_show() {
-        let arena = Arena::new("test", None);
-        let adam = AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01 };
-        let n = 100_003;
-        let grads: Vec<f32> = (0..n).map(|i| ((i * 37 % 101) as f32 - 50.0) / 17.0).collect();
-        let run = |threads: usize| {
-            with_threads(threads, || {
-                let mut moments = Moments::zeroed(&arena, n, "m").unwrap();
-                let mut weights: Vec<f32> = grads.iter().map(|g| g * 0.1).collect();
-                (1..4).for_each(|s| adam.update(s, 1e-3, 0.7, &mut weights, &mut moments, &grads));
-                weights
-            })
-        };
-        let one = run(1);
-        assert!(one == run(2) && one == run(3));
     }
 }

@@ -150,3 +150,59 @@ impl<M: Master, C: Copied, G: Grad> Piece8<'_, M, C, G> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use half::bf16;
+
+    use super::super::adamw::update_chunk;
+    use super::super::level::Level;
+    use super::super::testing::{coefficients, numbers};
+    use super::super::{Grads, RecordLayout, Rounded, StateKind, StochasticRounding, Weights};
+
+    #[test]
+    fn padding_stays_zero() {
+        let zero = vec![0.0f32; 512];
+        let negative = vec![-0.0f32; 512];
+        for kind in [StateKind::F32, StateKind::Bits8] {
+            let layout = RecordLayout::new(kind, 0, 512, 256);
+            let mut record = vec![0u64; layout.bytes() / 8];
+            let record: &mut [u8] = bytemuck::cast_slice_mut(&mut record);
+            layout.initialise(record);
+            // In a block with others, and alone.
+            let mut grads = numbers(512, 1, 1.0);
+            grads[100..].fill(0.0);
+            let mut weights = numbers(512, 2, 1.0);
+            weights[100..].fill(0.0);
+            let mut half: Vec<bf16> = weights.iter().map(|&x| bf16::from_f32(x)).collect();
+            for step in 1..20 {
+                let grads = if step % 3 == 1 { &grads } else { [&zero, &negative][step as usize % 2] };
+                let rounding = StochasticRounding { seed: 1, step, bucket: 2, start: 0 };
+                let master = Weights::Bf16 { values: &mut half, rounding };
+                update_chunk(
+                    Level::best(),
+                    &coefficients(step),
+                    &layout,
+                    record,
+                    master,
+                    Rounded::None,
+                    Grads::F32(grads),
+                );
+                let master = Weights::F32(&mut weights);
+                update_chunk(
+                    Level::best(),
+                    &coefficients(step),
+                    &layout,
+                    record,
+                    master,
+                    Rounded::None,
+                    Grads::F32(grads),
+                );
+                let (mut m, mut v) = (vec![1.0; 512], vec![1.0; 512]);
+                layout.read_moments_f32(record, &mut m, &mut v);
+                assert!(m[100..].iter().chain(&v[100..]).chain(&weights[100..]).all(|&x| x == 0.0), "{kind:?} {step}");
+                assert!(half[100..].iter().all(|&x| x == bf16::ZERO), "{kind:?} {step}");
+            }
+        }
+    }
+}

@@ -18,7 +18,7 @@ mod tests;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
-pub use adamw::{AdamW, Grads, Moments, Rounded, Weights};
+pub use adamw::{AdamW, Grads, Rounded, Weights};
 pub use loss_scale::{LossScale, Overflow, ScalePolicy, ScaleState};
 pub use lr_schedule::{LrKind, LrSchedule};
 pub use record::{CHUNK, Part, RecordLayout, StateKind};

@@ -303,7 +303,7 @@ mod tests {
             scratch: MIB,
             around: 0,
             kept: 0,
-            encoder: FrozenFacts { weights: MIB, two: MIB / 2, activations: 5 * MIB, flops: 1e8 },
+            encoder: FrozenFacts { weights: MIB, turns: vec![[MIB / 2, 5 * MIB]], flops: 1e8 },
             validation: 0,
         }
     }
@@ -330,7 +330,7 @@ mod tests {
         let device = decision.prediction.bytes.device;
         // Weights, gradients, two moments.
         assert_eq!([device.parameters, device.gradients, device.optimizer], [24 * MIB, 24 * MIB, 48 * MIB]);
-        assert_eq!(device.activations, (1 + 6 * 8 + 1 + 4) * MIB);
+        assert_eq!(device.activations, (6 * 8 + 1 + 4) * MIB);
         assert_eq!(decide(&[], 2).unwrap().stage, 2);
         assert_eq!(decide(&["train.recompute=true"], 1).unwrap().keep, [Keep::Inputs; 6]);
     }

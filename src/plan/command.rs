@@ -153,9 +153,12 @@ pub fn decide(
     configs: &Configs,
     comm: &dyn crate::comm::Communicator,
 ) -> Result<Decision> {
-    Decision::agree(comm, || {
-        let around = Surroundings::of(plan, tokens(plan, model_dir, configs), comm.world_size());
-        let facts = Facts::of(plan, configs, around)?;
-        Decision::of(plan, &facts, comm.world_size(), &Machine::this())
-    })
+    Decision::agree(comm, || for_this_machine(plan, model_dir, configs, comm.world_size()))
+}
+
+/// The plan of a run on this machine.
+pub fn for_this_machine(plan: &RunPlan, model_dir: &Path, configs: &Configs, world_size: usize) -> Result<Decision> {
+    let around = Surroundings::of(plan, tokens(plan, model_dir, configs), world_size);
+    let facts = Facts::of(plan, configs, around)?;
+    Decision::of(plan, &facts, world_size, &Machine::this())
 }

@@ -89,6 +89,23 @@ impl Decision {
         serde_json::from_slice(&bytes).context("reading the plan of rank 0")
     }
 
+    /// In a line: what it will take of each tier, and where things rest.
+    pub fn summary(&self) -> String {
+        let size = super::table::size;
+        let Placement { parameters, gradients, optimizer } = self.placement;
+        let (device, host, drive) =
+            (self.prediction.bytes.device.total, self.prediction.bytes.host.total, self.prediction.bytes.drive);
+        let tiers = [("device", device), ("host", host), ("nvme", drive)].into_iter().filter(|(_, bytes)| *bytes > 0);
+        let tiers: Vec<String> = tiers.map(|(tier, bytes)| format!("{tier} {}", size(bytes))).collect();
+        let kept = self.keep.iter().filter(|keep| **keep == Keep::Graph).count();
+        format!(
+            "per rank: {}; parameters on {parameters}, gradients on {gradients}, optimizer state on {optimizer}; {kept} of {} \
+             graphs kept",
+            tiers.join(", "),
+            self.keep.len()
+        )
+    }
+
     pub fn zero_stage(&self) -> Stage {
         Stage::from_number(self.stage).unwrap_or(Stage::Replicated)
     }

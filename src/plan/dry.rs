@@ -112,23 +112,26 @@ pub fn forward_and_back_of(
     Ok((few.iter().zip(&next).map(|(few, next)| few.along(next, FEW, rows)).collect(), scratch))
 }
 
-/// The most that a network that is only run takes at once beside what it is given, and what it computes; see [`Tally`].
-pub fn forward_only(graph: &SegmentGraph, dtype: DType, given: &[Given]) -> Result<Tally> {
-    let (result, tally) = dry(|| -> Result<()> {
+/// What a network that is only run takes at most in each segment, with what it is given; and what it computes.
+pub fn forward_only(graph: &SegmentGraph, dtype: DType, given: &[Given]) -> Result<(Vec<usize>, Tally)> {
+    let mut turns = Vec::new();
+    let (result, left_out) = dry(|| -> Result<()> {
         let mut tape = Tape::new(graph, Keep::Nothing);
         for input in given {
             tape.set(input.slot, input.tensor()?);
         }
         for (i, node) in graph.nodes.iter().enumerate() {
             fill(graph, i, dtype)?;
+            forget_peak();
             let ran = tape.run(i).with_context(|| format!("running {} dry", node.name));
             node.params.empty();
             ran?;
+            turns.push(tally().peak.max(0) as usize);
         }
         Ok(())
     });
     result?;
-    Ok(tally)
+    Ok((turns, left_out))
 }
 
 /// Puts memory without contents where segment `i`'s ops find their weights.

@@ -33,14 +33,13 @@ impl SegmentFacts {
 }
 
 /// A network that is only run.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct FrozenFacts {
     /// Of its weights at rest, in bytes.
     pub weights: usize,
-    /// Of those of two segments at most, where they are read from their files as they are used.
-    pub two: usize,
-    /// The most that its activations take, in bytes.
-    pub activations: usize,
+    /// For each segment: bytes of its weights and the next one's, where they are read from their files as they are used;
+    /// and the most that activations take meanwhile.
+    pub turns: Vec<[usize; 2]>,
     pub flops: f64,
 }
 
@@ -58,7 +57,7 @@ pub struct Facts {
     /// Slots that the caller fills.
     pub given: Vec<SlotId>,
     pub prediction: SlotId,
-    /// Bytes that the compute threads keep.
+    /// Bytes that the compute threads keep as scratch, beside what is counted as activations.
     pub scratch: usize,
     /// Bytes of what a micro-batch holds beside its tensors: rows, targets.
     pub around: usize,
@@ -204,11 +203,10 @@ fn encoder(plan: &RunPlan, configs: &Configs) -> Result<(FrozenFacts, Tally)> {
     let encoder = model::vae_encoder(&configs.vae);
     let side = plan.data.resolution;
     let pixels = Given { slot: encoder.pixels, shape: vec![1, 3, side, side], dtype: DType::F32 };
-    let tally = dry::forward_only(&encoder.graph, DType::F32, &[pixels])?;
-    let (activations, flops) = (tally.peak.max(0) as usize, tally.flops);
-    let sizes: Vec<usize> = encoder.graph.nodes.iter().map(|n| 4 * n.params.layout().padded_len(1)).collect();
-    let two = sizes.windows(2).map(|two| two[0] + two[1]).max().unwrap_or(0);
-    Ok((FrozenFacts { weights: weights(&encoder.graph, DType::F32), two, activations, flops }, tally))
+    let (activations, tally) = dry::forward_only(&encoder.graph, DType::F32, &[pixels])?;
+    let size = |i: usize| encoder.graph.nodes.get(i).map_or(0, |n| 4 * n.params.layout().padded_len(1));
+    let turns = activations.iter().enumerate().map(|(i, &activations)| [size(i) + size(i + 1), activations]).collect();
+    Ok((FrozenFacts { weights: weights(&encoder.graph, DType::F32), turns, flops: tally.flops }, tally))
 }
 
 /// The most that making a picture takes: with guidance the network runs over two rows for each picture; then the
@@ -241,11 +239,11 @@ fn validation(
     if let Conditioning::Prompts(model::TextSlots { key_lengths: Some(slot), .. }) = slots.conditioning {
         given.push(Given { slot, shape: vec![rows], dtype: DType::U32 });
     }
-    let denoising = dry::forward_only(graph, dtype, &given)?.peak;
+    let (denoising, _) = dry::forward_only(graph, dtype, &given)?;
     let decoder = model::vae_decoder(&configs.vae);
     let decoder_dtype = if configs.vae.force_upcast { DType::F32 } else { dtype };
     let latents =
         Given { slot: decoder.latents, shape: vec![1, configs.vae.latent_channels, side, side], dtype: decoder_dtype };
-    let decoding = dry::forward_only(&decoder.graph, decoder_dtype, &[latents])?.peak;
-    Ok(weights(&decoder.graph, decoder_dtype) + denoising.max(decoding).max(0) as usize)
+    let (decoding, _) = dry::forward_only(&decoder.graph, decoder_dtype, &[latents])?;
+    Ok(weights(&decoder.graph, decoder_dtype) + denoising.into_iter().chain(decoding).max().unwrap_or(0))
 }

@@ -262,9 +262,8 @@ impl<'a> Ledger<'a> {
         // What is fetched when its turn comes waits behind what is leaving.
         let one_by_one = !self.resident() && !self.terms.prefetch;
         let moment = if one_by_one { own.max(before_own) } else { own + before_own };
-        // A collective lasts until the slowest rank has come to it.
-        let steady = if self.several() { moment } else { own };
-        (Flight { moment, steady }, heap)
+        // Sums are stored, and reduced, in less time than a segment takes from its beginning to its fullest moment.
+        (Flight { moment, steady: own }, heap)
     }
 
     /// What passes through the host on its way between a drive and the optimizer: parameters, state. `one_by_one`: each
@@ -319,8 +318,7 @@ impl<'a> Ledger<'a> {
             ..TierBytes::default()
         };
         let always = parameters_here + gradients_here + state_here + device.frozen;
-        let heap = self.facts.kept + self.facts.scratch;
-        let around = heap + self.facts.around;
+        let around = self.facts.kept + self.facts.around;
         let mut fullest = String::new();
         let mut turn = |name: &dyn Fn() -> String, parameters: Flight, gradients: Flight, activations: Turn| {
             device.parameters = device.parameters.max(parameters_here + parameters.moment.max(parameters.steady));
@@ -329,7 +327,7 @@ impl<'a> Ledger<'a> {
             let begins = parameters.moment + gradients.moment + activations.before;
             let goes_on = parameters.steady + gradients.steady + activations.most;
             let total = always + around + begins.max(goes_on);
-            let bound = always + around + parameters.moment + gradients.moment + activations.most;
+            let bound = always + around + self.facts.scratch + parameters.moment + gradients.moment + activations.most;
             device.bound = device.bound.max(bound);
             if total > device.total {
                 (device.total, fullest) = (total, name());
@@ -338,8 +336,10 @@ impl<'a> Ledger<'a> {
         let steady = |bytes: usize| Flight { moment: bytes, steady: bytes };
         let at_once = |bytes: usize| Turn { before: bytes, most: bytes };
         let none = Flight::default();
-        let read = if place.parameters == Place::Device { 0 } else { self.facts.encoder.two };
-        turn(&|| "a picture's latents".to_string(), steady(read), none, at_once(self.facts.encoder.activations));
+        for &[weights, activations] in &self.facts.encoder.turns {
+            let read = if place.parameters == Place::Device { 0 } else { weights };
+            turn(&|| "a picture's latents".to_string(), steady(read), none, at_once(activations));
+        }
         let count = self.sizes.len();
         for (i, &activations) in profile.forward.iter().enumerate() {
             let next = if i + 1 < count { i + 1 } else { i };

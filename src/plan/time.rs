@@ -54,7 +54,12 @@ pub fn seconds(facts: &Facts, terms: &Terms, choice: &Choice, traffic: &Traffic,
     // A copy that the device makes of its own memory waits for nobody; the others run beside the computation, except
     // that without prefetch each segment waits for its own.
     let (hidden, exposed) = if terms.prefetch { (travel, 0.0) } else { (0.0, travel) };
-    seconds.step = if choice.placement.optimizer == Place::Device {
+    seconds.step = if machine.shared {
+        // The same cores compute, copy and update: only a drive works beside them.
+        let (before, beside) =
+            if terms.clips { (backward, forward + update) } else { (0.0, forward + backward + update) };
+        before + (beside + travel).max(drive)
+    } else if choice.placement.optimizer == Place::Device {
         // The device updates, and computes nothing else meanwhile.
         (forward + backward).max(hidden).max(drive) + update + exposed
     } else if terms.clips {

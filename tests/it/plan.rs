@@ -12,6 +12,9 @@ use dblaunch::model::{self, Conditioning, Denoiser, TextConfig, UnetConfig, VaeC
 use dblaunch::pipeline::Configs;
 use dblaunch::plan::{Facts, Surroundings, Wiring};
 use dblaunch::segment::{Keep, SlotId, Tape};
+use serde_json::Value;
+
+use crate::harness::{Home, PLAIN};
 
 /// The counter is the whole process's: the test `name` of this file runs in a process of its own.
 fn alone(name: &str, test: impl FnOnce()) {
@@ -71,11 +74,11 @@ fn measured(plan: &RunPlan, configs: &Configs, keep: &[Keep]) -> usize {
         ];
         match &slots.conditioning {
             Conditioning::Context(slot) => {
-                given.push((*slot, ones(&[rows, 77, configs.unet.cross_attention_dim], dtype)))
+                given.push((*slot, ones(&[rows, configs.text.max_positions, configs.unet.cross_attention_dim], dtype)))
             }
             Conditioning::Prompts(text) => {
                 let unique = 1 + usize::from(plan.prior.is_some());
-                given.push((text.token_ids, ones(&[unique, 77], DType::U32)));
+                given.push((text.token_ids, ones(&[unique, configs.text.max_positions], DType::U32)));
                 given.push((text.rows, Tensor::zeros(&[rows], DType::U32, &Device::Cpu).unwrap()));
             }
         }
@@ -87,20 +90,20 @@ fn measured(plan: &RunPlan, configs: &Configs, keep: &[Keep]) -> usize {
         drop(prediction);
         (0..graph.nodes.len()).rev().for_each(|i| tape.pull(i).unwrap());
     };
+    // What threads keep as scratch is there after the first pass, and is another matter.
+    pass();
     count_activations_from_here();
     pass();
     activations().expect("the tests' allocator counts").peak
 }
 
 fn predicted(plan: &RunPlan, configs: &Configs, keep: impl Fn(usize) -> Keep) -> (usize, Vec<Keep>) {
-    let around = Surroundings { tokens: 77, items: usize::MAX, latents_kept: 0, pictures_bytes: 0 };
+    let around =
+        Surroundings { tokens: configs.text.max_positions, items: usize::MAX, latents_kept: 0, pictures_bytes: 0 };
     let facts = Facts::of(plan, configs, around).unwrap();
     let keep: Vec<Keep> = (0..facts.segments.len()).map(keep).collect();
     let profile = Wiring::of(&facts).profile(&keep);
-    if std::env::var_os("PROBE").is_some() {
-        println!("scratch {} profile {profile:?}", facts.scratch);
-    }
-    (profile.peak() + facts.scratch, keep)
+    (profile.peak(), keep)
 }
 
 fn compare(what: &str, plan: &RunPlan, configs: &Configs, keep: impl Fn(usize) -> Keep) {
@@ -112,9 +115,7 @@ fn compare(what: &str, plan: &RunPlan, configs: &Configs, keep: impl Fn(usize) -
         "{what}: predicted {predicted} measured {measured}: {:+.2} % (planned in {planned:.2?})",
         100.0 * (predicted as f64 / measured as f64 - 1.0)
     );
-    if std::env::var_os("PROBE").is_none() {
-        assert!((predicted as f64 / measured as f64 - 1.0).abs() < 0.05, "{what}: {predicted} for {measured}");
-    }
+    assert!((predicted as f64 / measured as f64 - 1.0).abs() < 0.03, "{what}: {predicted} for {measured}");
 }
 
 const SMALL: &[&str] = &["data.resolution=64", "train.batch_size=2"];
@@ -170,4 +171,48 @@ fn published_shapes() {
         compare(&format!("{what} mixed"), &plan, &configs, |i| if i % 4 == 0 { Keep::Graph } else { Keep::Inputs });
         compare(&format!("{what} graph"), &plan, &configs, |_| Keep::Graph);
     }
+}
+
+/// What each rank's tiers held at most, beside what was planned: all of a tier to 5 %.
+fn run_holds_what_was_planned(ranks: usize, sets: &[&str]) {
+    let home = Home::new();
+    let always = ["train.max_steps=3", "train.batch_size=1"];
+    home.job(PLAIN).ranks(ranks).sets(&always).sets(sets).run().done();
+    let told: Value = serde_json::from_slice(&std::fs::read(home.out().join("memory.json")).unwrap()).unwrap();
+    let of_ranks = told["ranks"].as_array().unwrap();
+    assert_eq!(of_ranks.len(), ranks);
+    for compared in of_ranks.iter().flat_map(|rank| rank.as_array().unwrap()) {
+        let number = |key: &str| compared[key].as_f64().unwrap();
+        let off = number("predicted") / number("measured") - 1.0;
+        println!("{ranks} ranks, {sets:?}: {compared} {:+.1} %", 100.0 * off);
+        let whole = !compared["what"].as_str().unwrap().contains('.');
+        assert!(!whole || off.abs() < 0.05, "{ranks} ranks, {sets:?}: {compared}");
+    }
+}
+
+#[test]
+fn runs_hold_what_was_planned() {
+    run_holds_what_was_planned(1, &[]);
+    run_holds_what_was_planned(1, &["zero.offload_optimizer=host", "zero.offload_params=host", "train.recompute=true"]);
+    run_holds_what_was_planned(
+        2,
+        &["zero.offload_gradients=host", "optimizer.kind=adamw8bit", "train.recompute=false"],
+    );
+    run_holds_what_was_planned(
+        3,
+        &["zero.stage=3", "optimizer.master_dtype=bf16", "train.mixed_precision=bf16", "zero.prefetch=false"],
+    );
+}
+
+#[test]
+fn a_run_that_does_not_fit_is_refused_and_one_that_does_keeps_its_budget() {
+    let home = Home::new();
+    let problems = home.job(PLAIN).sets(&["memory.vram=2MiB", "train.batch_size=1"]).run().refused();
+    let told = problems.join(" ");
+    assert!(told.contains("no way to run this fits") && told.contains("memory.vram of"), "{told}");
+    assert!(!home.out().exists(), "a refused run has written something");
+    home.job(PLAIN).sets(&["memory.vram=12MiB", "train.batch_size=1", "train.max_steps=2"]).run().done();
+    let told: Value = serde_json::from_slice(&std::fs::read(home.out().join("memory.json")).unwrap()).unwrap();
+    let device = told["ranks"][0].as_array().unwrap().iter().find(|c| c["what"] == "device").unwrap();
+    assert!(device["measured"].as_u64().unwrap() <= 12 << 20, "{device}");
 }

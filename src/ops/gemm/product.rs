@@ -9,7 +9,9 @@ use super::micro::{Finish, tile};
 use super::out::{Bias, Out};
 use super::pack::{Grid, Left, Right};
 use super::simd::{Kernel, Scalar, Simd, dispatch, first};
-use crate::device::{is_dry, note_flops, note_kept_scratch, threads};
+use candle_core::DType;
+
+use crate::device::{Buffer, is_dry, note_flops, note_kept_scratch, threads};
 
 /// A times B.
 pub struct Product<'a, A, B> {
@@ -76,7 +78,7 @@ impl<A: Left, B: Right, T: Scalar> Kernel for Parallel<'_, '_, A, B, T> {
             let rows = product.rows.div_ceil(S::ROWS).div_ceil(down) * S::ROWS;
             let room = product.room::<S, T>(rows.min(product.rows), panels.div_ceil(across), out);
             let helped = threads::at_once(down * across, operations) > 1;
-            note_kept_scratch(room.map(|numbers| numbers.div_ceil(16) * size_of::<Line>()), helped);
+            note_kept_scratch(room.map(|numbers| numbers * size_of::<f32>()), helped);
             return;
         }
         threads::parallel_for(down * across, operations, |task| {
@@ -132,31 +134,28 @@ fn tiles<S: Simd>(rows: usize, panels: usize, depth: usize) -> (usize, usize) {
     (best.1, best.2)
 }
 
-#[derive(Clone, Copy)]
-#[repr(align(64))]
-struct Line {
-    _numbers: [f32; 16],
-}
-
 /// Panels of A that are packed together, so that what is read of their columns is worth the way.
 const GROUP: usize = 4;
 
-/// A thread's buffers: some panels of A, a block of B, and a tile of results that cannot be written in place.
+/// A thread's buffers: some panels of A, a block of B, and a tile of results that cannot be written in place. Not on the
+/// heap that is counted, since which thread comes to need how much is a matter of timing.
 #[derive(Default)]
-struct Scratch([Vec<Line>; 3]);
+struct Scratch([Option<Buffer>; 3]);
 
 impl Scratch {
     /// Room for `lens` numbers each, left as the last user left them.
     fn room(&mut self, lens: [usize; 3]) -> [*mut f32; 3] {
         let mut at = [std::ptr::null_mut(); 3];
         for ((buffer, len), at) in self.0.iter_mut().zip(lens).zip(&mut at) {
-            let lines = len.div_ceil(16);
-            if buffer.len() < lines {
-                // No more than that, so that what threads keep can be foreseen.
-                buffer.reserve_exact(lines - buffer.len());
-                buffer.resize(lines, Line { _numbers: [0.0; 16] });
+            if buffer.as_ref().is_none_or(|buffer| buffer.len() < len) {
+                let Ok(larger) = Buffer::unbudgeted(DType::F32, len) else {
+                    std::alloc::handle_alloc_error(std::alloc::Layout::new::<f32>())
+                };
+                *buffer = Some(larger);
             }
-            *at = buffer.as_mut_ptr().cast();
+            if let Some(buffer) = buffer {
+                *at = buffer.as_mut_slice::<f32>().as_mut_ptr();
+            }
         }
         at
     }
