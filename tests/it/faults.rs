@@ -278,12 +278,13 @@ fn everything_killed_at_any_moment_goes_on_to_the_bit() {
     let sets = ["zero.stage=3", "train.max_steps=6", "checkpoint.every=1", "checkpoint.keep=2"];
     let since = Instant::now();
     job(&home, 2).sets(&sets).set("output.dir=HOME/whole").run().done();
-    let whole = since.elapsed();
+    // Within which the kills come: shorter when runs end before theirs, longer when they do not.
+    let mut span = since.elapsed();
     let (mut killed, mut finished, mut killed_at, mut state) = (0, 0, Vec::new(), 0x5EED_u64);
     while killed < kills || finished == 0 {
         let running = job(&home, 2).sets(&sets).set("checkpoint.resume=latest").start();
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        let moment = whole.mul_f64((state >> 11) as f64 / (1u64 << 53) as f64);
+        let moment = span.mul_f64((state >> 11) as f64 / (1u64 << 53) as f64);
         let ended = match killed < kills {
             true => ends_before(running, moment),
             false => Some(running.end()),
@@ -291,6 +292,7 @@ fn everything_killed_at_any_moment_goes_on_to_the_bit() {
         if let Some(ran) = ended {
             let ran = ran.done();
             finished += 1;
+            span = span.mul_f64(0.7);
             assert_eq!(rows(&home.out()), rows(&home.path("whole")), "{}", ran.stderr);
             assert!(unet(&home, "out") == unet(&home, "whole"), "after {killed_at:?}");
             assert_eq!(listing(&home.path("drive")), [home.path("drive/notes.txt")], "after {killed_at:?}");
@@ -298,6 +300,7 @@ fn everything_killed_at_any_moment_goes_on_to_the_bit() {
             continue;
         }
         killed += 1;
+        span = span.mul_f64(1.1);
         killed_at.push((last_checkpoint(&home), half_done(&home)));
         assert!(state_files(&home).len() <= 4, "leftovers pile up: {:?}", state_files(&home));
     }
