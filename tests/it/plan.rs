@@ -207,12 +207,12 @@ fn runs_hold_what_was_planned() {
 #[test]
 fn a_run_that_does_not_fit_is_refused_and_one_that_does_keeps_its_budget() {
     let home = Home::new();
-    let problems = home.job(PLAIN).sets(&["memory.vram=2MiB", "train.batch_size=1"]).run().refused();
+    let problems = home.job(PLAIN).sets(&["memory.vram=512KiB", "train.batch_size=1"]).run().refused();
     let told = problems.join(" ");
     assert!(told.contains("no way to run this fits") && told.contains("memory.vram of"), "{told}");
     assert!(!home.out().exists(), "a refused run has written something");
-    home.job(PLAIN).sets(&["memory.vram=12MiB", "train.batch_size=1", "train.max_steps=2"]).run().done();
+    home.job(PLAIN).sets(&["memory.vram=3MiB", "train.batch_size=1", "train.max_steps=2"]).run().done();
     let told: Value = serde_json::from_slice(&std::fs::read(home.out().join("memory.json")).unwrap()).unwrap();
     let device = told["ranks"][0].as_array().unwrap().iter().find(|c| c["what"] == "device").unwrap();
-    assert!(device["measured"].as_u64().unwrap() <= 12 << 20, "{device}");
+    assert!(device["measured"].as_u64().unwrap() <= 3 << 20, "{device}");
 }
