@@ -52,7 +52,7 @@ pub fn memory(rank: &Rank, case: &MemoryCase) -> Result<()> {
     let owned = states(&tiers).map(|usage| usage.used);
     memory.count_from_here();
     let loaded = tiers.drive.as_ref().map_or(0, |drive| drive.traffic().written_bytes);
-    let mut seconds = Vec::new();
+    let (mut seconds, mut parts) = (Vec::new(), Vec::new());
     let group = |_: &str| shape::group();
     for step in 1..=case.steps {
         let started = Instant::now();
@@ -62,9 +62,12 @@ pub fn memory(rank: &Rank, case: &MemoryCase) -> Result<()> {
             true => Then::Norm,
             false => Then::Update(StepScale { step, grad_scale: 1.0 }, &group),
         };
+        let mut forward = 0.0;
         network.forward_backward(Some(inputs), then, |prediction| {
+            forward = started.elapsed().as_secs_f64();
             Ok((prediction / (prediction.elem_count() as f64 * rows))?)
         })?;
+        let backward = started.elapsed().as_secs_f64() - forward;
         let norm = network.reduce()?;
         if case.max_grad_norm > 0.0 {
             network.update(step, clip_factor(norm, case.max_grad_norm), group)?;
@@ -72,7 +75,10 @@ pub fn memory(rank: &Rank, case: &MemoryCase) -> Result<()> {
         if step == case.steps {
             network.settle()?;
         }
-        seconds.push(started.elapsed().as_secs_f64());
+        // Where states rest off the device the forward waits for the last step's update.
+        let all = started.elapsed().as_secs_f64();
+        parts.push(json!({"forward": forward, "backward": backward, "update": all - forward - backward}));
+        seconds.push(all);
     }
     let held = memory.held();
     let peaks = states(&tiers).map(|usage| usage.peak);
@@ -85,6 +91,9 @@ pub fn memory(rank: &Rank, case: &MemoryCase) -> Result<()> {
         "drive": tiers.drive.as_ref().map(|drive| drive.traffic().written_bytes - loaded),
         "peak_rss": peak_rss_bytes(),
         "seconds": seconds,
+        "parts": parts,
+        "drive_busy": tiers.drive.as_ref().map(|drive| drive.traffic().busy_seconds),
+        "drive_read": tiers.drive.as_ref().map(|drive| drive.traffic().read_bytes),
     });
     let rows = comm.gather_strings(&row.to_string())?;
     if comm.rank() == 0 {
