@@ -28,6 +28,12 @@ static ALLOCATOR: Keeping<mimalloc::MiMalloc> = Keeping::over(mimalloc::MiMalloc
 const TIMEOUT: Duration = Duration::from_secs(600);
 
 fn main() -> ExitCode {
+    let world = World::from_environment();
+    if matches!(world, Ok(Some(_)))
+        && let Err(error) = launch::Interrupt::install()
+    {
+        return ExitCode::from(launch::report_failure(&error));
+    }
     let cli = Cli::parse();
     let result = match &cli.command {
         Some(Command::Check(check)) => self::check(&check.request).map(|()| status::DONE),
@@ -43,7 +49,7 @@ fn main() -> ExitCode {
             cli::write_completions(*shell, &mut std::io::stdout());
             Ok(status::DONE)
         }
-        None => match World::from_environment() {
+        None => match world {
             Ok(Some(world)) => be_a_rank(&cli.train, &world),
             Ok(None) => start_ranks(&cli.train),
             Err(error) => Err(error),

@@ -63,8 +63,13 @@ pub struct Interrupt {
 }
 
 impl Interrupt {
-    /// Notes SIGINT and SIGTERM instead of ending by them; the second one ends the process at once.
-    fn install() -> Result<Interrupt> {
+    /// Notes SIGINT and SIGTERM instead of ending by them; the second one ends the process at once. A rank does this
+    /// before anything else: one that ended by the first signal would leave the others waiting.
+    pub fn install() -> Result<Interrupt> {
+        static INSTALLED: OnceLock<Interrupt> = OnceLock::new();
+        if let Some(installed) = INSTALLED.get() {
+            return Ok(installed.clone());
+        }
         let raised = Arc::new(AtomicBool::new(false));
         // A file that grows past a limit is an error of the write that does it, which names the file.
         flag::register(SIGXFSZ, Arc::default()).context("cannot listen for signals")?;
@@ -74,7 +79,7 @@ impl Interrupt {
                 .and_then(|_| flag::register(signal, raised.clone()))
                 .context("cannot listen for signals")?;
         }
-        Ok(Interrupt { raised })
+        Ok(INSTALLED.get_or_init(|| Interrupt { raised }).clone())
     }
 
     /// On this rank; whether all stop is for the ranks to decide together.
