@@ -227,6 +227,11 @@ impl<'a> Ledger<'a> {
         Flight { moment, steady: own + next.map_or(0, |next| self.sizes[next].full * used) }
     }
 
+    /// The device's parameters beyond those at rest, of a segment in use.
+    fn in_use(&self, i: usize) -> usize {
+        if self.resident() { 0 } else { self.sizes[i].full * self.terms.used() }
+    }
+
     /// What bringing a segment takes at most.
     fn bring(&self, i: usize) -> usize {
         let (sizes, used, rest) = (self.sizes[i], self.terms.used(), self.terms.rest());
@@ -348,10 +353,17 @@ impl<'a> Ledger<'a> {
         turn(&|| "the loss".to_string(), none, none, at_once(profile.objective));
         for (i, &activations) in profile.backward.iter().enumerate() {
             let (gradients, reducing) = self.leaving(i);
-            let parameters = self.on_the_way(i, i.checked_sub(1));
             let activations = Turn { before: activations.before + reducing, ..activations };
-            turn(&|| self.named("backward", i), parameters, gradients, activations);
+            // Gradients and parameters travel one after another: first the last segment's bucket leaves, then the next
+            // segment's parameters come.
+            let name = || self.named("backward", i);
+            turn(&name, steady(self.in_use(i)), gradients, activations);
+            turn(&name, self.on_the_way(i, i.checked_sub(1)), steady(gradients.steady), activations);
         }
+        // The pipeline at the end is written segment by segment, each whole and in fp32, beside this rank's shard of it.
+        let whole = |s: &Sizes| 4 * (s.full + if self.several() { s.shard } else { 0 });
+        let written = self.sizes.iter().map(whole).max().unwrap_or(0);
+        turn(&|| "the pipeline's files".to_string(), none, none, at_once(written));
         if self.facts.validation > 0 {
             let most = (0..count).map(|i| self.on_the_way(i, Some((i + 1).min(count - 1))).moment).max().unwrap_or(0);
             turn(&|| "a validation picture".to_string(), steady(most), none, at_once(self.facts.validation));
