@@ -1,6 +1,7 @@
 //! One integration binary; modules are named by behaviour.
 
 mod bad_input;
+mod bad_runs;
 mod captions;
 mod config;
 mod demo;
