@@ -22,6 +22,8 @@ struct Inner {
     below: Mutex<Vec<Arc<Meter>>>,
     /// Shares its limit with the activations on the heap.
     with_activations: bool,
+    /// What it hands out was charged to those above it at once, when it was made.
+    paid: Option<Charge>,
     spare: Mutex<Spare>,
 }
 
@@ -65,13 +67,13 @@ impl Meter {
 impl Arena {
     /// An arena by itself.
     pub fn new(name: impl Into<String>, limit: Option<usize>) -> Self {
-        Self::with(Meter::new(name.into(), limit), None, false)
+        Self::with(Meter::new(name.into(), limit), None, false, None)
     }
 
     /// The device tier where the CPU computes: what it hands out and the activations on the heap share `limit`.
     pub fn with_activations(name: impl Into<String>, limit: Option<usize>) -> Self {
         heap::set_budget(limit);
-        Self::with(Meter::new(name.into(), limit), None, true)
+        Self::with(Meter::new(name.into(), limit), None, true, None)
     }
 
     /// An arena whose buffers count in this one, too, and are bound by its limit. Those of one name are one.
@@ -82,11 +84,24 @@ impl Arena {
             below.push(Meter::new(name.to_string(), None));
             below[below.len() - 1].clone()
         });
-        Self::with(meter, Some(self.clone()), false)
+        Self::with(meter, Some(self.clone()), false, None)
     }
 
-    fn with(meter: Arc<Meter>, above: Option<Arena>, with_activations: bool) -> Self {
-        Arena(Arc::new(Inner { meter, above, below: Mutex::default(), with_activations, spare: Mutex::default() }))
+    /// An arena of `bytes` that are taken from this one now and given back with it, whatever of them is in use: so what
+    /// is held for things that come and go does not depend on when they do. Errors name `what` it is for.
+    pub fn reserved(&self, bytes: usize, what: &str) -> Result<Self> {
+        let paid = Charge::take(self, bytes, what)?;
+        Ok(Self::with(Meter::new(self.name().to_string(), Some(bytes)), Some(self.clone()), false, Some(paid)))
+    }
+
+    fn with(meter: Arc<Meter>, above: Option<Arena>, with_activations: bool, paid: Option<Charge>) -> Self {
+        let (below, spare) = Default::default();
+        Arena(Arc::new(Inner { meter, above, below, with_activations, paid, spare }))
+    }
+
+    /// The arena that is charged, too, for what this one hands out.
+    fn charged(&self) -> Option<&Arena> {
+        self.0.above.as_ref().filter(|_| self.0.paid.is_none())
     }
 
     /// A zeroed buffer of `len` elements. Errors name the arena, `what` was wanted and the limit.
@@ -151,7 +166,7 @@ impl Charge {
 
 /// Charges from the top down, so that a limit above is met before anything below it has changed.
 fn take(arena: &Arena, bytes: usize, what: &str) -> Result<()> {
-    if let Some(above) = &arena.0.above {
+    if let Some(above) = arena.charged() {
         take(above, bytes, what)?;
     }
     let meter = &arena.0.meter;
@@ -161,7 +176,7 @@ fn take(arena: &Arena, bytes: usize, what: &str) -> Result<()> {
         && used + activations > limit
     {
         meter.used.fetch_sub(bytes, Relaxed);
-        if let Some(above) = &arena.0.above {
+        if let Some(above) = arena.charged() {
             give(above, bytes);
         }
         let beside = if activations > 0 { format!(", {activations} of them activations") } else { String::new() };
@@ -183,7 +198,7 @@ fn give(arena: &Arena, bytes: usize) {
     if arena.0.with_activations {
         heap::discharged(bytes);
     }
-    if let Some(above) = &arena.0.above {
+    if let Some(above) = arena.charged() {
         give(above, bytes);
     }
 }
@@ -267,6 +282,20 @@ mod tests {
         assert_eq!(tier.usage(), Usage { used: 0, peak: 1000 });
         tier.reset_peak();
         assert_eq!((tier.usage().peak, tier.parts()[1].1.peak), (0, 0));
+    }
+
+    #[test]
+    fn what_is_reserved_is_held_whatever_is_in_use() {
+        let tier = Arena::new("host", Some(1000));
+        let reserved = tier.child("optimizer").reserved(600, "pieces").unwrap();
+        assert_eq!((tier.usage().used, tier.parts()[0].1.used), (600, 600));
+        let held = reserved.alloc(DType::U8, 600, "a piece").unwrap();
+        assert!(reserved.alloc(DType::U8, 1, "one more").is_err());
+        assert!(tier.reserved(401, "too much").unwrap_err().to_string().contains("too much: 401 bytes"));
+        drop(held);
+        assert_eq!(tier.usage(), Usage { used: 600, peak: 600 });
+        drop(reserved);
+        assert_eq!(tier.usage().used, 0);
     }
 
     #[test]

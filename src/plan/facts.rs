@@ -37,9 +37,9 @@ impl SegmentFacts {
 pub struct FrozenFacts {
     /// Of its weights at rest, in bytes.
     pub weights: usize,
-    /// For each segment: bytes of its weights and the next one's, where they are read from their files as they are used;
+    /// For each segment: bytes of its weights, and of the next one's, where they are read from their files as they are used;
     /// and the most that activations take meanwhile.
-    pub turns: Vec<[usize; 2]>,
+    pub turns: Vec<[usize; 3]>,
     pub flops: f64,
 }
 
@@ -205,7 +205,7 @@ fn encoder(plan: &RunPlan, configs: &Configs) -> Result<(FrozenFacts, Tally)> {
     let pixels = Given { slot: encoder.pixels, shape: vec![1, 3, side, side], dtype: DType::F32 };
     let (activations, tally) = dry::forward_only(&encoder.graph, DType::F32, &[pixels])?;
     let size = |i: usize| encoder.graph.nodes.get(i).map_or(0, |n| 4 * n.params.layout().padded_len(1));
-    let turns = activations.iter().enumerate().map(|(i, &activations)| [size(i) + size(i + 1), activations]).collect();
+    let turns = activations.iter().enumerate().map(|(i, &activations)| [size(i), size(i + 1), activations]).collect();
     Ok((FrozenFacts { weights: weights(&encoder.graph, DType::F32), turns, flops: tally.flops }, tally))
 }
 

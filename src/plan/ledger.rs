@@ -10,10 +10,7 @@ use crate::config::{GradAccumDtype, MasterDtype, OptimizerKind, ReduceDtype, Run
 use crate::device::{Place, StateFile};
 use crate::optim::{CHUNK, RecordLayout, StateKind};
 use crate::segment::Keep;
-use crate::zero::Placement;
-
-/// Pieces that the optimizer's thread has in memory at a time: read ahead, computed, written behind.
-const PIECES: usize = 5;
+use crate::zero::{IN_FLIGHT, Placement};
 
 /// What is chosen.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -53,15 +50,15 @@ pub struct TierBytes {
     pub activations: usize,
     /// Of all together: less than their sum, since they are not at most at the same time.
     pub total: usize,
-    /// Of all together if whatever may happen at the same time does: what a budget must have room for.
+    /// With what threads may keep besides: what a budget must have room for.
     pub bound: usize,
 }
 
-/// Bytes of an arena in a turn: for a moment at its beginning, and through it.
+/// Bytes of an arena in a turn beyond those at rest: at its beginning, and through it.
 #[derive(Clone, Copy, Debug, Default)]
 struct Flight {
-    moment: usize,
-    steady: usize,
+    begins: usize,
+    goes_on: usize,
 }
 
 /// Bytes that travel in a step, per rank.
@@ -214,34 +211,24 @@ impl<'a> Ledger<'a> {
         })
     }
 
-    /// The device's parameters beyond those at rest, while segment i is used and `next` is on its way.
+    /// The device's parameters while segment i is used and `next` is on its way. Memory for a way is taken when it
+    /// begins and held until its end is waited for.
     fn on_the_way(&self, i: usize, next: Option<usize>) -> Flight {
         if self.resident() {
-            let moment = self.publishing(i);
-            return Flight { moment, steady: 0 };
+            return Flight { begins: self.publishing(i), goes_on: 0 };
         }
-        let used = self.terms.used();
-        let own = self.sizes[i].full * used;
-        let next = next.filter(|_| self.terms.prefetch);
-        let moment = (own + next.map_or(0, |next| self.bring(next))).max(self.bring(i));
-        Flight { moment, steady: own + next.map_or(0, |next| self.sizes[next].full * used) }
+        let next = next.filter(|_| self.terms.prefetch).map_or(0, |next| self.bring(next));
+        Flight { begins: self.bring(i), goes_on: self.sizes[i].full * self.terms.used() + next }
     }
 
-    /// The device's parameters beyond those at rest, of a segment in use.
-    fn in_use(&self, i: usize) -> usize {
-        if self.resident() { 0 } else { self.sizes[i].full * self.terms.used() }
-    }
-
-    /// What bringing a segment takes at most.
+    /// What bringing a segment takes.
     fn bring(&self, i: usize) -> usize {
         let (sizes, used, rest) = (self.sizes[i], self.terms.used(), self.terms.rest());
         let (whole, drive) = (sizes.owned == sizes.full, self.place().parameters == Place::Nvme);
-        if whole && !drive {
-            return sizes.full * used;
-        }
+        let converted = self.terms.rest_differs() && (!whole || drive);
+        let resting = if converted { sizes.full * rest } else { 0 };
         let shard = if !whole && drive { sizes.owned * rest } else { 0 };
-        let converted = if self.terms.rest_differs() { sizes.full * used } else { 0 };
-        sizes.full * rest + shard.max(converted)
+        sizes.full * used + resting + shard
     }
 
     /// A rank's shard on its way to the others' resident copies.
@@ -250,55 +237,41 @@ impl<'a> Ledger<'a> {
         if publishes { self.sizes[i].shard * self.terms.used() } else { 0 }
     }
 
-    /// The device's gradients beyond those at rest, while segment i runs backward: its bucket, and for a moment the one
-    /// before it on its way to where it rests. The second number is on the heap, for a moment.
-    fn leaving(&self, i: usize) -> (Flight, usize) {
-        let slot = self.rests_in_slot();
-        let own = if self.sizes[i].trains && !slot { 4 * self.sizes[i].full } else { 0 };
-        let Some(before) = self.sizes.get(i + 1).filter(|sizes| sizes.trains) else {
-            return (Flight { moment: own, steady: own }, 0);
-        };
-        let mut before_own = if slot { 0 } else { 4 * before.full };
-        let mut heap = 0;
-        if self.several() {
-            before_own += if self.choice.stage >= 1 { 4 * before.shard } else { 0 };
-            heap += if self.terms.reduce_half { 2 * (before.full + before.shard) } else { 0 };
-        }
-        // What is fetched when its turn comes waits behind what is leaving.
-        let one_by_one = !self.resident() && !self.terms.prefetch;
-        let moment = if one_by_one { own.max(before_own) } else { own + before_own };
-        // Sums are stored, and reduced, in less time than a segment takes from its beginning to its fullest moment.
-        (Flight { moment, steady: own }, heap)
+    /// The device's gradients while segment i runs backward: its bucket, and the one before it on its way to where it
+    /// rests, with what its reduction takes.
+    fn leaving(&self, i: usize) -> Flight {
+        let bucket = |sizes: &Sizes| if sizes.trains && !self.rests_in_slot() { 4 * sizes.full } else { 0 };
+        let before = self.sizes.get(i + 1).filter(|sizes| sizes.trains);
+        let leaving = before.map_or(0, |before| bucket(before) + self.reducing(before));
+        Flight { begins: leaving, goes_on: leaving + bucket(&self.sizes[i]) }
     }
 
-    /// What passes through the host on its way between a drive and the optimizer: parameters, state. `one_by_one`: each
-    /// segment's is done before the next one's begins.
-    fn staging(&self, one_by_one: bool) -> [usize; 2] {
+    /// What the reduction of a bucket takes beside it.
+    fn reducing(&self, sizes: &Sizes) -> usize {
+        if !self.several() {
+            return 0;
+        }
+        let shard = if self.choice.stage >= 1 { sizes.shard } else { 0 };
+        4 * shard + if self.terms.reduce_half { 2 * (sizes.full + shard) } else { 0 }
+    }
+
+    /// What passes through the host on its way between a drive and the optimizer, reserved for as many pieces as are
+    /// there at a time: parameters, state.
+    fn staging(&self) -> [usize; 2] {
         let Placement { parameters, optimizer, .. } = self.place();
-        let mut runs: Vec<Vec<[usize; 2]>> = vec![Vec::new()];
+        let drive = |place: Place, bytes: usize| if place == Place::Nvme { bytes } else { 0 };
+        let last_rank = if self.choice.stage >= 1 { self.terms.world_size - 1 } else { 0 };
+        let (mut count, mut most) = (0, [0; 2]);
         for (sizes, segment) in self.sizes.iter().zip(&self.facts.segments).filter(|(sizes, _)| sizes.trains) {
-            if one_by_one {
-                runs.push(Vec::new());
-            }
-            let last_rank = if self.choice.stage >= 1 { self.terms.world_size - 1 } else { 0 };
             for (k, record) in self.records(segment, sizes, last_rank).enumerate() {
                 let elements = (sizes.owned - k * CHUNK).min(CHUNK);
-                let drive = |place: Place, bytes: usize| if place == Place::Nvme { bytes } else { 0 };
                 let master = if self.terms.has_master() { 4 * elements } else { 0 };
                 let weights = drive(parameters, elements * self.terms.rest()) + drive(optimizer, master);
-                if let Some(run) = runs.last_mut() {
-                    run.push([weights, drive(optimizer, record)]);
-                }
+                count += 1;
+                most = [most[0].max(weights), most[1].max(drive(optimizer, record))];
             }
         }
-        let most = |which: usize| {
-            let of = |run: &Vec<[usize; 2]>| {
-                let windows = run.windows(PIECES.min(run.len()).max(1));
-                windows.map(|some| some.iter().map(|piece| piece[which]).sum()).max().unwrap_or(0)
-            };
-            runs.iter().map(of).max().unwrap_or(0)
-        };
-        [most(0), most(1)]
+        most.map(|bytes| bytes * IN_FLIGHT.min(count))
     }
 
     /// All of it.
@@ -326,23 +299,22 @@ impl<'a> Ledger<'a> {
         let around = self.facts.kept + self.facts.around;
         let mut fullest = String::new();
         let mut turn = |name: &dyn Fn() -> String, parameters: Flight, gradients: Flight, activations: Turn| {
-            device.parameters = device.parameters.max(parameters_here + parameters.moment.max(parameters.steady));
-            device.gradients = device.gradients.max(gradients_here + gradients.moment.max(gradients.steady));
+            device.parameters = device.parameters.max(parameters_here + parameters.begins.max(parameters.goes_on));
+            device.gradients = device.gradients.max(gradients_here + gradients.begins.max(gradients.goes_on));
             device.activations = device.activations.max(around + activations.most.max(activations.before));
-            let begins = parameters.moment + gradients.moment + activations.before;
-            let goes_on = parameters.steady + gradients.steady + activations.most;
+            let begins = parameters.begins + gradients.begins + activations.before;
+            let goes_on = parameters.goes_on + gradients.goes_on + activations.most;
             let total = always + around + begins.max(goes_on);
-            let bound = always + around + self.facts.scratch + parameters.moment + gradients.moment + activations.most;
-            device.bound = device.bound.max(bound);
             if total > device.total {
                 (device.total, fullest) = (total, name());
             }
         };
-        let steady = |bytes: usize| Flight { moment: bytes, steady: bytes };
+        let steady = |bytes: usize| Flight { begins: bytes, goes_on: bytes };
         let at_once = |bytes: usize| Turn { before: bytes, most: bytes };
         let none = Flight::default();
-        for &[weights, activations] in &self.facts.encoder.turns {
-            let read = if place.parameters == Place::Device { 0 } else { weights };
+        for &[weights, next, activations] in &self.facts.encoder.turns {
+            let next = if self.terms.prefetch { next } else { 0 };
+            let read = if place.parameters == Place::Device { 0 } else { weights + next };
             turn(&|| "a picture's latents".to_string(), steady(read), none, at_once(activations));
         }
         let count = self.sizes.len();
@@ -352,25 +324,19 @@ impl<'a> Ledger<'a> {
         }
         turn(&|| "the loss".to_string(), none, none, at_once(profile.objective));
         for (i, &activations) in profile.backward.iter().enumerate() {
-            let (gradients, reducing) = self.leaving(i);
-            let activations = Turn { before: activations.before + reducing, ..activations };
-            // Gradients and parameters travel one after another: first the last segment's bucket leaves, then the next
-            // segment's parameters come.
-            let name = || self.named("backward", i);
-            turn(&name, steady(self.in_use(i)), gradients, activations);
-            turn(&name, self.on_the_way(i, i.checked_sub(1)), steady(gradients.steady), activations);
+            turn(&|| self.named("backward", i), self.on_the_way(i, i.checked_sub(1)), self.leaving(i), activations);
         }
         // The pipeline at the end is written segment by segment, each whole and in fp32, beside this rank's shard of it.
         let whole = |s: &Sizes| 4 * (s.full + if self.several() { s.shard } else { 0 });
         let written = self.sizes.iter().map(whole).max().unwrap_or(0);
         turn(&|| "the pipeline's files".to_string(), none, none, at_once(written));
         if self.facts.validation > 0 {
-            let most = (0..count).map(|i| self.on_the_way(i, Some((i + 1).min(count - 1))).moment).max().unwrap_or(0);
+            let of = |i: usize| self.on_the_way(i, (i + 1 < count).then_some(i + 1));
+            let most = (0..count).map(|i| of(i).begins.max(of(i).goes_on)).max().unwrap_or(0);
             turn(&|| "a validation picture".to_string(), steady(most), none, at_once(self.facts.validation));
         }
         let [parameters_there, gradients_there, state_there] = rest(Place::Host);
-        // Without clipping segments are updated as they come from the backward pass; whether a drive keeps up is its affair.
-        let [staging, at_most] = [!self.terms.clips, false].map(|one_by_one| self.staging(one_by_one));
+        let staging = self.staging();
         let mut host = TierBytes {
             parameters: parameters_there + staging[0],
             gradients: gradients_there,
@@ -379,7 +345,7 @@ impl<'a> Ledger<'a> {
             ..TierBytes::default()
         };
         host.total = host.parameters + host.gradients + host.optimizer + host.activations;
-        host.bound = host.total + at_most.iter().sum::<usize>() - staging.iter().sum::<usize>();
+        (host.bound, device.bound) = (host.total, device.total + self.facts.scratch);
         Bytes {
             state_by_rank: self.state_by_rank(),
             device,

@@ -17,13 +17,9 @@ use crate::device::trace::{self, Row};
 use crate::device::{Arena, Buffer, Pending, Promise, promise};
 use crate::optim::{self, RecordLayout, Rounded, StateKind, StochasticRounding};
 use crate::zero::{
-    Coming, GradReducer, Grads, OwnedComing, OwnedGrads, OwnedPiece, OwnedWeights, ParamStore, Piece, Rest, Start,
-    Tiers, Weights, pieces,
+    AHEAD, BEHIND, Coming, GradReducer, Grads, IN_FLIGHT, OwnedComing, OwnedGrads, OwnedPiece, OwnedWeights,
+    ParamStore, Piece, Rest, Start, Tiers, Weights, pieces,
 };
-
-/// Pieces that are read ahead of the one that is computed, and pieces that may still be being written behind it.
-const AHEAD: usize = 2;
-const BEHIND: usize = 2;
 
 /// What every segment of a step has in common.
 #[derive(Clone, Copy, Debug)]
@@ -75,9 +71,9 @@ impl Optimizer {
             (true, Some(grads)) => Segment::new(tiers, store, i, grads, kind, seed).map(Arc::new).map(Some),
             _ => Ok(None),
         };
-        let segments = (0..store.len()).map(segment).collect::<Result<_>>()?;
+        let segments = (0..store.len()).map(segment).collect::<Result<Vec<_>>>()?;
         let (jobs, todo) = channel();
-        let staging = tiers.host.optimizer.clone();
+        let staging = Staging::reserve(tiers, segments.iter().flatten())?;
         let thread = std::thread::Builder::new()
             .name("optimizer".into())
             .spawn(move || Pipeline::new(todo, staging).run())
@@ -151,6 +147,28 @@ impl Record<'_> {
     }
 }
 
+/// Memory for pieces that rest on a drive, reserved for as long as the optimizer lives.
+struct Staging {
+    weights: Arena,
+    records: Arena,
+}
+
+impl Staging {
+    fn reserve<'s>(tiers: &Tiers, segments: impl Iterator<Item = &'s Arc<Segment>>) -> Result<Self> {
+        let of = |segment: &'s Arc<Segment>| segment.chunks.iter().map(move |chunk| segment.staged_bytes(chunk));
+        let (mut count, mut most) = (0, [0; 2]);
+        for staged in segments.flat_map(of) {
+            count += 1;
+            most = [most[0].max(staged[0]), most[1].max(staged[1])];
+        }
+        let [weights, records] = most.map(|bytes| bytes * IN_FLIGHT.min(count));
+        Ok(Staging {
+            weights: tiers.host.parameters.reserved(weights, "weights on their way through the optimizer")?,
+            records: tiers.host.optimizer.reserved(records, "optimizer state on its way")?,
+        })
+    }
+}
+
 impl Segment {
     fn new(tiers: &Tiers, store: &ParamStore, i: usize, grads: OwnedGrads, kind: StateKind, seed: u64) -> Result<Self> {
         let weights = store.owned(i);
@@ -166,6 +184,11 @@ impl Segment {
         };
         let chunks = pieces(owned.len()).map(chunk).collect::<Result<_>>()?;
         Ok(Segment { index: i as u64, weights, grads, chunks, seed })
+    }
+
+    /// Bytes of a piece's weights and record in memory beside where they rest.
+    fn staged_bytes(&self, chunk: &Chunk) -> [usize; 2] {
+        [self.weights.staged_bytes(chunk.range.len()), chunk.record.staged_bytes(chunk.record.len())]
     }
 
     fn rounding(&self, scale: StepScale, chunk: &Chunk) -> StochasticRounding {
@@ -229,7 +252,7 @@ struct Writing {
 /// The thread's state.
 struct Pipeline {
     jobs: Receiver<Job>,
-    staging: Arena,
+    staging: Staging,
     /// The job whose pieces are being begun, and the next piece.
     current: Option<(Arc<Job>, usize)>,
     reading: VecDeque<Reading>,
@@ -237,7 +260,7 @@ struct Pipeline {
 }
 
 impl Pipeline {
-    fn new(jobs: Receiver<Job>, staging: Arena) -> Self {
+    fn new(jobs: Receiver<Job>, staging: Staging) -> Self {
         Pipeline { jobs, staging, current: None, reading: VecDeque::new(), writing: VecDeque::new() }
     }
 
@@ -282,8 +305,8 @@ impl Pipeline {
         };
         let begun = || {
             let name = segment.weights.name();
-            let weights = segment.weights.begin(part.range.clone())?;
-            Ok((weights, part.record.begin(0..part.record.len(), &self.staging, name)?))
+            let weights = segment.weights.begin(part.range.clone(), &self.staging.weights)?;
+            Ok((weights, part.record.begin(0..part.record.len(), &self.staging.records, name)?))
         };
         match begun() {
             Ok((weights, record)) => {

@@ -1,7 +1,6 @@
 //! Gradients on their way from a segment's backward to the optimizer. They travel beside the computation: while one
 //! segment's are reduced and stored, the segment before it runs backward. Padding is zero throughout.
 
-use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
@@ -11,7 +10,7 @@ use candle_core::DType;
 use half::bf16;
 
 use super::param_store::locked;
-use super::reduce::{all_reduce, reduce_scatter, sum_of_squares};
+use super::reduce::{Room, sum_of_squares};
 use super::rest::{cast, widen};
 use super::{ParamStore, Ranks, Tiers};
 use crate::comm::{Slice, SliceMut};
@@ -27,9 +26,13 @@ pub struct GradReducer {
     ranks: Ranks,
     tiers: Tiers,
     segments: Vec<Option<Arc<Summed>>>,
-    /// Buckets on their way from backward to where sums rest, oldest first.
-    leaving: VecDeque<Pending<()>>,
+    /// The bucket on its way from backward to where sums rest, and what its way takes. Both are held until it is waited
+    /// for: so what is held while a segment runs does not depend on how fast the one before it leaves.
+    leaving: Option<Pending<Spent>>,
 }
+
+/// Memory of what has left.
+type Spent = (Option<Buffer>, Room);
 
 /// A segment's sums at rest.
 struct Summed {
@@ -80,7 +83,7 @@ impl GradReducer {
             Ok(Some(Arc::new(Summed { slot: slot.clone(), name, padded_len, sum, fresh, squares })))
         };
         let segments = slots.enumerate().map(summed).collect::<Result<_>>()?;
-        Ok(GradReducer { ranks: ranks.clone(), tiers: tiers.clone(), segments, leaving: VecDeque::new() })
+        Ok(GradReducer { ranks: ranks.clone(), tiers: tiers.clone(), segments, leaving: None })
     }
 
     /// Whether a whole bucket, as ops fill it, is what rests on the device.
@@ -103,14 +106,11 @@ impl GradReducer {
             segment.slot.fill(bucket);
             return Ok(());
         }
-        // One bucket may still be on its way while the next one is filled.
-        self.let_leave(1)?;
         let arena = self.tiers.device.gradients.clone();
         let sums_here = !self.ranks.stage.partitions_gradients() && !segment.fresh.load(Relaxed);
         let bucket = match sums_here {
             // Ops add to what was there: so the sum is the same number wherever it rests.
             true => {
-                self.let_leave(0)?;
                 let mut bucket = arena.alloc_dirty(DType::F32, segment.padded_len, &segment.name)?;
                 if let Some(sum) = &*locked(&segment.sum) {
                     cast(sum, &mut bucket);
@@ -124,42 +124,46 @@ impl GradReducer {
     }
 
     /// Closes it after the backward; where gradients are partitioned that is a collective, one per micro-batch. `last`:
-    /// the step's last micro-batch, after which the sums over all ranks are complete; then `then` is called.
+    /// the step's last micro-batch, after which the sums over all ranks are complete; then `then` is called. One bucket is
+    /// on its way while the next one is filled; the one before it is waited for here.
     pub fn close(&mut self, i: usize, last: bool, then: Option<Start>) -> Result<()> {
+        self.settle()?;
         let Some(segment) = self.segments[i].clone() else { return Ok(()) };
         let bucket =
             segment.slot.empty().with_context(|| format!("{}: its gradient bucket is not open", segment.name))?;
-        let (ranks, tiers) = (self.ranks.clone(), self.tiers.clone());
+        let ranks = self.ranks.clone();
+        let mut room = self.room(&segment, last)?;
         let work = move || {
             let storing = span(Row::Copy, || format!("gradients of {}", segment.name)).bytes(bucket.bytes().len());
-            segment.store(&ranks, &tiers, bucket, last)?;
+            let left = segment.store(&ranks, &mut room, bucket, last)?;
             drop(storing);
             if last {
                 let _span = span(Row::Optimizer, || format!("norm of {}", segment.name));
                 segment.measure(&ranks);
             }
             then.into_iter().for_each(|then| then());
-            Ok(())
+            Ok((left, room))
         };
         if self.rests_in_slot() && (!last || self.ranks.alone()) {
-            return work();
+            return work().map(drop);
         }
-        self.leaving.push_back(self.tiers.traffic.submit(work));
+        self.leaving = Some(self.tiers.traffic.submit(work));
         Ok(())
     }
 
-    /// Waits until at most `many` buckets are on their way.
-    fn let_leave(&mut self, many: usize) -> Result<()> {
-        while self.leaving.len() > many {
-            let Some(oldest) = self.leaving.pop_front() else { break };
-            oldest.wait_for("gradients")?;
+    /// What the reduction of a segment's bucket takes.
+    fn room(&self, segment: &Summed, last: bool) -> Result<Room> {
+        let stage = self.ranks.stage;
+        if self.ranks.alone() || !(stage.partitions_gradients() || last) {
+            return Ok(Room::default());
         }
-        Ok(())
+        let (arena, scattered) = (&self.tiers.device.gradients, stage.partitions_optimizer());
+        Room::take(&self.ranks, arena, segment.padded_len, scattered, &segment.name)
     }
 
-    /// Waits for everything that is on its way.
+    /// Waits for what is on its way.
     pub fn settle(&mut self) -> Result<()> {
-        self.let_leave(0)
+        self.leaving.take().map_or(Ok(()), |leaving| leaving.wait_for("gradients").map(drop))
     }
 
     /// Segment `i`'s sums, for its optimizer; none if it does not train.
@@ -208,34 +212,34 @@ impl GradReducer {
 
 impl Summed {
     /// Adds a micro-batch's bucket to the sum. In stages 0 and 1 the bucket is the sum so far, this micro-batch included.
-    fn store(&self, ranks: &Ranks, tiers: &Tiers, mut bucket: Buffer, last: bool) -> Result<()> {
-        let arena = &tiers.device.gradients;
+    /// Returns the bucket, unless it is what rests here.
+    fn store(&self, ranks: &Ranks, room: &mut Room, mut bucket: Buffer, last: bool) -> Result<Option<Buffer>> {
         let what = || format!("reducing the gradients of {}", self.name);
         let mut sum = locked(&self.sum);
         if ranks.stage.partitions_gradients() {
             let sum = sum.as_mut().context("sums of shards stay where they are")?;
             let mine = match ranks.alone() {
-                true => bucket,
-                false => reduce_scatter(ranks, arena, &bucket, &self.name).with_context(what)?,
+                true => bucket.as_slice(),
+                false => room.reduce_scatter(ranks, &bucket).with_context(what)?,
             };
-            accumulate(sum, mine.as_slice(), self.fresh.swap(false, Relaxed));
-            return Ok(());
+            accumulate(sum, mine, self.fresh.swap(false, Relaxed));
+            return Ok(Some(bucket));
         }
         if last && !ranks.alone() {
             if ranks.stage.partitions_optimizer() {
-                let mine = reduce_scatter(ranks, arena, &bucket, &self.name).with_context(what)?;
-                let shard = ranks.partition().shard(self.padded_len);
-                bucket.as_mut_slice::<f32>()[shard].copy_from_slice(mine.as_slice());
+                let mine = room.reduce_scatter(ranks, &bucket).with_context(what)?;
+                bucket.as_mut_slice::<f32>()[ranks.partition().shard(self.padded_len)].copy_from_slice(mine);
             } else {
-                all_reduce(ranks, &mut bucket).with_context(what)?;
+                room.all_reduce(ranks, &mut bucket).with_context(what)?;
             }
         }
-        match sum.as_mut() {
-            Some(sum) => cast(&bucket, sum),
-            None => *sum = Some(bucket),
-        }
         self.fresh.store(false, Relaxed);
-        Ok(())
+        let Some(sum) = sum.as_mut() else {
+            *sum = Some(bucket);
+            return Ok(None);
+        };
+        cast(&bucket, sum);
+        Ok(Some(bucket))
     }
 
     /// Where this rank's shard is in what rests here, `len` elements.

@@ -1,6 +1,7 @@
 //! Row 2: ZeRO. Who owns which part of every bucket, where parameters and gradients are between uses, and when they
 //! travel. Knows segments by index and parameters by name and shape, never layers.
 
+mod bring;
 mod grad_reducer;
 mod owned;
 mod param_store;
@@ -16,6 +17,6 @@ pub use owned::{OwnedComing, OwnedPiece, OwnedWeights, Weights};
 pub use param_store::{Fetched, ParamStore, Ranks, Walk, WeightSource};
 pub use partition::Partition;
 pub use placement::Placement;
-pub use rest::{Coming, PIECE, Piece, Rest, pieces};
+pub use rest::{AHEAD, BEHIND, Coming, IN_FLIGHT, PIECE, Piece, Rest, pieces};
 pub use stage::Stage;
 pub use tiers::{States, Tiers};

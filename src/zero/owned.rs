@@ -7,11 +7,11 @@ use anyhow::{Context, Result};
 use candle_core::DType;
 use half::{bf16, f16};
 
+use super::ParamStore;
 use super::param_store::{At, Stored, read_range};
 use super::rest::{Coming, Piece, Rest, widen};
-use super::{ParamStore, Tiers};
 use crate::comm::{Slice, SliceMut};
-use crate::device::{Buffer, Pending};
+use crate::device::{Arena, Buffer, Pending};
 
 /// The weights of a piece: what the optimizer computes with, and the rounded copy that ops read if that is another one.
 pub enum Weights<'a> {
@@ -25,7 +25,6 @@ pub enum Weights<'a> {
 #[derive(Clone)]
 pub struct OwnedWeights {
     stored: Arc<Stored>,
-    tiers: Tiers,
     /// In the bucket.
     range: Range<usize>,
 }
@@ -45,7 +44,7 @@ pub struct OwnedPiece {
 impl ParamStore {
     pub fn owned(&self, i: usize) -> OwnedWeights {
         let range = self.optimizer_range(i);
-        OwnedWeights { stored: self.stored[i].clone(), tiers: self.tiers.clone(), range }
+        OwnedWeights { stored: self.stored[i].clone(), range }
     }
 
     /// Elements `range` of bucket `i`, all of them this rank's, as the optimizer has them. Waits for its work.
@@ -85,10 +84,18 @@ impl OwnedWeights {
         self.range.clone()
     }
 
+    /// Bytes that a piece of so many elements takes in memory beside where it rests.
+    pub fn staged_bytes(&self, elements: usize) -> usize {
+        let rest = match &self.stored.at {
+            At::Rest(rest) => rest.staged_bytes(elements),
+            At::Slot | At::Files(_) => 0,
+        };
+        rest + self.stored.master.as_ref().map_or(0, |master| master.staged_bytes(elements))
+    }
+
     /// Begins to bring elements `range`, counted from the first owned one, which starts at a multiple of
-    /// [`super::PIECE`].
-    pub fn begin(&self, range: Range<usize>) -> Result<OwnedComing> {
-        let arena = &self.tiers.host.parameters;
+    /// [`super::PIECE`]; into memory of `arena`, if they rest on a drive.
+    pub fn begin(&self, range: Range<usize>, arena: &Arena) -> Result<OwnedComing> {
         let bring = |rest: &Rest| rest.begin(range.clone(), arena, self.name());
         Ok(match (&self.stored.at, &self.stored.master) {
             (At::Slot | At::Files(_), None) => OwnedComing { weights: Coming::nothing(), master: None },

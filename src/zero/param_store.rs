@@ -7,11 +7,11 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use anyhow::{Context, Result};
 use candle_core::DType;
 
-use super::rest::{Rest, cast, round};
+use super::bring::{Landed, Space, publish, read_rounded};
+use super::rest::Rest;
 use super::{Partition, Stage, Tiers};
-use crate::comm::{Communicator, Slice, SliceMut};
-use crate::device::trace::{Row, span};
-use crate::device::{BucketLayout, Buffer, GradSlot, ParamSlot, Pending};
+use crate::comm::Communicator;
+use crate::device::{BucketLayout, GradSlot, ParamSlot, Pending};
 
 /// The group a run is part of, and how it shares its states.
 #[derive(Clone)]
@@ -228,22 +228,28 @@ impl ParamStore {
         self.walk([i]).fetch()
     }
 
-    /// Begins to bring segment `i`.
-    fn begin(&self, i: usize) -> Coming {
+    /// Begins to bring segment `i`. The memory for it is taken here, so that what is held at a point of a walk does not
+    /// depend on how fast things travel.
+    fn begin(&self, i: usize) -> Result<Coming> {
         let stored = self.stored[i].clone();
         let mut turn = locked(&self.stored[i].turn);
         let (update, stale) = (turn.update.take(), std::mem::take(&mut turn.stale));
         let settle = move || update.map_or(Ok(()), |update| update.wait_for("update"));
-        let (ranks, tiers, dtype) = (self.ranks.clone(), self.tiers.clone(), self.dtype);
-        match (&stored.at, stale) {
+        let ranks = self.ranks.clone();
+        Ok(match (&stored.at, stale) {
             (At::Slot, false) => Coming::Resident(settle()),
-            (At::Slot, true) => Coming::Resident(
-                self.tiers.traffic.submit(move || settle().and_then(|()| publish(&ranks, &tiers, &stored))).wait(),
-            ),
-            (At::Rest(_) | At::Files(_), _) => Coming::Bucket(
-                self.tiers.traffic.submit(move || settle().and_then(|()| bring(&ranks, &tiers, dtype, &stored))),
-            ),
-        }
+            (At::Slot, true) => {
+                let tiers = self.tiers.clone();
+                let published = move || settle().and_then(|()| publish(&ranks, &tiers, &stored));
+                Coming::Resident(self.tiers.traffic.submit(published).wait())
+            }
+            (At::Rest(_) | At::Files(_), _) => {
+                let space = Space::take(&stored, &self.tiers.device.parameters, self.dtype)
+                    .with_context(|| format!("fetching {}", stored.slot.name()))?;
+                let brought = move || settle().and_then(|()| space.bring(&ranks, &stored));
+                Coming::Bucket(self.tiers.traffic.submit(brought))
+            }
+        })
     }
 
     fn arrive(&self, i: usize, coming: Coming) -> Result<Fetched<'_>> {
@@ -255,7 +261,7 @@ impl ParamStore {
                 Ok(Fetched { slot: None })
             }
             Coming::Bucket(bucket) => {
-                slot.fill(Arc::new(bucket.wait_for(what).with_context(what)?));
+                slot.fill(Arc::new(bucket.wait_for(what).with_context(what)?.bucket));
                 Ok(Fetched { slot: Some(slot) })
             }
         }
@@ -265,7 +271,7 @@ impl ParamStore {
 /// A segment's parameters on their way.
 enum Coming {
     Resident(Result<()>),
-    Bucket(Pending<Buffer>),
+    Bucket(Pending<Landed>),
 }
 
 /// Segments brought one after another; the next one travels while the present one is used.
@@ -281,14 +287,14 @@ impl<'a> Walk<'a> {
     /// following call: so no more than two segments are ever resident.
     pub fn fetch(&mut self) -> Result<Fetched<'a>> {
         let i = self.order[self.at];
-        let coming = self.coming.take().unwrap_or_else(|| self.store.begin(i));
+        let coming = self.coming.take().map_or_else(|| self.store.begin(i), Ok)?;
         let fetched = self.store.arrive(i, coming)?;
         self.at += 1;
         if let Some(&following) = self.order.get(self.at)
             && self.store.tiers.prefetch
             && !matches!(self.store.stored[following].at, At::Slot)
         {
-            self.coming = Some(self.store.begin(following));
+            self.coming = Some(self.store.begin(following)?);
         }
         Ok(fetched)
     }
@@ -307,90 +313,8 @@ impl Drop for Fetched<'_> {
     }
 }
 
-/// The whole bucket in the compute dtype, from where it rests: from all ranks where each has a shard.
-fn bring(ranks: &Ranks, tiers: &Tiers, dtype: DType, stored: &Stored) -> Result<Buffer> {
-    let name = stored.slot.name();
-    let _span = span(Row::Copy, || format!("bring {name}")).bytes(stored.padded_len * dtype.size_in_bytes());
-    let arena = &tiers.device.parameters;
-    let rest = match &stored.at {
-        At::Rest(rest) => rest,
-        At::Files(source) => {
-            let mut bucket = arena.alloc(dtype, stored.padded_len, name)?;
-            read_rounded(stored.slot.layout(), &mut bucket, &**source)?;
-            return Ok(bucket);
-        }
-        At::Slot => anyhow::bail!("resident parameters are not brought"),
-    };
-    let whole = rest.len() == stored.padded_len;
-    if whole && let Some(memory) = rest.memory() {
-        let mut bucket = arena.alloc_dirty(dtype, rest.len(), name)?;
-        cast(&memory, &mut bucket);
-        return Ok(bucket);
-    }
-    let bucket = arena.alloc_dirty(rest.dtype(), stored.padded_len, name)?;
-    let bucket = match whole {
-        true => rest.read_all(bucket)?,
-        false => gather_shards(ranks, tiers, rest, bucket, name)?,
-    };
-    if rest.dtype() == dtype {
-        return Ok(bucket);
-    }
-    let mut computed = arena.alloc_dirty(dtype, stored.padded_len, name)?;
-    cast(&bucket, &mut computed);
-    Ok(computed)
-}
-
-fn gather_shards(ranks: &Ranks, tiers: &Tiers, rest: &Rest, mut bucket: Buffer, name: &str) -> Result<Buffer> {
-    if let Some(shard) = rest.memory() {
-        gather(ranks, &shard, &mut bucket)?;
-        return Ok(bucket);
-    }
-    let shard = rest.read_all(tiers.device.parameters.alloc_dirty(rest.dtype(), rest.len(), name)?)?;
-    gather(ranks, &shard, &mut bucket)?;
-    Ok(bucket)
-}
-
-fn gather(ranks: &Ranks, shard: &Buffer, whole: &mut Buffer) -> Result<()> {
-    match whole.dtype() {
-        DType::BF16 => ranks.comm.all_gather(Slice::BF16(shard.as_slice()), SliceMut::BF16(whole.as_mut_slice())),
-        DType::F16 => ranks.comm.all_gather(Slice::F16(shard.as_slice()), SliceMut::F16(whole.as_mut_slice())),
-        _ => ranks.comm.all_gather(Slice::F32(shard.as_slice()), SliceMut::F32(whole.as_mut_slice())),
-    }
-}
-
-/// Makes what the owners changed visible in every rank's resident copy.
-fn publish(ranks: &Ranks, tiers: &Tiers, stored: &Stored) -> Result<()> {
-    let _span = span(Row::Copy, || format!("publish {}", stored.slot.name()));
-    let range = ranks.partition().shard(stored.padded_len);
-    let gathered = stored.slot.update(|whole| {
-        let mut shard = tiers.device.parameters.alloc_dirty(whole.dtype(), range.len(), stored.slot.name())?;
-        let size = whole.dtype().size_in_bytes();
-        shard.bytes_mut().copy_from_slice(&whole.bytes()[range.start * size..range.end * size]);
-        gather(ranks, &shard, whole)
-    })?;
-    gathered.context("publishing what the optimizer changed")
-}
-
 pub(super) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|e| e.into_inner())
-}
-
-/// Reads a whole bucket and rounds it to the buffer's dtype; padding stays zero.
-fn read_rounded(layout: &BucketLayout, buffer: &mut Buffer, source: &dyn WeightSource) -> Result<()> {
-    if buffer.dtype() == DType::F32 {
-        return read_range(layout, 0, buffer.as_mut_slice(), source);
-    }
-    // In pieces, so that no fp32 copy of the whole bucket is ever needed.
-    const PIECE: usize = 1 << 18;
-    let mut piece = vec![0f32; PIECE.min(buffer.len())];
-    for start in (0..buffer.len()).step_by(PIECE) {
-        let end = (start + PIECE).min(buffer.len());
-        let values = &mut piece[..end - start];
-        values.fill(0.0);
-        read_range(layout, start, values, source)?;
-        round(values, buffer, start..end);
-    }
-    Ok(())
 }
 
 /// Reads elements `start..start + into.len()` of a bucket, tensor by tensor.

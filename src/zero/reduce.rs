@@ -2,63 +2,75 @@
 
 use std::ops::Range;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use candle_core::DType;
-use half::{bf16, f16};
+use half::bf16;
 
 use super::Ranks;
+use super::rest::cast;
 use crate::comm::{Slice, SliceMut};
 use crate::device::threads::parallel_for;
 use crate::device::{Arena, Buffer, Element};
 
-/// The sum of `bucket` over the ranks, in its place.
-pub fn all_reduce(ranks: &Ranks, bucket: &mut Buffer) -> Result<()> {
-    let values = bucket.as_mut_slice::<f32>();
-    match ranks.reduce_dtype {
-        DType::BF16 => {
-            let mut rounded = rounded::<bf16>(values);
-            ranks.comm.all_reduce(SliceMut::BF16(&mut rounded))?;
-            widen(&rounded, values);
-            Ok(())
-        }
-        DType::F16 => {
-            let mut rounded = rounded::<f16>(values);
-            ranks.comm.all_reduce(SliceMut::F16(&mut rounded))?;
-            widen(&rounded, values);
-            Ok(())
-        }
-        _ => ranks.comm.all_reduce(SliceMut::F32(values)),
+/// Memory that a reduction takes, taken before it begins, so that what is held at a point of a backward pass does not
+/// depend on when the ranks meet.
+#[derive(Default)]
+pub struct Room {
+    /// The bucket in the dtype in which it travels, unless that is fp32.
+    rounded: Option<Buffer>,
+    /// This rank's shard of the sum, as it comes.
+    part: Option<Buffer>,
+    /// The same in fp32.
+    shard: Option<Buffer>,
+}
+
+impl Room {
+    /// For a bucket of `len` elements; `scattered`: each rank gets its shard of the sum.
+    pub fn take(ranks: &Ranks, arena: &Arena, len: usize, scattered: bool, name: &str) -> Result<Self> {
+        let half = ranks.reduce_dtype != DType::F32;
+        let shard = ranks.partition().shard(len).len();
+        let room = |wanted: bool, dtype: DType, len: usize| match wanted {
+            true => arena.alloc_dirty(dtype, len, name).map(Some),
+            false => Ok(None),
+        };
+        Ok(Room {
+            rounded: room(half, ranks.reduce_dtype, len)?,
+            part: room(half && scattered, ranks.reduce_dtype, shard)?,
+            shard: room(scattered, DType::F32, shard)?,
+        })
     }
-}
 
-/// The sum of `bucket` over the ranks: this rank's shard of it.
-pub fn reduce_scatter(ranks: &Ranks, arena: &Arena, bucket: &Buffer, name: &str) -> Result<Buffer> {
-    let values = bucket.as_slice::<f32>();
-    let len = ranks.partition().shard(values.len()).len();
-    let mut shard = arena.alloc_dirty(DType::F32, len, name)?;
-    let mine = shard.as_mut_slice::<f32>();
-    match ranks.reduce_dtype {
-        DType::BF16 => {
-            let mut part = vec![bf16::ZERO; len];
-            ranks.comm.reduce_scatter(Slice::BF16(&rounded::<bf16>(values)), SliceMut::BF16(&mut part))?;
-            widen(&part, mine);
+    /// The sum of `bucket` over the ranks, in its place.
+    pub fn all_reduce(&mut self, ranks: &Ranks, bucket: &mut Buffer) -> Result<()> {
+        let Some(rounded) = &mut self.rounded else {
+            return ranks.comm.all_reduce(SliceMut::F32(bucket.as_mut_slice()));
+        };
+        cast(bucket, rounded);
+        match rounded.dtype() {
+            DType::BF16 => ranks.comm.all_reduce(SliceMut::BF16(rounded.as_mut_slice()))?,
+            _ => ranks.comm.all_reduce(SliceMut::F16(rounded.as_mut_slice()))?,
         }
-        DType::F16 => {
-            let mut part = vec![f16::ZERO; len];
-            ranks.comm.reduce_scatter(Slice::F16(&rounded::<f16>(values)), SliceMut::F16(&mut part))?;
-            widen(&part, mine);
-        }
-        _ => ranks.comm.reduce_scatter(Slice::F32(values), SliceMut::F32(mine))?,
+        cast(rounded, bucket);
+        Ok(())
     }
-    Ok(shard)
-}
 
-fn rounded<T: Element>(values: &[f32]) -> Vec<T> {
-    values.iter().map(|&x| T::from_f32(x)).collect()
-}
-
-fn widen<T: Element>(from: &[T], to: &mut [f32]) {
-    to.iter_mut().zip(from).for_each(|(to, from)| *to = from.to_f32());
+    /// The sum of `bucket` over the ranks: this rank's shard of it.
+    pub fn reduce_scatter(&mut self, ranks: &Ranks, bucket: &Buffer) -> Result<&[f32]> {
+        let shard = self.shard.as_mut().context("no room for a shard")?;
+        let (Some(rounded), Some(part)) = (&mut self.rounded, &mut self.part) else {
+            ranks.comm.reduce_scatter(Slice::F32(bucket.as_slice()), SliceMut::F32(shard.as_mut_slice()))?;
+            return Ok(shard.as_slice());
+        };
+        cast(bucket, rounded);
+        match rounded.dtype() {
+            DType::BF16 => {
+                ranks.comm.reduce_scatter(Slice::BF16(rounded.as_slice()), SliceMut::BF16(part.as_mut_slice()))?
+            }
+            _ => ranks.comm.reduce_scatter(Slice::F16(rounded.as_slice()), SliceMut::F16(part.as_mut_slice()))?,
+        }
+        cast(part, shard);
+        Ok(shard.as_slice())
+    }
 }
 
 /// The sum of squares of elements `range`, in fp64.

@@ -14,6 +14,11 @@ use crate::device::{Arena, Buffer, Element, Pending, Place, Region};
 
 /// Pieces in which values on a drive are read and written; parts of them begin at multiples of this many elements.
 pub const PIECE: usize = 1 << 20;
+/// Pieces that the optimizer reads ahead of the one it computes, and pieces that may still be being written behind it.
+pub const AHEAD: usize = 2;
+pub const BEHIND: usize = 2;
+/// Its pieces in memory at a time.
+pub const IN_FLIGHT: usize = AHEAD + 1 + BEHIND;
 
 /// A flat run of values of one dtype, in one tier.
 pub struct Rest {
@@ -72,6 +77,14 @@ impl Rest {
 
     fn bytes(&self, elements: usize) -> usize {
         elements * self.dtype.size_in_bytes()
+    }
+
+    /// Bytes that so many elements take in memory beside where they rest.
+    pub fn staged_bytes(&self, elements: usize) -> usize {
+        match &self.at {
+            At::Memory(_) => 0,
+            At::File(_) => self.bytes(elements),
+        }
     }
 
     /// Begins to bring elements `range`, which starts at a multiple of [`PIECE`], near the optimizer.
