@@ -136,7 +136,7 @@ fn write(folder: &Path, network: &Network, scale: f64) -> Result<()> {
     for i in 0..network.store.len() {
         let whole = network.store.whole_master(i)?;
         for entry in &network.store.layout(i).entries {
-            let mut values = whole[entry.offset..entry.offset + entry.len].to_vec();
+            let mut values = whole.as_slice::<f32>()[entry.offset..entry.offset + entry.len].to_vec();
             let half = entry.len / 2;
             match entry.name.as_str() {
                 "vae.encoder.conv_out.weight" => values[half..].fill(0.0),

@@ -304,7 +304,7 @@ mod tests {
             around: 0,
             kept: 0,
             encoder: FrozenFacts { weights: MIB, turns: vec![[MIB / 2, 0, 5 * MIB]], flops: 1e8 },
-            validation: 0,
+            validation: None,
         }
     }
 

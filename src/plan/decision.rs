@@ -117,14 +117,11 @@ impl Decision {
         // The prediction is the fullest rank's.
         if let (Some(&own), Some(&most)) = (state_by_rank.get(rank), state_by_rank.iter().max()) {
             let tier = match self.placement.optimizer {
-                Place::Device => Some(&mut device),
-                Place::Host => Some(&mut host),
-                Place::Nvme => None,
+                Place::Device => &mut device,
+                Place::Host | Place::Nvme => &mut host,
             };
-            if let Some(tier) = tier {
-                tier.optimizer -= most - own;
-                tier.total -= most - own;
-            }
+            tier.optimizer -= most - own;
+            tier.total -= most - own;
         }
         let mut compared = Vec::new();
         let mut add = |what: String, predicted: usize, measured: Option<usize>| {

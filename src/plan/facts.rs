@@ -64,9 +64,13 @@ pub struct Facts {
     /// Bytes of the latents and pictures that are kept from their first use on.
     pub kept: usize,
     pub encoder: FrozenFacts,
-    /// Pictures that are made in the course of the run: the most that this takes beside the training's states, in bytes.
-    pub validation: usize,
+    /// Making a picture in the course of the run: bytes of the decoder's weights, and activations at most.
+    pub validation: Option<[usize; 2]>,
 }
+
+/// What a rank has on the heap beside tensors, in bytes: buffers of the files that it writes, tables, messages. Seen to
+/// be 40 to 60 KiB in small networks, which alone would notice.
+const BOOKKEEPING: usize = 48 << 10;
 
 /// What is known of a run beside its configuration.
 #[derive(Clone, Copy, Debug)]
@@ -112,8 +116,8 @@ impl Facts {
         let (encoder, left_out) = encoder(plan, configs)?;
         scratch.join_scratch(&left_out);
         let validation = match &plan.validation {
-            Some(_) => self::validation(plan, configs, &graph, &slots, around.tokens, dtype)?,
-            None => 0,
+            Some(_) => Some(self::validation(plan, configs, &graph, &slots, around.tokens, dtype)?),
+            None => None,
         };
         let mut sizes = vec![0; graph.slot_names.len()];
         for input in &given {
@@ -134,7 +138,7 @@ impl Facts {
             prediction: slots.prediction,
             scratch: scratch.scratch_bytes(),
             // Samples and targets as fp32, and the sample's copy on its way into a tensor.
-            around: 12 * rows * latent,
+            around: 12 * rows * latent + BOOKKEEPING,
             kept: around.latents_kept * moments + around.pictures_bytes,
             encoder,
             validation,
@@ -218,7 +222,7 @@ fn validation(
     slots: &model::DenoiserSlots,
     tokens: usize,
     dtype: DType,
-) -> Result<usize> {
+) -> Result<[usize; 2]> {
     let side = plan.data.resolution / configs.vae.downscale();
     let prompts =
         plan.validation.as_ref().map_or(1, |v| (v.prompts.len() + usize::from(v.scores.is_some())) * v.num_images);
@@ -245,5 +249,6 @@ fn validation(
     let latents =
         Given { slot: decoder.latents, shape: vec![1, configs.vae.latent_channels, side, side], dtype: decoder_dtype };
     let (decoding, _) = dry::forward_only(&decoder.graph, decoder_dtype, &[latents])?;
-    Ok(weights(&decoder.graph, decoder_dtype) + denoising.into_iter().chain(decoding).max().unwrap_or(0))
+    let activations = denoising.into_iter().chain(decoding).max().unwrap_or(0);
+    Ok([weights(&decoder.graph, decoder_dtype), activations])
 }

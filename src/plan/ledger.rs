@@ -50,7 +50,7 @@ pub struct TierBytes {
     pub activations: usize,
     /// Of all together: less than their sum, since they are not at most at the same time.
     pub total: usize,
-    /// With what threads may keep besides: what a budget must have room for.
+    /// With what the compute threads keep as scratch besides: what a budget must have room for.
     pub bound: usize,
 }
 
@@ -81,7 +81,7 @@ pub struct Bytes {
     pub traffic: Traffic,
     /// The turn in which the device tier holds most.
     pub fullest: String,
-    /// Optimizer state at rest on each rank; on all alike if there is one number.
+    /// Optimizer state in memory on each rank; on all alike if there is one number.
     pub state_by_rank: Vec<usize>,
 }
 
@@ -194,12 +194,16 @@ impl<'a> Ledger<'a> {
 
     /// Bytes of optimizer state: small tensors keep 32 bits and lie at the ends of buckets, so ranks differ.
     fn state_by_rank(&self) -> Vec<usize> {
-        let ranks = if self.choice.stage >= 1 { self.terms.world_size } else { 1 };
         let of = |rank: usize| {
             let all = self.sizes.iter().zip(&self.facts.segments).filter(|(sizes, _)| sizes.trains);
             all.map(|(sizes, segment)| self.records(segment, sizes, rank).sum::<usize>()).sum()
         };
-        (0..ranks).map(of).collect()
+        (0..self.optimizers()).map(of).collect()
+    }
+
+    /// Ranks whose optimizers see something else.
+    fn optimizers(&self) -> usize {
+        if self.choice.stage >= 1 { self.terms.world_size } else { 1 }
     }
 
     /// Bytes of a segment's records of optimizer state on one rank, chunk by chunk.
@@ -255,15 +259,14 @@ impl<'a> Ledger<'a> {
         4 * shard + if self.terms.reduce_half { 2 * (sizes.full + shard) } else { 0 }
     }
 
-    /// What passes through the host on its way between a drive and the optimizer, reserved for as many pieces as are
-    /// there at a time: parameters, state.
-    fn staging(&self) -> [usize; 2] {
+    /// What passes through the host of a rank on its way between a drive and the optimizer, reserved for as many pieces as
+    /// are there at a time: parameters, state.
+    fn staging(&self, rank: usize) -> [usize; 2] {
         let Placement { parameters, optimizer, .. } = self.place();
         let drive = |place: Place, bytes: usize| if place == Place::Nvme { bytes } else { 0 };
-        let last_rank = if self.choice.stage >= 1 { self.terms.world_size - 1 } else { 0 };
         let (mut count, mut most) = (0, [0; 2]);
         for (sizes, segment) in self.sizes.iter().zip(&self.facts.segments).filter(|(sizes, _)| sizes.trains) {
-            for (k, record) in self.records(segment, sizes, last_rank).enumerate() {
+            for (k, record) in self.records(segment, sizes, rank).enumerate() {
                 let elements = (sizes.owned - k * CHUNK).min(CHUNK);
                 let master = if self.terms.has_master() { 4 * elements } else { 0 };
                 let weights = drive(parameters, elements * self.terms.rest()) + drive(optimizer, master);
@@ -326,28 +329,28 @@ impl<'a> Ledger<'a> {
         for (i, &activations) in profile.backward.iter().enumerate() {
             turn(&|| self.named("backward", i), self.on_the_way(i, i.checked_sub(1)), self.leaving(i), activations);
         }
-        // The pipeline at the end is written segment by segment, each whole and in fp32, beside this rank's shard of it.
-        let whole = |s: &Sizes| 4 * (s.full + if self.several() { s.shard } else { 0 });
-        let written = self.sizes.iter().map(whole).max().unwrap_or(0);
-        turn(&|| "the pipeline's files".to_string(), none, none, at_once(written));
-        if self.facts.validation > 0 {
+        if let Some([decoder, activations]) = self.facts.validation {
             let of = |i: usize| self.on_the_way(i, (i + 1 < count).then_some(i + 1));
             let most = (0..count).map(|i| of(i).begins.max(of(i).goes_on)).max().unwrap_or(0);
-            turn(&|| "a validation picture".to_string(), steady(most), none, at_once(self.facts.validation));
+            turn(&|| "a validation picture".to_string(), steady(decoder + most), none, at_once(activations));
         }
+        // The pipeline at the end is written segment by segment, each whole and in fp32, beside this rank's shard of it.
+        let whole = |s: &Sizes| 4 * (s.full + if self.several() { s.shard } else { 0 });
+        let written = self.sizes.iter().filter(|s| s.trains).map(whole).max().unwrap_or(0);
         let [parameters_there, gradients_there, state_there] = rest(Place::Host);
-        let staging = self.staging();
+        let staging: Vec<[usize; 2]> = (0..self.optimizers()).map(|rank| self.staging(rank)).collect();
+        let state_staged: Vec<usize> = staging.iter().map(|[_, state]| *state).collect();
         let mut host = TierBytes {
-            parameters: parameters_there + staging[0],
+            parameters: parameters_there + staging[0][0] + written,
             gradients: gradients_there,
-            optimizer: state_there + staging[1],
+            optimizer: state_there + state_staged.iter().max().unwrap_or(&0),
             activations: profile.host,
             ..TierBytes::default()
         };
         host.total = host.parameters + host.gradients + host.optimizer + host.activations;
         (host.bound, device.bound) = (host.total, device.total + self.facts.scratch);
         Bytes {
-            state_by_rank: self.state_by_rank(),
+            state_by_rank: if place.optimizer == Place::Nvme { state_staged } else { self.state_by_rank() },
             device,
             host,
             drive: self.drive(),

@@ -31,6 +31,7 @@ pub struct Decoder<'w> {
     config: VaeConfig,
     weights: &'w PipelineWeights,
     device: Device,
+    tiers: Tiers,
     tiling: Tiling,
     network: Network,
     /// The same in fp32, once it was needed.
@@ -45,9 +46,9 @@ struct Network {
 }
 
 impl Network {
-    fn load(config: &VaeConfig, weights: &PipelineWeights, dtype: DType) -> Result<Self> {
+    fn load(config: &VaeConfig, weights: &PipelineWeights, dtype: DType, tiers: &Tiers) -> Result<Self> {
         let decoder = model::vae_decoder(config);
-        let frozen = Frozen::load(decoder.graph, dtype, &Tiers::on_device()?, weights)?;
+        let frozen = Frozen::load(decoder.graph, dtype, tiers, weights)?;
         Ok(Network { frozen, dtype, latents: decoder.latents, pixels: decoder.pixels })
     }
 
@@ -63,16 +64,23 @@ impl Network {
 }
 
 impl<'w> Decoder<'w> {
-    /// Reads the decoder, in `compute`'s precision unless the VAE's configuration says that it overflows in fp16
+    /// Reads the decoder into the device's memory of `tiers`, in `compute`'s precision unless the VAE's configuration says that it overflows in fp16
     /// (`force_upcast`, also where it says nothing).
     ///
     /// # Errors
     /// A [`Refusal`](crate::Refusal) if the weights do not fit the configuration.
-    pub fn load(config: &VaeConfig, weights: &'w PipelineWeights, compute: &Compute, tiling: Tiling) -> Result<Self> {
+    pub fn load(
+        config: &VaeConfig,
+        weights: &'w PipelineWeights,
+        compute: &Compute,
+        tiers: Tiers,
+        tiling: Tiling,
+    ) -> Result<Self> {
         check_weights(config, weights)?;
         let dtype = if config.force_upcast { DType::F32 } else { compute.dtype };
-        let network = Network::load(config, weights, dtype)?;
-        Ok(Decoder { config: config.clone(), weights, device: compute.device.clone(), tiling, network, wide: None })
+        let network = Network::load(config, weights, dtype, &tiers)?;
+        let (config, device) = (config.clone(), compute.device.clone());
+        Ok(Decoder { config, weights, device, tiers, tiling, network, wide: None })
     }
 
     /// The picture of latents (C, h, w) as the denoising network knows them, that is scaled and shifted. Pixels are
@@ -100,7 +108,7 @@ impl<'w> Decoder<'w> {
         }
         ensure!(self.network.dtype != DType::F32, "the VAE's decoder gives pixels that are not finite");
         if self.wide.is_none() {
-            self.wide = Some(Network::load(&self.config, self.weights, DType::F32)?);
+            self.wide = Some(Network::load(&self.config, self.weights, DType::F32, &self.tiers)?);
         }
         // Only for this picture, so that no picture depends on those before it.
         let pixels = self.run(self.wide.as_ref().unwrap_or(&self.network), &plane)?;
@@ -183,7 +191,8 @@ mod tests {
             let folder = data(&format!("models/{model}"));
             let config = VaeConfig::read(&folder.join("vae")).unwrap();
             let weights = PipelineWeights::open(&folder, "").unwrap();
-            let mut decoder = Decoder::load(&config, &weights, &cpu(DType::BF16), tiling).unwrap();
+            let mut decoder =
+                Decoder::load(&config, &weights, &cpu(DType::BF16), Tiers::on_device().unwrap(), tiling).unwrap();
             assert_eq!(decoder.network.dtype, DType::F32, "the configuration says so");
             for (latents, pixels) in recorded(model, latents, pixels) {
                 let got = decoder.decode(&latents.values, (latents.height, latents.width)).unwrap();
@@ -199,7 +208,8 @@ mod tests {
         let folder = data("models/sd15");
         let config = VaeConfig { force_upcast: false, ..VaeConfig::read(&folder.join("vae")).unwrap() };
         let weights = PipelineWeights::open(&folder, "").unwrap();
-        let load = |dtype| Decoder::load(&config, &weights, &cpu(dtype), Tiling::Auto).unwrap();
+        let load =
+            |dtype| Decoder::load(&config, &weights, &cpu(dtype), Tiers::on_device().unwrap(), Tiling::Auto).unwrap();
         let (mut half, mut wide) = (load(DType::F16), load(DType::F32));
         let (latents, _) = recorded("sd15", "latents", "pixels").remove(0);
         let size = (latents.height, latents.width);

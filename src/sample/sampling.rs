@@ -347,7 +347,14 @@ mod tests {
             let settings = Settings { steps: 2, batch_size, ..Settings::of(SamplerKind::Ddim, &self.configs.unet) };
             let noise = Noise::from_seed(3);
             let request = Request { pictures, prompts: &prompts, settings, noise: &noise };
-            let mut decoder = Decoder::load(&self.configs.vae, &self.weights, &self.compute, Tiling::Auto).unwrap();
+            let mut decoder = Decoder::load(
+                &self.configs.vae,
+                &self.weights,
+                &self.compute,
+                Tiers::on_device().unwrap(),
+                Tiling::Auto,
+            )
+            .unwrap();
             let mut made = Vec::new();
             let ending = sampling.pictures(&request, &mut decoder, |picture| {
                 assert_eq!(picture.index, made.len());
@@ -412,7 +419,9 @@ mod tests {
         let settings = Settings::of(SamplerKind::Ddim, &bench.configs.unet);
         let noise = Noise::from_seed(0);
         let request = Request { pictures: &five(), prompts: &text, settings, noise: &noise };
-        let mut decoder = Decoder::load(&bench.configs.vae, &bench.weights, &bench.compute, Tiling::Off).unwrap();
+        let mut decoder =
+            Decoder::load(&bench.configs.vae, &bench.weights, &bench.compute, Tiers::on_device().unwrap(), Tiling::Off)
+                .unwrap();
         let ending = sampling.pictures(&request, &mut decoder, |_| anyhow::bail!("a picture was made"));
         assert_eq!(ending.unwrap(), Ending::Interrupted);
     }

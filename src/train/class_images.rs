@@ -125,7 +125,7 @@ fn make(plan: &RunPlan, decision: &Decision, missing: &[u64], model_dir: &Path, 
     let segments = denoiser.graph.nodes.iter().map(|n| (&n.params, None));
     let tiers = tiers(plan, decision, &denoiser.graph, &ranks, compute.dtype);
     let store = ParamStore::load(&ranks, compute.dtype, &rank.communicator.agree(tiers)?, segments, &weights)?;
-    let mut decoder = Decoder::load(&configs.vae, &weights, &compute, Tiling::Auto)?;
+    let mut decoder = Decoder::load(&configs.vae, &weights, &compute, Tiers::on_device()?, Tiling::Auto)?;
     let kind = match prior.sampler {
         Some(kind) => kind,
         None => scheduler.default_kind()?,

@@ -52,7 +52,7 @@ fn write(
         }
         let whole = network.store.whole_master(i)?;
         let written = match &mut result {
-            Some(writers) => write_segment(writers, network, i, &whole),
+            Some(writers) => write_segment(writers, network, i, whole.as_slice()),
             None => Ok(()),
         };
         comm.agree(written)?;

@@ -50,6 +50,7 @@ pub fn build<'a>(
     let limit = |bytes: Option<u64>| bytes.map(|bytes| bytes as usize);
     let memory = Memory::new(limit(decision.device_limit), limit(decision.host_limit));
     let frozen = Tiers::within(memory.clone(), Placement::DEVICE, None, None)?;
+    let frozen = Tiers { prefetch: plan.zero.prefetch, ..frozen };
     let compute = compute(plan)?;
 
     // First, so that a text encoder that does not train is gone before the network comes.

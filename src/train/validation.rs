@@ -69,7 +69,13 @@ impl Trainer<'_> {
         };
         self.comm.agree(made)?;
         // Loaded for the moment: it would otherwise sit beside the training's states.
-        let mut decoder = Decoder::load(&validation.vae, &self.weights, &self.compute, Tiling::Auto)?;
+        let mut decoder = Decoder::load(
+            &validation.vae,
+            &self.weights,
+            &self.compute,
+            self.network.store.tiers().frozen(),
+            Tiling::Auto,
+        )?;
         let pictures = pictures(validation, plan);
         let noise = Noise::from_seed(validation.seed);
         let request =

@@ -61,16 +61,16 @@ impl ParamStore {
         }
     }
 
-    /// The fp32 weights of segment `i`, whole, on every rank: what is exported. A collective.
-    pub fn whole_master(&self, i: usize) -> Result<Vec<f32>> {
-        let range = self.shard(i);
-        let mut mine = vec![0f32; range.len()];
-        self.read_master(i, range, &mut mine).with_context(|| format!("reading {}", self.name(i)))?;
+    /// The fp32 weights of segment `i`, whole, on every rank, in the host's memory: what is exported. A collective.
+    pub fn whole_master(&self, i: usize) -> Result<Buffer> {
+        let (range, arena) = (self.shard(i), &self.tiers.host.parameters);
+        let mut mine = arena.alloc_dirty(DType::F32, range.len(), self.name(i))?;
+        self.read_master(i, range, mine.as_mut_slice()).with_context(|| format!("reading {}", self.name(i)))?;
         if self.ranks.alone() {
             return Ok(mine);
         }
-        let mut whole = vec![0f32; self.padded_len(i)];
-        self.ranks.comm.all_gather(Slice::F32(&mine), SliceMut::F32(&mut whole))?;
+        let mut whole = arena.alloc_dirty(DType::F32, self.padded_len(i), self.name(i))?;
+        self.ranks.comm.all_gather(Slice::F32(mine.as_slice()), SliceMut::F32(whole.as_mut_slice()))?;
         Ok(whole)
     }
 }

@@ -84,6 +84,11 @@ impl Tiers {
         })
     }
 
+    /// The same memory for networks that do not train and rest on the device.
+    pub fn frozen(&self) -> Self {
+        Tiers { placement: Placement::DEVICE, master: DType::F32, drive: None, ..self.clone() }
+    }
+
     /// The arenas of a tier in memory; what rests on a drive passes through the host's.
     pub fn states(&self, place: Place) -> &States {
         match place {

@@ -267,7 +267,7 @@ fn train_here(comm: Arc<dyn Communicator>, run: &Run) -> Outcome {
             network.update(s as u64 + 1, clip_factor(norm, run.max_norm), group).unwrap();
         }
     }
-    outcome.weights = whole(&network, |n, i| n.store.whole_master(i).unwrap());
+    outcome.weights = whole(&network, |n, i| n.store.whole_master(i).unwrap().as_slice().to_vec());
     outcome
 }
 

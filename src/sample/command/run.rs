@@ -31,8 +31,9 @@ pub fn run(plan: &Plan, rank: &Rank) -> Result<Ending> {
     let denoiser = model::denoiser(&opened.configs.unet, None, false, plan.compute.dtype);
     let ranks = Ranks { comm: rank.communicator.clone(), stage: plan.stage, reduce_dtype: DType::F32 };
     let segments = denoiser.graph.nodes.iter().map(|n| (&n.params, None));
-    let store = ParamStore::load(&ranks, plan.compute.dtype, &Tiers::on_device()?, segments, &opened.weights)?;
-    let mut decoder = Decoder::load(&opened.configs.vae, &opened.weights.pipeline, &plan.compute, plan.tiling)?;
+    let tiers = Tiers::on_device()?;
+    let store = ParamStore::load(&ranks, plan.compute.dtype, &tiers, segments, &opened.weights)?;
+    let mut decoder = Decoder::load(&opened.configs.vae, &opened.weights.pipeline, &plan.compute, tiers, plan.tiling)?;
     let noise = match &plan.given {
         Some(given) => Noise::Given(given.clone()),
         None => Noise::from_seed(seed),
