@@ -55,6 +55,7 @@ pub mod data;
 pub mod device;
 pub mod diffusion;
 pub mod hub;
+pub mod kernels;
 pub mod launch;
 pub mod model;
 pub mod ops;
