@@ -63,8 +63,8 @@ mod gpu {
     ];
     /// No fast math: kernels give the CPU's numbers.
     const FLAGS: [&str; 4] = ["-fatbin", "-O3", "-std=c++17", "-Ikernels"];
-    /// The first toolkit that knows all targets and whose C++ is new enough.
-    const OLDEST: (u32, u32) = (12, 0);
+    /// The first toolkit whose driver can limit a pool of memory; it knows all targets.
+    const OLDEST: (u32, u32) = (12, 2);
 
     pub fn compile(families: &[PathBuf]) -> Result<(), String> {
         for name in ["DBLAUNCH_NVCC", "CUDA_HOME", "CUDA_PATH", "PATH"] {

@@ -87,6 +87,9 @@ pub enum BenchCommand {
         /// Bytes of a GPU's memory to use at most
         #[arg(long, default_value_t = 2 << 30, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1 << 30..))]
         limit: usize,
+        /// Let the last rank fail in the end, to see that the others do not wait for it
+        #[arg(long)]
+        fail: bool,
     },
     /// How fast state goes to a drive and comes back, in a temporary file
     Disk {

@@ -22,8 +22,8 @@ const LAUNCHES: u32 = 2000;
 const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Runs everything on this rank's GPU, of whose memory at most `limit` bytes are used. Several ranks may share one GPU if
-/// `shared`.
-pub fn gpu(rank: &Rank, limit: usize, shared: bool) -> Result<()> {
+/// `shared`. With `fail` the last rank then fails on purpose while the others are in a collective with it.
+pub fn gpu(rank: &Rank, limit: usize, shared: bool, fail: bool) -> Result<()> {
     let comm = rank.communicator.clone();
     let started = Instant::now();
     let gpu = comm.agree(Gpu::open(rank.world.local_rank, Some(limit)))?;
@@ -48,7 +48,19 @@ pub fn gpu(rank: &Rank, limit: usize, shared: bool) -> Result<()> {
     }
     say(rank, json!({"collectives": "right", "world_size": comm.world_size()}))?;
     say(rank, collective_speed(&gpu, &*group)?)?;
+    if fail {
+        fail_on_purpose(&gpu, &*group)?;
+    }
     group.close()
+}
+
+/// The last rank leaves with an error, the others wait for it on the device and must get one, too.
+fn fail_on_purpose(gpu: &Gpu, group: &dyn DeviceCommunicator) -> Result<()> {
+    ensure!(group.rank() + 1 < group.world_size(), "failed on purpose");
+    let memory = gpu.computing().alloc_zeroed(1024, "a collective's memory")?;
+    let ready = gpu.computing().mark()?;
+    let mark = group.begin(&[Operation::all_reduce(Scalar::F32, 256, memory.address())], &[&ready], "bench")?;
+    mark.wait()
 }
 
 /// One line for each rank, in the order of the ranks.

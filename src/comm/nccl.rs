@@ -71,10 +71,10 @@ impl Nccl {
         timeout: Duration,
         one_gpu_for_several: bool,
     ) -> Result<Nccl> {
-        through.agree(libraries::load(libraries::NCCL).map_err(Refusal::error))?;
         if !one_gpu_for_several {
             apart(gpu, &*through)?;
         }
+        through.agree(libraries::load(libraries::NCCL).map_err(Refusal::error))?;
         let id = through.agree(if through.rank() == 0 { unique_id() } else { Ok(Vec::new()) })?;
         let id = through.broadcast_bytes(id, 0)?;
         let inner = Arc::new(Inner {
@@ -188,25 +188,30 @@ impl Inner {
     /// Waits until the library has taken what it was told last: in its non-blocking mode a call may return before.
     fn settle(&self, what: &str) -> Result<(), Trouble> {
         let begun = Instant::now();
+        let mut next_pulse = PULSE;
         let mut nap = Duration::from_micros(5);
+        let what = || what.to_string();
         loop {
             match self.state() {
                 Ok(sys::ncclResult_t::ncclSuccess) => return Ok(()),
                 Ok(_) => {}
                 Err(why) => {
-                    let failure = self.through.failed_peer();
-                    let what = what.to_string();
-                    return Err(failure.map_or(Trouble::Failed { what: what.clone(), why }, |failure| Trouble::Peer {
-                        what,
-                        failure,
-                    }));
+                    // What the library reports is often a consequence.
+                    return Err(match self.through.failed_peer() {
+                        Some(failure) => Trouble::Peer { what: what(), failure },
+                        None => Trouble::Failed { what: what(), why },
+                    });
                 }
             }
-            if let Some(failure) = self.through.failed_peer() {
-                return Err(Trouble::Peer { what: what.to_string(), failure });
+            let waited = begun.elapsed();
+            if waited >= next_pulse {
+                next_pulse = waited + PULSE;
+                if let Some(failure) = self.through.failed_peer() {
+                    return Err(Trouble::Peer { what: what(), failure });
+                }
             }
-            if begun.elapsed() >= self.timeout {
-                return Err(Trouble::TimedOut { what: what.to_string(), after: self.timeout });
+            if waited >= self.timeout {
+                return Err(Trouble::TimedOut { what: what(), after: self.timeout });
             }
             std::thread::sleep(nap);
             nap = (nap * 2).min(NAP);
@@ -406,6 +411,6 @@ mod tests {
     #[test]
     fn the_options_have_the_librarys_layout() {
         // size_t, two unsigned, four ints, a pointer, an int, padded: nccl.h of 2.24.
-        assert_eq!(size_of::<sys::ncclConfig_t>(), 56);
+        assert_eq!(size_of::<sys::ncclConfig_t>(), 48);
     }
 }

@@ -1,6 +1,7 @@
 //! The compiled kernels, embedded in the program, and launching them.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::{Arc, RwLock};
 
 use anyhow::{Result, anyhow};
@@ -64,10 +65,10 @@ impl Modules {
             }
         }
         let mut loaded = self.loaded.write().unwrap_or_else(|e| e.into_inner());
-        if let std::collections::hash_map::Entry::Vacant(place) = loaded.entry(family) {
-            place.insert(Loaded { module: self.load(family)?, kernels: HashMap::new() });
-        }
-        let Some(loaded) = loaded.get_mut(&family) else { unreachable!("just put there") };
+        let loaded = match loaded.entry(family) {
+            Entry::Occupied(there) => there.into_mut(),
+            Entry::Vacant(place) => place.insert(Loaded { module: self.load(family)?, kernels: HashMap::new() }),
+        };
         let known = loaded.find(kernel, family)?;
         if grid.shared > known.shared {
             self.allow_shared(known, kernel, grid.shared)?;
@@ -102,12 +103,14 @@ impl Modules {
 
 impl Loaded {
     fn find(&mut self, kernel: &str, family: Family) -> Result<&mut Kernel> {
-        if !self.kernels.contains_key(kernel) {
-            let found = self.module.load_function(kernel);
-            let function = found.attempt(format_args!("looking for the kernel {kernel} in {}.cu", file(family)))?;
-            self.kernels.insert(kernel.into(), Kernel { function, shared: SHARED_FOR_ALL });
-        }
-        self.kernels.get_mut(kernel).ok_or_else(|| anyhow!("the kernel {kernel} was lost"))
+        Ok(match self.kernels.entry(kernel.into()) {
+            Entry::Occupied(there) => there.into_mut(),
+            Entry::Vacant(place) => {
+                let found = self.module.load_function(kernel);
+                let function = found.attempt(format_args!("looking for the kernel {kernel} in {}.cu", file(family)))?;
+                place.insert(Kernel { function, shared: SHARED_FOR_ALL })
+            }
+        })
     }
 }
 

@@ -18,6 +18,9 @@ use super::status::{Attempt, failed};
 /// The first driver that knows pools with a limit, as it numbers its CUDA versions.
 const KNOWS_LIMITS: u32 = 12020;
 
+/// What the driver takes from the system at a time, at least.
+const PIECE: usize = 2 << 20;
+
 pub(super) struct Pool {
     context: Arc<CudaContext>,
     /// None where the driver has no pools (virtual GPUs, some old systems): then memory is taken and given back at once.
@@ -76,13 +79,11 @@ impl Pool {
             return Ok(pool);
         }
         context.bind_to_thread().attempt("making a pool of memory")?;
-        let raw = if let Some(limit) = limit.filter(|_| driver >= KNOWS_LIMITS) {
-            pool.enforced = true;
-            create(context, limit)
-        } else {
-            create(context, 0)
-        };
-        let raw = raw.attempt("making a pool of memory")?;
+        // A limit in whole pieces of what the driver takes from the system.
+        let limit = limit.filter(|_| driver >= KNOWS_LIMITS).map(|limit| limit / PIECE * PIECE);
+        let limited = limit.and_then(|limit| create(context, limit).ok());
+        pool.enforced = limited.is_some();
+        let raw = limited.map_or_else(|| create(context, 0), Ok).attempt("making a pool of memory")?;
         pool.raw = Some(raw);
         // Kept until the program ends: memory from the system costs a stop of the GPU.
         pool.set(Attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, u64::MAX)?;

@@ -134,18 +134,21 @@ impl Stream {
     }
 
     /// Copies from the GPU's memory to page-locked memory, which comes back when the copy is done.
-    pub fn download(&self, from: &DeviceMemory, range: Range<usize>, to: Pinned, at: usize) -> Result<Pending<Pinned>> {
+    pub fn download(
+        &self,
+        from: &DeviceMemory,
+        range: Range<usize>,
+        mut to: Pinned,
+        at: usize,
+    ) -> Result<Pending<Pinned>> {
         let address = from.range(&range)?;
         let end = at + range.len();
         ensure!(end <= to.len(), "a copy into {at}..{end} of {} bytes", to.len());
+        let target = to.bytes_mut()[at..end].as_mut_ptr();
+        // SAFETY: both sides were checked; nobody looks at `to` before the mark, and the stream keeps it until then.
+        unsafe { self.copy_to_host(target, address, range.len())? };
         // Kept by the stream even if nobody waits; who waits is the only other owner.
         let to = Arc::new(Mutex::new(Some(to)));
-        {
-            let mut place = to.lock().unwrap_or_else(|e| e.into_inner());
-            let Some(bytes) = place.as_mut().map(Pinned::bytes_mut) else { unreachable!("just put there") };
-            // SAFETY: both sides were checked; nobody looks at `to` before the mark, and the stream keeps it until then.
-            unsafe { self.copy_to_host(bytes[at..end].as_mut_ptr(), address, range.len())? };
-        }
         let mark = self.mark()?;
         from.used_until(&mark);
         self.keep(to.clone())?;
