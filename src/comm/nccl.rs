@@ -276,8 +276,8 @@ impl Inner {
     /// Tells everyone: the waits of this process, the other ranks, and the device.
     fn give_up(&self, trouble: &Trouble) {
         let (rank, reason) = (self.through.rank(), trouble.clone());
-        self.gpu.faults().raise(move || reason.error(rank));
-        if !matches!(trouble, Trouble::Peer { .. }) {
+        let first = self.gpu.faults().raise(move || reason.error(rank));
+        if first && !matches!(trouble, Trouble::Peer { .. }) {
             self.through.abort(&format!("{:#}", trouble.error(rank)));
         }
         self.abort();

@@ -60,15 +60,31 @@ type Reason = Arc<dyn Fn() -> Error + Send + Sync>;
 pub struct Faults(Arc<Mutex<Option<Reason>>>);
 
 impl Faults {
-    /// Only the first fault is kept: it is the cause of others.
-    pub fn raise(&self, reason: impl Fn() -> Error + Send + Sync + 'static) {
+    /// Only the first fault is kept: it is the cause of others. Whether this one was it.
+    pub fn raise(&self, reason: impl Fn() -> Error + Send + Sync + 'static) -> bool {
         let mut fault = self.0.lock().unwrap_or_else(|e| e.into_inner());
+        let first = fault.is_none();
         fault.get_or_insert_with(|| Arc::new(reason));
+        first
     }
 
     /// The fault as an error, if there was one.
     pub fn check(&self) -> Result<()> {
         let fault = self.0.lock().unwrap_or_else(|e| e.into_inner()).clone();
         fault.map_or(Ok(()), |reason| Err(reason()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_fault_is_what_all_waits_are_told() {
+        let faults = Faults::default();
+        assert!(faults.check().is_ok());
+        assert!(faults.raise(|| anyhow!("the cause")));
+        assert!(!faults.raise(|| anyhow!("a consequence")));
+        assert_eq!(faults.clone().check().unwrap_err().to_string(), "the cause");
     }
 }
