@@ -2,9 +2,7 @@
 //
 // Its counterpart is `src/device/cuda/selftest.rs`.
 
-#ifdef __CUDACC__
-#define EXPORT(name)
-#endif
+#include "common.cuh"
 
 // Block b of 256 threads writes to out[b] the exact sum of b * 256 + t over its threads t, by a tree.
 extern "C" __global__ void selftest_sums(unsigned *out, unsigned blocks) {

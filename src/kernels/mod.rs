@@ -4,6 +4,9 @@
 //! where their tests compare them with `ops`. Errors are those of the launch itself: what a kernel does wrong on a GPU
 //! comes out when the stream is waited for.
 
+#[cfg(feature = "emulate")]
+pub mod emulated;
+
 use std::any::Any;
 
 use anyhow::{Result, bail};
@@ -103,6 +106,7 @@ pub enum Family {
     Glue,
     Optimizer,
     Reduce,
+    /// What a GPU has to show before it is trusted.
     Selftest,
 }
 
