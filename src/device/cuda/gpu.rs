@@ -121,9 +121,15 @@ impl Gpu {
             pool,
             faults,
         });
-        selftest::run(&gpu).with_context(|| format!("GPU {ordinal} ({}) fails its self-test", gpu.card.name))?;
+        gpu.self_test().with_context(|| format!("GPU {ordinal} ({}) fails its self-test", gpu.card.name))?;
         register(&gpu);
         Ok(gpu)
+    }
+
+    fn self_test(&self) -> Result<()> {
+        let out = self.computing.alloc_zeroed(selftest::BYTES, "the self-test")?;
+        selftest::launch(self, out.address())?;
+        selftest::check(self.read(&out)?.as_chunks::<4>().0.iter().map(|sum| u32::from_le_bytes(*sum)))
     }
 
     /// The opened GPU that a candle device is on; what ops ask when all they have is a tensor.

@@ -32,7 +32,7 @@ mod modules;
 mod pinned;
 #[cfg(feature = "cuda")]
 mod pool;
-#[cfg(feature = "cuda")]
+#[cfg(any(feature = "cuda", all(test, feature = "emulate")))]
 mod selftest;
 #[cfg(feature = "cuda")]
 mod status;
