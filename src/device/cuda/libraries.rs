@@ -91,7 +91,7 @@ fn places(variable: &dyn Fn(&str) -> Option<std::ffi::OsString>) -> Vec<PathBuf>
             places.extend(folders(&python.join("site-packages/nvidia")).into_iter().map(|package| package.join("lib")));
         }
     }
-    places.extend(["/usr/lib/wsl/lib", "/run/opengl-driver/lib"].map(PathBuf::from));
+    places.extend(["/usr/local/nvidia/lib64", "/usr/lib/wsl/lib", "/run/opengl-driver/lib"].map(PathBuf::from));
     places.retain(|place| place.is_dir());
     places
 }
