@@ -28,7 +28,7 @@ template <class U, int PER>
 __device__ __forceinline__ void transpose(const U* x, U* y, unsigned rows, unsigned columns) {
     constexpr unsigned TILE = 32 * PER;
     // A row is one word longer than needed, which spreads a column over the banks.
-    __shared__ alignas(8) U tile[TILE][TILE + 4 / sizeof(U)];
+    alignas(8) __shared__ U tile[TILE][TILE + 4 / sizeof(U)];
     const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const unsigned row0 = blockIdx.y * TILE, column0 = blockIdx.x * TILE;
     x += size_t(blockIdx.z) * rows * columns;
