@@ -182,41 +182,6 @@ mod gpu {
     }
 }
 
-/// One static library of all families and of the emulator that runs them.
 #[cfg(feature = "emulate")]
-mod host {
-    use std::path::{Path, PathBuf};
-
-    use super::{sources, stem};
-
-    pub fn compile(families: &[PathBuf]) {
-        let mut build = cc::Build::new();
-        build.cpp(true).std("c++20").opt_level(2).include("kernels").define("DBLAUNCH_EMULATE", None);
-        // Products and sums stay apart unless a kernel asks for a fused one, on every machine alike.
-        build.flag("-ffp-contract=off").flag_if_supported("-fno-fast-math");
-        let emulator: Vec<PathBuf> =
-            ["cpp", "S"].iter().flat_map(|e| sources(Path::new("kernels/emulate"), e)).collect();
-        build.files(&emulator);
-        // The compiler does not know `.cu`; what it is told of it holds for all files that follow.
-        let out = PathBuf::from(std::env::var_os("OUT_DIR").unwrap_or_default());
-        for family in families {
-            // Each by a file of its own that includes it.
-            let includer = out.join(format!("{}.emulated.cpp", stem(family)));
-            let source = std::path::absolute(family).unwrap_or_else(|_| family.clone());
-            let text = format!("#include \"{}\"\n", source.display());
-            if std::fs::read_to_string(&includer).is_ok_and(|there| there == text)
-                || std::fs::write(&includer, text).is_ok()
-            {
-                build.file(includer);
-            } else {
-                println!("cargo::error=cannot write to OUT_DIR");
-            }
-        }
-        if families.is_empty() && emulator.is_empty() {
-            return;
-        }
-        // Kernels register themselves before `main`, so nothing of the archive may be left out as unused.
-        build.link_lib_modifier("+whole-archive");
-        build.compile("dblaunch_kernels");
-    }
-}
+#[path = "build/emulate.rs"]
+mod host;

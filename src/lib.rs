@@ -26,7 +26,7 @@
 //!     3  content      data  diffusion  model  optim  track
 //!     2  machinery    segment (layers, no ranks)    zero (ranks, no layers)
 //!     1  ground       ops  comm
-//!     0  hardware     device                              candle-core below
+//!     0  hardware     device  kernels                     candle-core below
 //! ```
 //!
 //! A module imports from rows below it; but `train` takes `config::RunPlan` and `launch::Rank` as values.
@@ -35,8 +35,8 @@
 //!
 //! 1. `ops`, `segment`, `model` import neither `comm` nor `zero`: layers know no ranks.
 //! 2. `zero` knows segments by index and parameters by name and shape; it imports neither `model` nor `ops`.
-//! 3. Only `segment/pullback.rs` calls `backward`. `unsafe` only in `device/`, `comm/` and the SIMD files of `ops/` and
-//!    `optim/`, each block with its reason.
+//! 3. Only `segment/pullback.rs` calls `backward`. `unsafe` only in `device/`, `comm/`, `kernels/` and the SIMD files of
+//!    `ops/` and `optim/`, each block with its reason.
 //! 4. A segment is a pure function: no randomness, no state, no I/O. So recompute equals compute.
 //! 5. Every rank issues the same collectives in the same order; every decision to skip, stop or save is itself one.
 //! 6. Randomness is stateless: a draw is a function of (seed, purpose, row, running number of the item).
@@ -55,6 +55,7 @@ pub mod data;
 pub mod device;
 pub mod diffusion;
 pub mod hub;
+pub mod kernels;
 pub mod launch;
 pub mod model;
 pub mod ops;
