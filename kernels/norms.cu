@@ -5,9 +5,13 @@
 #include "norms_group_backward.cuh"
 #include "norms_rows.cuh"
 
+// No operand of a norm overlaps a result.
+#define IN(T) const T* __restrict__
+#define OUT(T) T* __restrict__
+
 #define GROUP_FORWARD(T, dtype)                                                                                              \
-    extern "C" __global__ void __launch_bounds__(1024) group_norm_forward_##dtype(                                           \
-        const T* x, const T* gamma, const T* beta, T* y, float2* moments, unsigned channels, unsigned groups,                \
+    extern "C" __global__ void __launch_bounds__(GROUP_THREADS) group_norm_forward_##dtype(                                           \
+        IN(T) x, IN(T) gamma, IN(T) beta, OUT(T) y, OUT(float2) moments, unsigned channels, unsigned groups,                 \
         unsigned pixels, float eps, int silu) {                                                                              \
         group_forward<T, WIDTH<T>>(x, gamma, beta, y, moments, {channels, groups, channels / groups, pixels}, eps, silu);    \
     }                                                                                                                        \
@@ -15,12 +19,12 @@
 
 #define GROUP_SPLIT(T, dtype, N)                                                                                             \
     extern "C" __global__ void __launch_bounds__(256) group_norm_measure_##dtype(                                            \
-        const T* x, float2* pieces, unsigned channels, unsigned groups, unsigned pixels) {                                   \
+        IN(T) x, OUT(float2) pieces, unsigned channels, unsigned groups, unsigned pixels) {                                  \
         group_measure<T, N>(x, pieces, {channels, groups, channels / groups, pixels});                                       \
     }                                                                                                                        \
     EXPORT(group_norm_measure_##dtype)                                                                                       \
     extern "C" __global__ void __launch_bounds__(256) group_norm_normalise_##dtype(                                          \
-        const T* x, const float2* pieces, const T* gamma, const T* beta, T* y, float2* moments, unsigned channels,           \
+        IN(T) x, IN(float2) pieces, IN(T) gamma, IN(T) beta, OUT(T) y, OUT(float2) moments, unsigned channels,               \
         unsigned groups, unsigned pixels, float eps, int silu) {                                                             \
         group_normalise<T, N>(x, pieces, gamma, beta, y, moments, {channels, groups, channels / groups, pixels}, eps, silu); \
     }                                                                                                                        \
@@ -28,7 +32,7 @@
 
 #define GROUP_BACKWARD(T, dtype)                                                                                             \
     extern "C" __global__ void __launch_bounds__(512) group_norm_backward_##dtype(                                           \
-        const T* x, const T* dy, const T* gamma, const T* beta, const float2* moments, T* dx, float2* sums,                  \
+        IN(T) x, IN(T) dy, IN(T) gamma, IN(T) beta, IN(float2) moments, OUT(T) dx, OUT(float2) sums,                         \
         unsigned channels, unsigned groups, unsigned pixels, unsigned team, int silu) {                                      \
         DYNAMIC_SHARED(float2, parts);                                                                                       \
         const GroupShape shape = {channels, groups, channels / groups, pixels};                                              \
@@ -39,7 +43,7 @@
 
 #define GROUP_BACKWARD_SPLIT(T, dtype, N)                                                                                    \
     extern "C" __global__ void __launch_bounds__(256) group_norm_sums_##dtype(                                               \
-        const T* x, const T* dy, const T* gamma, const T* beta, const float2* moments, float2* sums, unsigned channels,      \
+        IN(T) x, IN(T) dy, IN(T) gamma, IN(T) beta, IN(float2) moments, OUT(float2) sums, unsigned channels,                 \
         unsigned groups, unsigned pixels, int silu) {                                                                        \
         const GroupShape shape = {channels, groups, channels / groups, pixels};                                              \
         if (silu) group_sums<T, N, true>(x, dy, gamma, beta, moments, sums, shape);                                          \
@@ -47,7 +51,7 @@
     }                                                                                                                        \
     EXPORT(group_norm_sums_##dtype)                                                                                          \
     extern "C" __global__ void __launch_bounds__(256) group_norm_gradients_##dtype(                                          \
-        const T* x, const T* dy, const T* gamma, const T* beta, const float2* moments, const float2* sums, T* dx,            \
+        IN(T) x, IN(T) dy, IN(T) gamma, IN(T) beta, IN(float2) moments, IN(float2) sums, OUT(T) dx,                          \
         unsigned channels, unsigned groups, unsigned pixels, unsigned pieces, unsigned piece, int silu) {                    \
         const GroupShape shape = {channels, groups, channels / groups, pixels};                                              \
         if (silu) group_gradients<T, N, true>(x, dy, gamma, beta, moments, sums, dx, shape, pieces, piece);                  \
@@ -57,12 +61,12 @@
 
 #define LAYER(T, dtype, size, PACKS)                                                                                         \
     extern "C" __global__ void __launch_bounds__(LAYER_THREADS) layer_norm_forward_##size##_##dtype(                         \
-        const T* x, const T* gamma, const T* beta, T* y, float2* moments, unsigned rows, unsigned width, float eps) {        \
+        IN(T) x, IN(T) gamma, IN(T) beta, OUT(T) y, OUT(float2) moments, unsigned rows, unsigned width, float eps) {         \
         layer_forward<T, PACKS>(x, gamma, beta, y, moments, rows, width, eps);                                               \
     }                                                                                                                        \
     EXPORT(layer_norm_forward_##size##_##dtype)                                                                              \
     extern "C" __global__ void __launch_bounds__(LAYER_THREADS, (AT_ONCE<T, PACKS>)) layer_norm_backward_##size##_##dtype(   \
-        const T* x, const T* dy, const T* gamma, const float2* moments, T* dx, float* parts, unsigned rows,                  \
+        IN(T) x, IN(T) dy, IN(T) gamma, IN(float2) moments, OUT(T) dx, OUT(float) parts, unsigned rows,                      \
         unsigned width) {                                                                                                    \
         DYNAMIC_SHARED(float, shared);                                                                                       \
         layer_backward<T, PACKS>(x, dy, gamma, moments, dx, parts, rows, width, shared);                                     \
@@ -71,12 +75,12 @@
 
 #define ROWS(T, dtype, N)                                                                                                    \
     extern "C" __global__ void __launch_bounds__(256) layer_norm_forward_##dtype(                                            \
-        const T* x, const T* gamma, const T* beta, T* y, float2* moments, unsigned width, float eps) {                       \
+        IN(T) x, IN(T) gamma, IN(T) beta, OUT(T) y, OUT(float2) moments, unsigned width, float eps) {                        \
         row_forward<T, N>(x, gamma, beta, y, moments, width, eps);                                                           \
     }                                                                                                                        \
     EXPORT(layer_norm_forward_##dtype)                                                                                       \
     extern "C" __global__ void __launch_bounds__(256) layer_norm_backward_##dtype(                                           \
-        const T* x, const T* dy, const T* gamma, const float2* moments, T* dx, unsigned width) {                             \
+        IN(T) x, IN(T) dy, IN(T) gamma, IN(float2) moments, OUT(T) dx, unsigned width) {                                     \
         row_backward<T, N>(x, dy, gamma, moments, dx, width);                                                                \
     }                                                                                                                        \
     EXPORT(layer_norm_backward_##dtype)
@@ -93,7 +97,7 @@
     ROWS(T, wide_##dtype, WIDTH<T>)                                                                                          \
     ROWS(T, loose_##dtype, 1)                                                                                                \
     extern "C" __global__ void __launch_bounds__(COLUMNS* LADDERS)                                                           \
-        layer_norm_columns_##dtype(const T* x, const T* dy, const float2* moments, float* parts, unsigned rows,              \
+        layer_norm_columns_##dtype(IN(T) x, IN(T) dy, IN(float2) moments, OUT(float) parts, unsigned rows,                   \
                                    unsigned width) {                                                                         \
         row_columns<T>(x, dy, moments, parts, rows, width);                                                                  \
     }                                                                                                                        \
@@ -102,13 +106,13 @@
 FOR_DTYPES(NORMS)
 
 extern "C" __global__ void __launch_bounds__(256)
-    group_norm_weights_f32(const float2* sums, float* dgamma, float* dbeta, unsigned batch, unsigned channels) {
+    group_norm_weights_f32(IN(float2) sums, OUT(float) dgamma, OUT(float) dbeta, unsigned batch, unsigned channels) {
     group_weights(sums, dgamma, dbeta, batch, channels);
 }
 EXPORT(group_norm_weights_f32)
 
 extern "C" __global__ void __launch_bounds__(COLUMNS* LADDERS)
-    layer_norm_weights_f32(const float* parts, float* dgamma, float* dbeta, unsigned count, unsigned width) {
+    layer_norm_weights_f32(IN(float) parts, OUT(float) dgamma, OUT(float) dbeta, unsigned count, unsigned width) {
     layer_weights(parts, dgamma, dbeta, count, width);
 }
 EXPORT(layer_norm_weights_f32)

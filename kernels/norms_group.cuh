@@ -2,8 +2,8 @@
 // beta, then SiLU if wanted. A group's numbers lie one after the other, so it is one run of memory.
 //
 // Passes over memory. What counts is bytes that come from memory; a copy reads and writes each number once.
-// - Up to 48 Ki halves or 24 Ki floats (every group of SD at 512 x 512 but some joined ones): one block of up to 1,024 threads
-//   reads the group once, keeps it in registers, measures it exactly (about the mean) and writes: a copy's bytes.
+// - Up to 43,008 halves or 21,504 floats (in halves every group of SD at 512 x 512 but some joined ones): one block of up to 896
+//   threads reads the group once, keeps it in registers, measures it exactly (about the mean) and writes: a copy's bytes.
 // - Somewhat larger ones, if there are enough to fill the device: the same block keeps the end and reads the rest again,
 //   backwards, so that what was read last, and is still in a cache, comes first. All blocks that run together have less than
 //   20 MB in flight.

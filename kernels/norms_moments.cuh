@@ -2,9 +2,9 @@
 #pragma once
 #include "glue_packs.cuh"
 
-// Packs that a thread keeps in registers between measuring and normalising: at 1,024 threads 6 packs of 16 bytes are 24 of the
-// 64 registers that each may have.
-constexpr int HELD = 6;
+// Packs that a thread keeps in registers between measuring and normalising, and the most threads of a block that does so: 24 of
+// the 72 registers that each of so many threads may have.
+constexpr int HELD = 6, GROUP_THREADS = 896;
 
 // What a thread, a block or several blocks know of their numbers: how many, their mean, and the sum of squares about it.
 // About its own mean, so that nothing cancels where the mean is large.

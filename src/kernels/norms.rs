@@ -13,8 +13,9 @@ use super::{Address, Arg, Family, Grid, Launcher, suffix};
 #[cfg(all(test, feature = "emulate"))]
 mod tests;
 
-/// Packs that a thread keeps (`kernels/norms_moments.cuh`).
+/// Packs that a thread keeps, and the most threads of a group's block (`kernels/norms_moments.cuh`).
 const HELD: usize = 6;
+const GROUP_THREADS: usize = 896;
 /// A pair of f32: moments, or sums.
 const PAIR: usize = 8;
 
@@ -111,11 +112,11 @@ impl GroupNorm {
         let packs = self.count() / if whole { width(self.dtype) } else { 1 };
         let groups = self.batch * self.groups;
         let (eps, silu) = (Arg::F32(self.eps as f32), Arg::I32(self.silu.into()));
-        let most = 1024 * HELD;
+        let most = GROUP_THREADS * HELD;
         let many = groups >= 2 * launcher.multiprocessors() as usize && packs <= 4 * most;
         if whole && (packs <= most || many) {
             // Four packs a thread are enough under way, if there are not more to keep.
-            let threads = packs.div_ceil(4).next_multiple_of(32).min(1024) as u32;
+            let threads = packs.div_ceil(4).next_multiple_of(32).min(GROUP_THREADS) as u32;
             let grid = Grid { blocks: [small(groups)?, 1, 1], threads, shared: 0 };
             let args = [on.x.into(), on.gamma.into(), on.beta.into(), on.y.into(), on.moments.into()];
             let args = [&args[..], &self.shape()?, &[eps, silu]].concat();
@@ -139,7 +140,7 @@ impl GroupNorm {
         let (channels, packs) = (self.group_channels(), self.pixels / width(self.dtype));
         let all = channels * packs;
         // What is larger is better split than read by one multiprocessor.
-        if all > 4 * 1024 * HELD {
+        if all > 4 * GROUP_THREADS * HELD {
             return None;
         }
         let threads = threads(all.div_ceil(4), 64, 512);

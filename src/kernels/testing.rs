@@ -56,9 +56,9 @@ impl Memory {
 /// The dtypes, and how far results may be off that were rounded to them once.
 pub const DTYPES: [(DType, f64); 3] = [(DType::F32, 1e-5), (DType::F16, 1e-3), (DType::BF16, 8e-3)];
 
-/// One old and one new device; threads in different orders.
-pub fn devices() -> [Emulated; 2] {
-    [(75, Order::Descending), (90, Order::Shuffled(5))].map(|(capability, order)| Emulated::new(capability, order).unwrap())
+/// An old device and newer ones; threads in different orders.
+pub fn devices() -> [Emulated; 3] {
+    [(75, Order::Descending), (80, Order::Ascending), (90, Order::Shuffled(5))].map(|(capability, order)| Emulated::new(capability, order).unwrap())
 }
 
 /// An op's result on the CPU, and the gradients of its inputs by that of the result, which is `var(21, ...)`.

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::kernels::emulated::Emulated;
-use crate::kernels::testing::{DTYPES, Memory, devices, expected};
+use crate::kernels::testing::{DTYPES, Expected, Memory, devices, expected};
 use crate::ops::testing::{close, numbers, weight};
 use crate::ops;
 
@@ -57,12 +57,15 @@ fn run(
     Run { y: y.get(), dx: dx.get(), dgamma: dgamma.get(), dbeta: dbeta.get() }
 }
 
-fn compare(run: &Run, want: &crate::kernels::testing::Expected, grads: [Vec<f32>; 2], tolerance: f64, what: &str) {
+fn compare(run: &Run, want: &Expected, grads: [Vec<f32>; 2], tolerance: f64, what: &str) {
     close(&run.y, &want.y, tolerance, &format!("{what} y"));
     close(&run.dx, &want.gradients[0], tolerance, &format!("{what} dx"));
+    // A sum of many numbers of both signs is much smaller than what it is rounded with.
+    let terms = (want.y.len() / run.dgamma.len()) as f64;
+    let tolerance = 1e-5 * (terms.sqrt() / 64.0).max(1.0);
     let [dgamma, dbeta] = grads.map(|grad| grad.iter().map(|&g| f64::from(g) + 0.25).collect::<Vec<_>>());
-    close(&run.dgamma, &dgamma, 1e-5, &format!("{what} dgamma"));
-    close(&run.dbeta, &dbeta, 1e-5, &format!("{what} dbeta"));
+    close(&run.dgamma, &dgamma, tolerance, &format!("{what} dgamma"));
+    close(&run.dbeta, &dbeta, tolerance, &format!("{what} dbeta"));
 }
 
 fn group(device: &Emulated, dtype: DType, tolerance: f64, norm: GroupNorm, skip: usize) {
@@ -108,7 +111,7 @@ fn groups_of_all_shapes_and_alignments_are_the_cpus() {
 /// More than the registers of a block hold, and more than a block should read.
 #[test]
 fn large_groups_are_the_cpus() {
-    let [device, _] = devices();
+    let [device, ..] = devices();
     for norm in [group_norm(2, 4, 4, 160 * 160, true), group_norm(1, 2, 1, 128 * 128 + 4, false)] {
         group(&device, F32, 1e-5, norm, 0);
     }
@@ -123,7 +126,7 @@ fn a_large_mean_takes_no_digits_away() {
         let variance = x.iter().map(|x| (x - mean) * (x - mean)).sum::<f64>() / x.len() as f64;
         x.iter().map(|x| (x - mean) / (variance + 1e-5).sqrt()).collect::<Vec<_>>()
     };
-    let [device, _] = devices();
+    let [device, ..] = devices();
     for pixels in [320, 77, 128 * 128 * 2] {
         let x: Vec<f64> = values(3, pixels).iter().map(|x| f64::from(*x as f32 + 1000.0)).collect();
         let [x_memory, one, zero] = [(&x[..], 1.0), (&[1.0], 1.0), (&[0.0], 0.0)].map(|(x, _)| Memory::new(F32, x, 0));
@@ -168,7 +171,7 @@ fn rows_of_all_widths_and_alignments_are_the_cpus() {
             }
         }
     }
-    let [device, _] = devices();
+    let [device, ..] = devices();
     layer(&device, F32, 1e-5, 2, 7001, 0);
 }
 
@@ -177,7 +180,7 @@ fn teams_suit_the_shape() {
     let teams = |channels, pixels| GroupNorm { dtype: DType::BF16, ..group_norm(1, channels, 1, pixels, true) }.teams();
     // 64 pixels are 8 packs, 4096 are 512.
     assert_eq!(teams(40, 64).unwrap().team, 8);
-    assert_eq!(teams(10, 4096), Some(Teams { threads: 512, team: 512 }));
+    assert_eq!(teams(10, 4096), Some(Teams { threads: 512, team: 256 }));
     assert_eq!(teams(4, 512 * 512), None);
     assert!(group_norm(1, 5, 2, 3, false).check().is_err());
 }
