@@ -6,6 +6,13 @@
 
 #[cfg(feature = "emulate")]
 pub mod emulated;
+pub mod glue;
+pub mod norms;
+pub mod optimizer;
+pub mod reduce;
+mod sizes;
+#[cfg(all(test, feature = "emulate"))]
+mod testing;
 
 use std::any::Any;
 
