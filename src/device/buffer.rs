@@ -7,6 +7,7 @@ use candle_core::DType;
 use half::{bf16, f16};
 
 use super::arena::Charge;
+use crate::kernels::Address;
 
 /// The number types of activations and weights.
 pub trait Element: candle_core::WithDType + Copy + Send + Sync + 'static {
@@ -151,6 +152,16 @@ impl Buffer {
 
     fn byte_len(&self) -> usize {
         self.len * self.dtype.size_in_bytes()
+    }
+
+    /// For kernels that read it while it lives.
+    pub fn address(&self) -> Address {
+        Address(self.ptr().as_ptr() as u64)
+    }
+
+    /// For kernels that change it while it lives.
+    pub fn address_mut(&mut self) -> Address {
+        self.address()
     }
 
     pub fn bytes(&self) -> &[u8] {

@@ -30,7 +30,7 @@ pub use memory::{Held, Memory};
 pub use nvme::{Region, StateFile, StateFileOptions};
 pub use place::Place;
 pub use queue::{Delays, Pending, Promise, Queue, promise};
-pub use slot::{GradSlot, ParamSlot, WeightRef, WeightView};
+pub use slot::{GradSlot, ParamSlot, WeightAt, WeightRef, WeightView};
 
 use candle_core::{DType, Device};
 

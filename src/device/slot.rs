@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, OnceLock, RwLock};
 use candle_core::{DType, Error, Result, bail};
 
 use super::{BucketLayout, Buffer, Element};
+use crate::kernels::Address;
 
 /// A segment's parameters: one flat buffer while fetched, nothing otherwise.
 #[derive(Debug)]
@@ -152,6 +153,25 @@ impl WeightRef {
         Ok(())
     }
 
+    /// The same as an address, for kernels.
+    pub fn at(&self, dtype: DType) -> Result<WeightAt> {
+        let buffer = self.slot.get()?;
+        if buffer.dtype() != dtype {
+            bail!("{}: weights are {:?}, activations {dtype:?}", self.name(), buffer.dtype());
+        }
+        let offset = self.range().start * dtype.size_in_bytes();
+        Ok(WeightAt { buffer, offset })
+    }
+
+    /// As [`Self::add_grad`], for kernels that add to the range at an address.
+    pub fn add_grad_at(&self, add: impl FnOnce(Address) -> Result<()>) -> Result<()> {
+        let Some(grads) = &self.grads else { return Ok(()) };
+        let mut held = grads.held.lock().unwrap_or_else(|e| e.into_inner());
+        let Some(buffer) = held.as_mut() else { bail!("{}: no gradient bucket is open", grads.name) };
+        grads.count_visit(self.index);
+        add(buffer.address_mut().at(4 * self.range().start))
+    }
+
     /// A weight of its own for tests: its parameters are `values`, its gradients start at zero.
     pub fn alone<T: Element>(name: &str, shape: &[usize], values: &[T], trainable: bool) -> Result<Self> {
         let layout = BucketLayout::new(vec![(name.to_string(), shape.to_vec())]);
@@ -186,6 +206,18 @@ impl<T: Element> Deref for WeightView<T> {
     type Target = [T];
     fn deref(&self) -> &[T] {
         &self.buffer.as_slice::<T>()[self.range.clone()]
+    }
+}
+
+/// A weight's memory; keeps the fetched buffer alive, so drop it when the kernels that read it are launched.
+pub struct WeightAt {
+    buffer: Arc<Buffer>,
+    offset: usize,
+}
+
+impl WeightAt {
+    pub fn address(&self) -> Address {
+        self.buffer.address().at(self.offset)
     }
 }
 

@@ -10,6 +10,7 @@ pub mod emulated;
 pub mod glue;
 pub mod norms;
 pub mod optimizer;
+pub mod product;
 pub mod reduce;
 mod sizes;
 #[cfg(all(test, feature = "emulate"))]
@@ -122,6 +123,9 @@ pub enum Family {
 pub trait Launcher: Send + Sync {
     /// Launches on the stream that computes; errors of the launch itself only.
     fn launch(&self, family: Family, kernel: &str, grid: Grid, args: &[Arg]) -> Result<()>;
+
+    /// A matrix product, in the same order.
+    fn multiply(&self, product: &product::Product) -> Result<()>;
 
     /// Major and minor, times 10: 75, 80, 86, 89, 90.
     fn capability(&self) -> u32;

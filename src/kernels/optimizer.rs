@@ -82,9 +82,18 @@ impl Tables {
 /// A run of elements' moments.
 #[derive(Clone, Copy, Debug)]
 pub enum Moments<'a> {
-    F32 { m: Address, v: Address },
+    F32 {
+        m: Address,
+        v: Address,
+    },
     /// A code an element and a scale a block of 256; the addresses of codes are multiples of 4.
-    Bits8 { m: Address, v: Address, m_absmax: Address, v_absmax: Address, tables: &'a Tables },
+    Bits8 {
+        m: Address,
+        v: Address,
+        m_absmax: Address,
+        v_absmax: Address,
+        tables: &'a Tables,
+    },
 }
 
 /// Updates `elements` elements in one pass. The u32 at `overflow` becomes 1 if a gradient is not finite once it is scaled;
@@ -191,7 +200,6 @@ pub fn dequantize(
     if count == 0 {
         return Ok(());
     }
-    let args =
-        [codes.into(), absmax.into(), values.into(), small(count)?.into(), tables.book(signed).into()];
+    let args = [codes.into(), absmax.into(), values.into(), small(count)?.into(), tables.book(signed).into()];
     launcher.launch(Family::Optimizer, "dequantize_f32", line(count, 256)?, &args)
 }

@@ -4,8 +4,10 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor, bail};
 
 use super::cpu::{Held, by_dtype, elements, for_parts, result, rows_per_part, tensor};
+use super::gpu::{Fresh, Gpu, Operand, cuda_forward, emulated1, emulated2};
 use super::pointwise::{map, map2};
 use super::vector::{PIECE, Real, normal, sigmoid, simd, sums, unwritten};
+use crate::kernels::glue;
 
 /// A function of one number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,18 +35,46 @@ impl CustomOp1 for Pointwise {
     }
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        if let Some(done) = emulated1(storage, layout, |gpu, x| self.forward_on(gpu, x)) {
+            return done;
+        }
         by_dtype!(storage.dtype(), self.name(), T => {
             Ok(result(activate::<T>(elements(storage, layout)?, self.0), layout.shape()))
         })
     }
 
+    cuda_forward!(1);
+
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
         let dy = dy.contiguous()?;
+        if let Some(gpu) = Gpu::of(x)? {
+            let (x, dy) = (gpu.operand(x)?, gpu.operand(&dy)?);
+            let dx = gpu.fresh(x.dtype, x.dims)?;
+            let (function, count) = (self.function(), x.len());
+            gpu.run(|l| glue::activation_backward(l, function, x.dtype, x.at, dy.at, dx.at, count))?;
+            return Ok(Some(dx.tensor()));
+        }
         let (held_x, held_dy) = (Held::new(x), Held::new(&dy));
         by_dtype!(x.dtype(), self.name(), T => {
             let dx = activate_backward::<T>(held_x.elements()?, held_dy.elements()?, self.0);
             Ok(Some(tensor(dx, x.shape())?))
         })
+    }
+}
+
+impl Pointwise {
+    fn function(&self) -> glue::Function {
+        match self.0 {
+            Activation::Silu => glue::Function::Silu,
+            Activation::Gelu => glue::Function::Gelu,
+            Activation::QuickGelu => glue::Function::QuickGelu,
+        }
+    }
+
+    fn forward_on(&self, gpu: &Gpu, x: Operand) -> Result<Fresh> {
+        let y = gpu.fresh(x.dtype, x.dims)?;
+        gpu.run(|l| glue::activation(l, self.function(), x.dtype, x.at, y.at, x.len()))?;
+        Ok(y)
     }
 }
 
@@ -123,18 +153,40 @@ impl CustomOp1 for Geglu {
         let mut dims = layout.dims().to_vec();
         let width = dims.pop().unwrap_or(0) / 2;
         dims.push(width);
+        if let Some(done) = emulated1(storage, layout, |gpu, x| self.forward_on(gpu, x)) {
+            return done;
+        }
         by_dtype!(storage.dtype(), self.name(), T => {
             Ok(result(gate::<T>(elements(storage, layout)?, width), dims))
         })
     }
 
+    cuda_forward!(1);
+
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
         let dy = dy.contiguous()?;
         let width = dy.dims().last().copied().unwrap_or(0);
+        if let Some(gpu) = Gpu::of(x)? {
+            let (x, dy) = (gpu.operand(x)?, gpu.operand(&dy)?);
+            let dx = gpu.fresh(x.dtype, x.dims)?;
+            gpu.run(|l| glue::geglu_backward(l, x.dtype, x.at, dy.at, dx.at, dy.len() / width, width))?;
+            return Ok(Some(dx.tensor()));
+        }
         let (held_x, held_dy) = (Held::new(x), Held::new(&dy));
         by_dtype!(x.dtype(), self.name(), T => {
             Ok(Some(tensor(gate_backward::<T>(held_x.elements()?, held_dy.elements()?, width), x.shape())?))
         })
+    }
+}
+
+impl Geglu {
+    fn forward_on(&self, gpu: &Gpu, x: Operand) -> Result<Fresh> {
+        let mut dims = x.dims.to_vec();
+        let width = dims.pop().unwrap_or(0) / 2;
+        dims.push(width);
+        let y = gpu.fresh(x.dtype, dims)?;
+        gpu.run(|l| glue::geglu(l, x.dtype, x.at, y.at, x.len() / (2 * width), width))?;
+        Ok(y)
     }
 }
 
@@ -234,13 +286,25 @@ impl CustomOp2 for AddChannels {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, lx: &Layout, t: &CpuStorage, lt: &Layout) -> Result<(CpuStorage, Shape)> {
+        if let Some(done) = emulated2((x, lx), (t, lt), |gpu, x, t| self.forward_on(gpu, x, t)) {
+            return done;
+        }
         by_dtype!(x.dtype(), self.name(), T => {
             Ok(result(add_planes::<T>(elements(x, lx)?, elements(t, lt)?), lx.shape()))
         })
     }
 
+    cuda_forward!(2);
+
     fn bwd(&self, _x: &Tensor, t: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let dy = dy.contiguous()?;
+        if let Some(gpu) = Gpu::of(&dy)? {
+            let operand = gpu.operand(&dy)?;
+            let dt = gpu.fresh(operand.dtype, t.shape())?;
+            gpu.run(|l| planes(&operand).sum(l, operand.at, dt.at))?;
+            drop(operand);
+            return Ok((Some(dy), Some(dt.tensor())));
+        }
         let held = Held::new(&dy);
         by_dtype!(dy.dtype(), self.name(), T => {
             let dt = sum_planes::<T>(held.elements()?, t.elem_count());
@@ -248,6 +312,20 @@ impl CustomOp2 for AddChannels {
             drop(held);
             Ok((Some(dy), Some(dt)))
         })
+    }
+}
+
+/// The planes of x (B, C, H, W).
+fn planes(x: &Operand) -> glue::sums::Planes {
+    let planes = x.dims[..2].iter().product();
+    glue::sums::Planes { dtype: x.dtype, planes, channels: planes, pixels: x.dims[2..].iter().product() }
+}
+
+impl AddChannels {
+    fn forward_on(&self, gpu: &Gpu, x: Operand, t: Operand) -> Result<Fresh> {
+        let y = gpu.fresh(x.dtype, x.dims)?;
+        gpu.run(|l| planes(&x).add(l, x.at, t.at, y.at))?;
+        Ok(y)
     }
 }
 

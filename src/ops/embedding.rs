@@ -3,8 +3,11 @@
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, bail};
 
 use super::cpu::{Held, by_dtype, elements, for_parts, result, rows_per_part};
+use super::gpu::{Fresh, Gpu, Operand, cuda_forward, emulated1};
 use super::vector::{Real, unwritten};
 use crate::device::WeightRef;
+use crate::kernels::Address;
+use crate::kernels::glue::sums;
 
 /// ids u32 (B, S), table (V, D), positions (P, D) with P >= S -> (B, S, D) in `dtype`: table[id] + positions[s].
 ///
@@ -35,6 +38,9 @@ impl CustomOp1 for Embedding {
     }
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        if let Some(done) = emulated1(storage, layout, |gpu, ids| self.forward_on(gpu, ids)) {
+            return done;
+        }
         let (batch, length) = layout.shape().dims2()?;
         let ids = elements::<u32>(storage, layout)?;
         if let Some(id) = ids.iter().find(|&&id| id as usize >= self.rows) {
@@ -45,8 +51,14 @@ impl CustomOp1 for Embedding {
         })
     }
 
+    cuda_forward!(1);
+
     fn bwd(&self, ids: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
         let dy = dy.contiguous()?;
+        if let Some(gpu) = Gpu::of(ids)? {
+            self.backward_on(&gpu, &gpu.operand(ids)?, &gpu.operand(&dy)?)?;
+            return Ok(None);
+        }
         let (held_ids, held_dy) = (Held::new(ids), Held::new(&dy));
         let length = ids.dim(1)?;
         by_dtype!(self.dtype, self.name(), T => {
@@ -57,6 +69,32 @@ impl CustomOp1 for Embedding {
 }
 
 impl Embedding {
+    fn kernels(&self, ids: &Operand) -> sums::Embedding {
+        let &[batch, length] = ids.dims else { unreachable!("checked in `embedding`") };
+        sums::Embedding { dtype: self.dtype, batch, length, rows: self.rows, width: self.width }
+    }
+
+    fn forward_on(&self, gpu: &Gpu, ids: Operand) -> Result<Fresh> {
+        let y = gpu.fresh(self.dtype, [ids.dims, &[self.width]].concat())?;
+        let table = self.table.at(self.dtype)?;
+        let positions = self.positions.as_ref().map(|p| p.at(self.dtype)).transpose()?;
+        let places = positions.as_ref().map_or(Address::NULL, |p| p.address());
+        gpu.run(|l| {
+            // An id beyond the table reads nothing; that there is none is seen to where prompts become ids.
+            let wrong = l.scratch(4)?;
+            self.kernels(&ids).forward(l, ids.at, table.address(), places, y.at, wrong.address())
+        })?;
+        Ok(y)
+    }
+
+    fn backward_on(&self, gpu: &Gpu, ids: &Operand, dy: &Operand) -> Result<()> {
+        let kernels = self.kernels(ids);
+        let none = Address::NULL;
+        self.table.add_grad_at(|table| gpu.run(|l| kernels.backward(l, ids.at, dy.at, table, none)))?;
+        let Some(positions) = &self.positions else { return Ok(()) };
+        positions.add_grad_at(|positions| gpu.run(|l| kernels.backward(l, ids.at, dy.at, none, positions)))
+    }
+
     fn look_up<T: Real>(&self, ids: &[u32], length: usize) -> Result<Vec<T>> {
         let table = self.table.view::<T>()?;
         let positions = self.positions.as_ref().map(|p| p.view::<T>()).transpose()?;

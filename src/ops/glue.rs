@@ -5,8 +5,10 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 
 use super::cpu::{Held, by_dtype, elements, for_parts, result, rows_per_part, tensor};
+use super::gpu::{Fresh, Gpu, Operand, cuda_forward, emulated2};
 use super::pointwise::map2;
 use super::vector::{Real, unwritten};
+use crate::kernels::glue;
 
 /// a + b, of one shape and dtype.
 pub fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
@@ -24,6 +26,9 @@ impl CustomOp2 for Add {
     }
 
     fn cpu_fwd(&self, a: &CpuStorage, la: &Layout, b: &CpuStorage, lb: &Layout) -> Result<(CpuStorage, Shape)> {
+        if let Some(done) = emulated2((a, la), (b, lb), |gpu, a, b| self.forward_on(gpu, a, b)) {
+            return done;
+        }
         by_dtype!(a.dtype(), self.name(), T => {
             let sum = map2::<T>(
                 elements(a, la)?,
@@ -35,8 +40,18 @@ impl CustomOp2 for Add {
         })
     }
 
+    cuda_forward!(2);
+
     fn bwd(&self, _a: &Tensor, _b: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
         Ok((Some(dy.clone()), Some(dy.clone())))
+    }
+}
+
+impl Add {
+    fn forward_on(&self, gpu: &Gpu, a: Operand, b: Operand) -> Result<Fresh> {
+        let y = gpu.fresh(a.dtype, a.dims)?;
+        gpu.run(|l| glue::add(l, a.dtype, a.at, b.at, y.at, a.len()))?;
+        Ok(y)
     }
 }
 
@@ -71,6 +86,9 @@ impl CustomOp2 for Cat {
     }
 
     fn cpu_fwd(&self, a: &CpuStorage, la: &Layout, b: &CpuStorage, lb: &Layout) -> Result<(CpuStorage, Shape)> {
+        if let Some(done) = emulated2((a, la), (b, lb), |gpu, a, b| self.forward_on(gpu, a, b)) {
+            return done;
+        }
         let mut dims = la.dims().to_vec();
         dims[1] += lb.dims()[1];
         by_dtype!(a.dtype(), self.name(), T => {
@@ -89,10 +107,18 @@ impl CustomOp2 for Cat {
         })
     }
 
+    cuda_forward!(2);
+
     fn bwd(&self, a: &Tensor, b: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let dy = dy.contiguous()?;
-        let held = Held::new(&dy);
         let (ra, rb) = (row(a.dims()), row(b.dims()));
+        if let Some(gpu) = Gpu::of(&dy)? {
+            let dy = gpu.operand(&dy)?;
+            let (da, db) = (gpu.fresh(dy.dtype, a.shape())?, gpu.fresh(dy.dtype, b.shape())?);
+            gpu.run(|l| glue::moves::split_rows(l, dy.dtype, dy.at, (da.at, ra), (db.at, rb), dy.dims[0]))?;
+            return Ok((Some(da.tensor()), Some(db.tensor())));
+        }
+        let held = Held::new(&dy);
         by_dtype!(dy.dtype(), self.name(), T => {
             let dy = held.elements::<T>()?;
             let (mut da, mut db) = (unwritten::<T>(a.elem_count()), unwritten::<T>(b.elem_count()));
@@ -106,6 +132,17 @@ impl CustomOp2 for Cat {
             copy(copies);
             Ok((Some(tensor(da, a.shape())?), Some(tensor(db, b.shape())?)))
         })
+    }
+}
+
+impl Cat {
+    fn forward_on(&self, gpu: &Gpu, a: Operand, b: Operand) -> Result<Fresh> {
+        let mut dims = a.dims.to_vec();
+        dims[1] += b.dims[1];
+        let y = gpu.fresh(a.dtype, dims)?;
+        let parts = [(a.at, row(a.dims)), (b.at, row(b.dims))];
+        gpu.run(|l| glue::moves::join_rows(l, a.dtype, parts[0], parts[1], y.at, a.dims[0]))?;
+        Ok(y)
     }
 }
 

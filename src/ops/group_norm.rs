@@ -3,12 +3,14 @@
 use std::sync::OnceLock;
 
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, bail};
 
 use super::activation::silu_slope;
 use super::cpu::{Held, by_dtype, elements, for_parts, result, tensor};
+use super::gpu::{Fresh, Gpu, Operand, cuda_forward, emulated1};
 use super::vector::{PIECE, Real, sigmoid, simd, sums, unwritten};
 use crate::device::WeightRef;
+use crate::kernels::{Address, norms};
 
 /// x (B, C, ...) normalised over C/groups channels and all pixels, times gamma (C) plus beta (C); then SiLU if `silu`.
 ///
@@ -32,7 +34,8 @@ pub fn group_norm(
         }
     }
     let (gamma, beta) = (gamma.clone(), beta.clone());
-    x.contiguous()?.apply_op1(GroupNorm { gamma, beta, groups, channels, pixels, eps, silu, moments: OnceLock::new() })
+    let (moments, moments_there) = (OnceLock::new(), OnceLock::new());
+    x.contiguous()?.apply_op1(GroupNorm { gamma, beta, groups, channels, pixels, eps, silu, moments, moments_there })
 }
 
 struct GroupNorm {
@@ -45,6 +48,8 @@ struct GroupNorm {
     silu: bool,
     /// Of each (batch row, group), from the forward.
     moments: OnceLock<Vec<Moments>>,
+    /// The same in a GPU's memory.
+    moments_there: OnceLock<Tensor>,
 }
 
 /// Mean and 1/sqrt(variance + eps).
@@ -60,13 +65,21 @@ impl CustomOp1 for GroupNorm {
     }
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        if let Some(done) = emulated1(storage, layout, |gpu, x| self.forward_on(gpu, x)) {
+            return done;
+        }
         by_dtype!(storage.dtype(), self.name(), T => {
             Ok(result(self.forward::<T>(elements(storage, layout)?)?, layout.shape()))
         })
     }
 
+    cuda_forward!(1);
+
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
         let dy = dy.contiguous()?;
+        if let Some(gpu) = Gpu::of(x)? {
+            return self.backward_on(&gpu, gpu.operand(x)?, gpu.operand(&dy)?).map(Some);
+        }
         let (held_x, held_dy) = (Held::new(x), Held::new(&dy));
         by_dtype!(x.dtype(), self.name(), T => {
             Ok(Some(tensor(self.backward::<T>(held_x.elements()?, held_dy.elements()?)?, x.shape())?))
@@ -79,7 +92,59 @@ pub(super) fn as_f32<T: Real>(weight: &WeightRef) -> Result<Vec<f32>> {
     Ok(weight.view::<T>()?.iter().map(|w| w.to_f32()).collect())
 }
 
+/// The weights of a norm, as its backward's kernels take them.
+pub(super) struct Gradients<'a> {
+    pub gamma: &'a WeightRef,
+    pub beta: &'a WeightRef,
+}
+
+impl Gradients<'_> {
+    /// Hands the addresses of the weights, and of the ranges that their gradients are added to, to `run`.
+    pub fn add(&self, dtype: DType, run: impl FnOnce([Address; 2], [Address; 2]) -> Result<()>) -> Result<()> {
+        let (gamma, beta) = (self.gamma.at(dtype)?, self.beta.at(dtype)?);
+        let weights = [gamma.address(), beta.address()];
+        let (mut dgamma, mut dbeta) = (Address::NULL, Address::NULL);
+        self.beta.add_grad_at(|at| {
+            dbeta = at;
+            Ok(())
+        })?;
+        self.gamma.add_grad_at(|at| {
+            dgamma = at;
+            Ok(())
+        })?;
+        run(weights, [dgamma, dbeta])
+    }
+}
+
 impl GroupNorm {
+    fn kernels(&self, x: &Operand) -> norms::GroupNorm {
+        let &GroupNorm { groups, channels, pixels, eps, silu, .. } = self;
+        norms::GroupNorm { dtype: x.dtype, batch: x.dims[0], channels, groups, pixels, eps, silu }
+    }
+
+    fn forward_on(&self, gpu: &Gpu, x: Operand) -> Result<Fresh> {
+        let kernels = self.kernels(&x);
+        let y = gpu.fresh(x.dtype, x.dims)?;
+        let moments = gpu.fresh(DType::F32, kernels.moments_bytes() / 4)?;
+        let (gamma, beta) = (self.gamma.at(x.dtype)?, self.beta.at(x.dtype)?);
+        let (gamma, beta) = (gamma.address(), beta.address());
+        gpu.run(|l| kernels.forward(l, norms::Forward { x: x.at, gamma, beta, y: y.at, moments: moments.at }))?;
+        let _ = self.moments_there.set(moments.tensor());
+        Ok(y)
+    }
+
+    fn backward_on(&self, gpu: &Gpu, x: Operand, dy: Operand) -> Result<Tensor> {
+        let Some(moments) = self.moments_there.get() else { bail!("group_norm: backward before forward") };
+        let moments = gpu.operand(moments)?.at;
+        let dx = gpu.fresh(x.dtype, x.dims)?;
+        let gradients = Gradients { gamma: &self.gamma, beta: &self.beta };
+        gradients.add(x.dtype, |[gamma, beta], [dgamma, dbeta]| {
+            let on = norms::Backward { x: x.at, dy: dy.at, gamma, beta, moments, dx: dx.at, dgamma, dbeta };
+            gpu.run(|l| self.kernels(&x).backward(l, on))
+        })?;
+        Ok(dx.tensor())
+    }
+
     fn group_channels(&self) -> usize {
         self.channels / self.groups
     }

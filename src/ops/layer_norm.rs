@@ -3,12 +3,14 @@
 use std::sync::OnceLock;
 
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, bail};
 
 use super::cpu::{Held, by_dtype, elements, for_parts, result, rows_per_part, tensor};
-use super::group_norm::as_f32;
+use super::gpu::{Fresh, Gpu, Operand, cuda_forward, emulated1};
+use super::group_norm::{Gradients, as_f32};
 use super::vector::{Real, simd, sums, unwritten};
 use crate::device::WeightRef;
+use crate::kernels::norms;
 
 /// x (..., D) normalised over D, times gamma (D) plus beta (D), as torch's `LayerNorm`.
 pub fn layer_norm(x: &Tensor, gamma: &WeightRef, beta: &WeightRef, eps: f64) -> Result<Tensor> {
@@ -19,7 +21,14 @@ pub fn layer_norm(x: &Tensor, gamma: &WeightRef, beta: &WeightRef, eps: f64) -> 
         }
     }
     let (gamma, beta) = (gamma.clone(), beta.clone());
-    x.contiguous()?.apply_op1(LayerNorm { gamma, beta, width, eps, moments: OnceLock::new() })
+    x.contiguous()?.apply_op1(LayerNorm {
+        gamma,
+        beta,
+        width,
+        eps,
+        moments: OnceLock::new(),
+        moments_there: OnceLock::new(),
+    })
 }
 
 struct LayerNorm {
@@ -29,6 +38,8 @@ struct LayerNorm {
     eps: f64,
     /// Mean and 1/sqrt(variance + eps) of each row, from the forward.
     moments: OnceLock<Vec<(f32, f32)>>,
+    /// The same in a GPU's memory.
+    moments_there: OnceLock<Tensor>,
 }
 
 impl CustomOp1 for LayerNorm {
@@ -37,13 +48,21 @@ impl CustomOp1 for LayerNorm {
     }
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        if let Some(done) = emulated1(storage, layout, |gpu, x| self.forward_on(gpu, x)) {
+            return done;
+        }
         by_dtype!(storage.dtype(), self.name(), T => {
             Ok(result(self.forward::<T>(elements(storage, layout)?)?, layout.shape()))
         })
     }
 
+    cuda_forward!(1);
+
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
         let dy = dy.contiguous()?;
+        if let Some(gpu) = Gpu::of(x)? {
+            return self.backward_on(&gpu, gpu.operand(x)?, gpu.operand(&dy)?).map(Some);
+        }
         let (held_x, held_dy) = (Held::new(x), Held::new(&dy));
         by_dtype!(x.dtype(), self.name(), T => {
             Ok(Some(tensor(self.backward::<T>(held_x.elements()?, held_dy.elements()?)?, x.shape())?))
@@ -52,6 +71,33 @@ impl CustomOp1 for LayerNorm {
 }
 
 impl LayerNorm {
+    fn kernels(&self, x: &Operand) -> norms::LayerNorm {
+        norms::LayerNorm { dtype: x.dtype, rows: x.len() / self.width, width: self.width, eps: self.eps }
+    }
+
+    fn forward_on(&self, gpu: &Gpu, x: Operand) -> Result<Fresh> {
+        let kernels = self.kernels(&x);
+        let y = gpu.fresh(x.dtype, x.dims)?;
+        let moments = gpu.fresh(DType::F32, kernels.moments_bytes() / 4)?;
+        let (gamma, beta) = (self.gamma.at(x.dtype)?, self.beta.at(x.dtype)?);
+        let (gamma, beta) = (gamma.address(), beta.address());
+        gpu.run(|l| kernels.forward(l, norms::Forward { x: x.at, gamma, beta, y: y.at, moments: moments.at }))?;
+        let _ = self.moments_there.set(moments.tensor());
+        Ok(y)
+    }
+
+    fn backward_on(&self, gpu: &Gpu, x: Operand, dy: Operand) -> Result<Tensor> {
+        let Some(moments) = self.moments_there.get() else { bail!("layer_norm: backward before forward") };
+        let moments = gpu.operand(moments)?.at;
+        let dx = gpu.fresh(x.dtype, x.dims)?;
+        let gradients = Gradients { gamma: &self.gamma, beta: &self.beta };
+        gradients.add(x.dtype, |[gamma, beta], [dgamma, dbeta]| {
+            let on = norms::Backward { x: x.at, dy: dy.at, gamma, beta, moments, dx: dx.at, dgamma, dbeta };
+            gpu.run(|l| self.kernels(&x).backward(l, on))
+        })?;
+        Ok(dx.tensor())
+    }
+
     fn forward<T: Real>(&self, x: &[T]) -> Result<Vec<T>> {
         let (gamma, beta) = (as_f32::<T>(&self.gamma)?, as_f32::<T>(&self.beta)?);
         let (width, rows) = (self.width, rows_per_part(self.width));

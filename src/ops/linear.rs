@@ -1,11 +1,15 @@
 //! Fully connected layer.
 
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, bail};
 
 use super::cpu::{Held, by_dtype, elements, result, tensor};
 use super::gemm::{Bias, FEW, Matrix, Out, Product, Scalar, add_column_sums, few_rows};
+use super::gpu::{Fresh, Gpu, Operand, cuda_forward, emulated1};
 use crate::device::WeightRef;
+use crate::kernels::Address;
+use crate::kernels::glue::sums;
+use crate::kernels::product::{self, Factor};
 
 /// x (..., I), weight (O, I) (or (O, I, 1, 1)), bias (O) -> (..., O): x W^T + b.
 ///
@@ -47,13 +51,21 @@ impl CustomOp1 for Linear {
     }
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        if let Some(done) = emulated1(storage, layout, |gpu, x| self.forward_on(gpu, x)) {
+            return done;
+        }
         let mut shape = layout.dims().to_vec();
         *shape.last_mut().expect("checked in `linear`") = self.outputs;
         by_dtype!(storage.dtype(), self.name(), T => Ok(result(self.forward(elements::<T>(storage, layout)?)?, shape)))
     }
 
+    cuda_forward!(1);
+
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
         let dy = dy.contiguous()?;
+        if let Some(gpu) = Gpu::of(x)? {
+            return self.backward_on(&gpu, gpu.operand(x)?, gpu.operand(&dy)?).map(Some);
+        }
         let (held_x, held_dy) = (Held::new(x), Held::new(&dy));
         by_dtype!(x.dtype(), self.name(), T => {
             let dy = held_dy.elements::<T>()?;
@@ -63,7 +75,87 @@ impl CustomOp1 for Linear {
     }
 }
 
+/// A row-major matrix with so many columns; `turned`: multiplied with rows and columns exchanged.
+fn factor(at: Address, columns: usize, turned: bool) -> Factor {
+    Factor { at, stride: columns, turned }
+}
+
 impl Linear {
+    /// The bias in every row first, to which the product is added: rounded once.
+    fn forward_on(&self, gpu: &Gpu, x: Operand) -> Result<Fresh> {
+        let &Linear { inputs, outputs, .. } = self;
+        let (dtype, rows) = (x.dtype, x.len() / inputs);
+        let mut dims = x.dims.to_vec();
+        *dims.last_mut().expect("checked in `linear`") = outputs;
+        let y = gpu.fresh(dtype, dims)?;
+        let weight = self.weight.at(dtype)?;
+        let bias = self.bias.as_ref().map(|bias| bias.at(dtype)).transpose()?;
+        let (a, b) = (factor(x.at, inputs, false), factor(weight.address(), inputs, true));
+        gpu.run(|l| {
+            if let Some(bias) = &bias {
+                sums::add_bias(l, dtype, Address::NULL, bias.address(), Address::NULL, y.at, rows, outputs)?;
+            }
+            let (c, c_dtype, adds) = (y.at, dtype, bias.is_some());
+            l.multiply(&product::Product {
+                rows,
+                columns: outputs,
+                inner: inputs,
+                dtype,
+                a,
+                b,
+                c,
+                c_dtype,
+                c_stride: outputs,
+                adds,
+            })
+        })?;
+        Ok(y)
+    }
+
+    fn backward_on(&self, gpu: &Gpu, x: Operand, dy: Operand) -> Result<Tensor> {
+        let &Linear { inputs, outputs, .. } = self;
+        let (dtype, rows) = (x.dtype, x.len() / inputs);
+        let dx = gpu.fresh(dtype, x.dims)?;
+        let weight = self.weight.at(dtype)?;
+        let (a, b) = (factor(dy.at, outputs, false), factor(weight.address(), inputs, false));
+        gpu.run(|l| {
+            let (c, c_dtype, c_stride) = (dx.at, dtype, inputs);
+            l.multiply(&product::Product {
+                rows,
+                columns: inputs,
+                inner: outputs,
+                dtype,
+                a,
+                b,
+                c,
+                c_dtype,
+                c_stride,
+                adds: false,
+            })
+        })?;
+        let (a, b) = (factor(dy.at, outputs, true), factor(x.at, inputs, false));
+        self.weight.add_grad_at(|c| {
+            let (c_dtype, c_stride) = (DType::F32, inputs);
+            let product = product::Product {
+                rows: outputs,
+                columns: inputs,
+                inner: rows,
+                dtype,
+                a,
+                b,
+                c,
+                c_dtype,
+                c_stride,
+                adds: true,
+            };
+            gpu.run(|l| l.multiply(&product))
+        })?;
+        if let Some(bias) = &self.bias {
+            bias.add_grad_at(|at| gpu.run(|l| sums::add_column_sums(l, dtype, dy.at, at, rows, outputs)))?;
+        }
+        Ok(dx.tensor())
+    }
+
     fn forward<T: Scalar>(&self, x: &[T]) -> Result<Vec<T>> {
         let (rows, inputs, outputs) = (x.len() / self.inputs, self.inputs, self.outputs);
         let weight = self.weight.view::<T>()?;
@@ -155,6 +247,26 @@ mod tests {
         pull();
         close(&weight.grad(), |at| 2.0 * dw(at), 1e-5, &format!("{what} dw twice"));
         close(&bias.grad(), |at| 2.0 * db(at), 1e-5, &format!("{what} db twice"));
+    }
+
+    #[test]
+    fn rows_times_weights_with_and_without_a_bias() {
+        use crate::ops::testing::{Case, check};
+        let reference = |v: &[Vec<f64>]| -> Vec<f64> {
+            let one = |row: &[f64], o: usize| {
+                let sum: f64 = row.iter().zip(&v[1][5 * o..]).map(|(x, w)| x * w).sum();
+                sum + v.get(2).map_or(0.0, |bias| bias[o])
+            };
+            v[0].chunks(5).flat_map(|row| (0..4).map(move |o| one(row, o))).collect()
+        };
+        let (x, w): (&[usize], &[usize]) = (&[2, 3, 5], &[4, 5]);
+        check(&Case {
+            inputs: &[x],
+            weights: &[w, &[4]],
+            op: &|x, w| linear(&x[0], &w[0], Some(&w[1])),
+            reference: &reference,
+        });
+        check(&Case { inputs: &[x], weights: &[w], op: &|x, w| linear(&x[0], &w[0], None), reference: &reference });
     }
 
     #[test]

@@ -9,6 +9,7 @@ mod cpu;
 mod embedding;
 mod gemm;
 mod glue;
+mod gpu;
 mod group_norm;
 #[cfg(test)]
 mod half_tests;

@@ -101,6 +101,29 @@ pub fn check(case: &Case) {
             });
             close(got, &want, tolerance, &format!("{dtype:?} gradient of input {i}"));
         }
+        #[cfg(feature = "emulate")]
+        check_on_kernels(case, dtype, &run, tolerance);
+    }
+}
+
+/// The kernels give what the processor gives, on every kind of device.
+#[cfg(feature = "emulate")]
+#[track_caller]
+fn check_on_kernels(case: &Case, dtype: DType, on_processor: &Run, tolerance: f64) {
+    use super::gpu::emulated::compute_on;
+    use crate::kernels::Launcher;
+    use crate::kernels::emulated::Emulated;
+    for device in Emulated::each().unwrap() {
+        let capability = device.capability();
+        if dtype == DType::BF16 && capability < 80 {
+            continue;
+        }
+        let run = compute_on(device, || case.run(dtype));
+        let what = |part: &str| format!("{dtype:?} {part} on a device of capability {capability}");
+        close(&f64s(&run.y), &f64s(&on_processor.y), tolerance, &what("y"));
+        for (i, (got, want)) in run.gradients.iter().zip(&on_processor.gradients).enumerate() {
+            close(got, want, tolerance, &what(&format!("gradient {i}")));
+        }
     }
 }
 

@@ -4,7 +4,9 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 
 use super::cpu::{Held, by_dtype, elements, for_parts, result, rows_per_part, tensor};
+use super::gpu::{Fresh, Gpu, Operand, cuda_forward, emulated1};
 use super::vector::{Real, unwritten};
+use crate::kernels::glue::moves;
 
 /// (B, C, H, W) -> (B, H*W, C).
 pub fn tokens_from_image(x: &Tensor) -> Result<Tensor> {
@@ -34,6 +36,9 @@ impl CustomOp1 for Transpose {
     }
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        if let Some(done) = emulated1(storage, layout, |gpu, x| self.forward_on(gpu, x)) {
+            return done;
+        }
         let mut dims = vec![layout.dims()[0]];
         dims.extend(&self.to);
         by_dtype!(storage.dtype(), self.name(), T => {
@@ -41,12 +46,28 @@ impl CustomOp1 for Transpose {
         })
     }
 
+    cuda_forward!(1);
+
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
         let dy = dy.contiguous()?;
+        if let Some(gpu) = Gpu::of(&dy)? {
+            let dy = gpu.operand(&dy)?;
+            let dx = gpu.fresh(dy.dtype, x.shape())?;
+            gpu.run(|l| moves::transpose(l, dy.dtype, dy.at, dx.at, dy.dims[0], self.columns, self.rows))?;
+            return Ok(Some(dx.tensor()));
+        }
         let held = Held::new(&dy);
         by_dtype!(dy.dtype(), self.name(), T => {
             Ok(Some(tensor(transpose::<T>(held.elements()?, self.columns, self.rows), x.shape())?))
         })
+    }
+}
+
+impl Transpose {
+    fn forward_on(&self, gpu: &Gpu, x: Operand) -> Result<Fresh> {
+        let y = gpu.fresh(x.dtype, [&x.dims[..1], &self.to].concat())?;
+        gpu.run(|l| moves::transpose(l, x.dtype, x.at, y.at, x.dims[0], self.rows, self.columns))?;
+        Ok(y)
     }
 }
 

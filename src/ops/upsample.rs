@@ -4,7 +4,9 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 
 use super::cpu::{Held, by_dtype, elements, for_parts, result, rows_per_part, tensor};
+use super::gpu::{Fresh, Gpu, Operand, cuda_forward, emulated1};
 use super::vector::{Real, simd, unwritten};
+use crate::kernels::glue::moves;
 
 /// (B, C, H, W) -> (B, C, height, width); pixel (y, x) is the input's (floor(y*H/height), floor(x*W/width)), where the
 /// quotient H/height is rounded to f32 first, as torch does (so y = 41 of 2 -> 82 rows is row 0, not 1).
@@ -35,6 +37,9 @@ impl CustomOp1 for Resample {
     }
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        if let Some(done) = emulated1(storage, layout, |gpu, x| self.forward_on(gpu, x)) {
+            return done;
+        }
         let (batch, channels, _, _) = layout.shape().dims4()?;
         by_dtype!(storage.dtype(), self.name(), T => {
             let y = self.gather::<T>(elements(storage, layout)?);
@@ -42,8 +47,16 @@ impl CustomOp1 for Resample {
         })
     }
 
+    cuda_forward!(1);
+
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
         let dy = dy.contiguous()?;
+        if let Some(gpu) = Gpu::of(&dy)? {
+            let dy = gpu.operand(&dy)?;
+            let dx = gpu.fresh(dy.dtype, x.shape())?;
+            gpu.run(|l| self.kernels(&dy).backward(l, dy.at, dx.at))?;
+            return Ok(Some(dx.tensor()));
+        }
         let held = Held::new(&dy);
         by_dtype!(dy.dtype(), self.name(), T => {
             Ok(Some(tensor(self.scatter_add::<T>(held.elements()?), x.shape())?))
@@ -52,6 +65,18 @@ impl CustomOp1 for Resample {
 }
 
 impl Resample {
+    /// For a tensor (B, C, ...) on either side.
+    fn kernels(&self, of: &Operand) -> moves::Resample {
+        let (from, to) = ([self.h, self.w], [self.rows.len(), self.columns.len()]);
+        moves::Resample { dtype: of.dtype, planes: of.dims[..2].iter().product(), from, to }
+    }
+
+    fn forward_on(&self, gpu: &Gpu, x: Operand) -> Result<Fresh> {
+        let y = gpu.fresh(x.dtype, vec![x.dims[0], x.dims[1], self.rows.len(), self.columns.len()])?;
+        gpu.run(|l| self.kernels(&x).forward(l, x.at, y.at))?;
+        Ok(y)
+    }
+
     fn gather<T: Real>(&self, x: &[T]) -> Vec<T> {
         let (small, large) = (self.h * self.w, self.rows.len() * self.columns.len());
         let mut y = unwritten::<T>(x.len() / small * large);

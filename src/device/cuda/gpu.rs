@@ -14,8 +14,9 @@ use super::modules::Modules;
 use super::pool::{Pool, PoolUsage};
 use super::status::{Attempt, Faults};
 use super::stream::Stream;
-use super::{DeviceMemory, libraries, selftest};
+use super::{DeviceMemory, libraries, products, selftest};
 use crate::Refusal;
+use crate::kernels::product::Product;
 use crate::kernels::{Address, Arg, Family, Grid, Launcher, Scratch};
 
 /// The CUDA that the kernels were compiled with, as drivers number versions: 13.0 is 13000.
@@ -235,6 +236,8 @@ fn give_blas_scratch(candle: &CudaDevice, computing: &Stream, capability: u32) -
     // uses it on the computing stream only, its home.
     let status = unsafe { cublas::cublasSetWorkspace_v2(handle, scratch.address().0 as *mut _, bytes) };
     status.result().map_err(|error| anyhow!("setting up cuBLAS: {error:?}"))?;
+    // SAFETY: as above.
+    unsafe { products::keep_sums_wide(handle)? };
     Ok(scratch)
 }
 
@@ -251,6 +254,12 @@ impl Launcher for Gpu {
     fn launch(&self, family: Family, kernel: &str, grid: Grid, args: &[Arg]) -> Result<()> {
         grid.check(self.card.capability).with_context(|| kernel.to_string())?;
         self.modules.launch(&self.computing, family, kernel, grid, args)
+    }
+
+    fn multiply(&self, product: &Product) -> Result<()> {
+        // SAFETY: candle's device keeps the handle alive, on the computing stream; the addresses are the caller's promise,
+        // as a kernel's are.
+        unsafe { products::multiply(*self.candle.cublas_handle().handle(), product) }
     }
 
     fn capability(&self) -> u32 {

@@ -32,6 +32,8 @@ mod modules;
 mod pinned;
 #[cfg(feature = "cuda")]
 mod pool;
+#[cfg(feature = "cuda")]
+mod products;
 #[cfg(any(feature = "cuda", all(test, feature = "emulate")))]
 mod selftest;
 #[cfg(feature = "cuda")]

@@ -70,7 +70,10 @@ fn numbers_far_out_stay_numbers() {
         for (i, &x) in x.iter().enumerate() {
             let (y, dx) = (y.get()[i], dx.get()[i]);
             let want = if x > 50.0 { (f64::from(x as f32), 1.0) } else { (0.0, if x == 0.0 { 0.5 } else { 0.0 }) };
-            assert!((y - want.0).abs() <= 1e-6 * want.0 + 1e-30 && (dx - want.1).abs() < 1e-6, "{function:?}({x}): {y} {dx}");
+            assert!(
+                (y - want.0).abs() <= 1e-6 * want.0 + 1e-30 && (dx - want.1).abs() < 1e-6,
+                "{function:?}({x}): {y} {dx}"
+            );
         }
     }
 }

@@ -6,6 +6,7 @@
 
 mod backward;
 mod forward;
+mod gpu;
 mod lanes;
 mod softmax;
 #[cfg(test)]
@@ -18,6 +19,7 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 
 use super::cpu::{Held, by_dtype, elements, result, tensor};
+use super::gpu::{Gpu, cuda_forward, emulated3};
 use super::vector::{PIECE, Real, simd};
 use tile::Rows;
 
@@ -47,7 +49,7 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, mask: &Mask) 
         Some(lengths) => bail!("attention: key lengths {lengths:?} for {batch} rows of {keys} keys"),
     };
     let plan = Plan { batch, queries, keys, heads, head_width: width / heads, lengths, causal: mask.causal };
-    let op = Attention { plan, log_sums: OnceLock::new() };
+    let op = Attention { plan, log_sums: OnceLock::new(), log_sums_there: OnceLock::new() };
     q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op)
 }
 
@@ -107,6 +109,8 @@ struct Attention {
     plan: Plan,
     /// log2 of the softmax's denominator, (B, heads, S), from the forward.
     log_sums: OnceLock<Vec<f32>>,
+    /// The same in a GPU's memory.
+    log_sums_there: OnceLock<Tensor>,
 }
 
 impl CustomOp3 for Attention {
@@ -123,6 +127,9 @@ impl CustomOp3 for Attention {
         v: &CpuStorage,
         lv: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
+        if let Some(done) = emulated3([(q, lq), (k, lk), (v, lv)], |gpu, operands| self.forward_on(gpu, operands)) {
+            return done;
+        }
         by_dtype!(q.dtype(), self.name(), T => {
             let (y, log_sums) = forward::forward::<T>(&self.plan, elements(q, lq)?, elements(k, lk)?, elements(v, lv)?);
             // A second forward of the same op would give the same sums.
@@ -130,6 +137,8 @@ impl CustomOp3 for Attention {
             Ok(result(y, lq.shape()))
         })
     }
+
+    cuda_forward!(3);
 
     fn bwd(
         &self,
@@ -139,8 +148,12 @@ impl CustomOp3 for Attention {
         y: &Tensor,
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let Some(log_sums) = self.log_sums.get() else { bail!("attention: backward before forward") };
         let dy = dy.contiguous()?;
+        if let Some(gpu) = Gpu::of(q)? {
+            let [dq, dk, dv] = self.backward_on(&gpu, [q, k, v, y, &dy])?;
+            return Ok((Some(dq), Some(dk), Some(dv)));
+        }
+        let Some(log_sums) = self.log_sums.get() else { bail!("attention: backward before forward") };
         let held = [q, k, v, y, &dy].map(Held::new);
         by_dtype!(q.dtype(), self.name(), T => {
             let [q_values, k_values, v_values, y_values, dy_values] = &held;
