@@ -82,9 +82,18 @@ impl Tables {
 /// A run of elements' moments.
 #[derive(Clone, Copy, Debug)]
 pub enum Moments<'a> {
-    F32 { m: Address, v: Address },
+    F32 {
+        m: Address,
+        v: Address,
+    },
     /// A code an element and a scale a block of 256; the addresses of codes are multiples of 4.
-    Bits8 { m: Address, v: Address, m_absmax: Address, v_absmax: Address, tables: &'a Tables },
+    Bits8 {
+        m: Address,
+        v: Address,
+        m_absmax: Address,
+        v_absmax: Address,
+        tables: &'a Tables,
+    },
 }
 
 /// Updates `elements` elements in one pass. The u32 at `overflow` becomes 1 if a gradient is not finite once it is scaled;
@@ -148,9 +157,9 @@ pub fn adamw(
         Moments::Bits8 { m, v, m_absmax, v_absmax, tables } => {
             let state = [m.into(), v.into(), m_absmax.into(), v_absmax.into(), small(elements)?.into()];
             let args = [&operands[..], &state, &tables.args(), &update].concat();
-            // Every block brings the tables first, so there are not many more blocks than run at once.
-            const WARPS: usize = 16;
-            let most = 2 * launcher.multiprocessors() as usize;
+            // Every block brings the tables first, so there are no more of them than run at once.
+            const WARPS: usize = 32;
+            let most = launcher.multiprocessors() as usize;
             let blocks = elements.div_ceil(BLOCK).div_ceil(WARPS).min(most);
             let shared = small(tables.bytes())?;
             let grid = Grid { blocks: [small(blocks)?, 1, 1], threads: 32 * WARPS as u32, shared };
@@ -191,7 +200,6 @@ pub fn dequantize(
     if count == 0 {
         return Ok(());
     }
-    let args =
-        [codes.into(), absmax.into(), values.into(), small(count)?.into(), tables.book(signed).into()];
+    let args = [codes.into(), absmax.into(), values.into(), small(count)?.into(), tables.book(signed).into()];
     launcher.launch(Family::Optimizer, "dequantize_f32", line(count, 256)?, &args)
 }

@@ -34,13 +34,7 @@ pub fn sum_of_squares(
 }
 
 /// The u32 at `found` becomes 1 if one of `count` numbers is infinite or not a number, and is left alone otherwise.
-pub fn not_finite(
-    launcher: &dyn Launcher,
-    dtype: DType,
-    values: Address,
-    count: usize,
-    found: Address,
-) -> Result<()> {
+pub fn not_finite(launcher: &dyn Launcher, dtype: DType, values: Address, count: usize, found: Address) -> Result<()> {
     if count == 0 {
         return Ok(());
     }

@@ -58,7 +58,8 @@ pub const DTYPES: [(DType, f64); 3] = [(DType::F32, 1e-5), (DType::F16, 1e-3), (
 
 /// An old device and newer ones; threads in different orders.
 pub fn devices() -> [Emulated; 3] {
-    [(75, Order::Descending), (80, Order::Ascending), (90, Order::Shuffled(5))].map(|(capability, order)| Emulated::new(capability, order).unwrap())
+    [(75, Order::Descending), (80, Order::Ascending), (90, Order::Shuffled(5))]
+        .map(|(capability, order)| Emulated::new(capability, order).unwrap())
 }
 
 /// An op's result on the CPU, and the gradients of its inputs by that of the result, which is `var(21, ...)`.

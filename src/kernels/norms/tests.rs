@@ -3,8 +3,8 @@
 use super::*;
 use crate::kernels::emulated::Emulated;
 use crate::kernels::testing::{DTYPES, Expected, Memory, devices, expected};
-use crate::ops::testing::{close, numbers, weight};
 use crate::ops;
+use crate::ops::testing::{close, numbers, weight};
 
 const F32: DType = DType::F32;
 
@@ -72,9 +72,8 @@ fn group(device: &Emulated, dtype: DType, tolerance: f64, norm: GroupNorm, skip:
     let norm = GroupNorm { dtype, ..norm };
     let shape = [norm.batch, norm.channels, norm.pixels];
     let [gamma, beta] = [11, 12].map(|seed| weight(seed, &[norm.channels], dtype, 0.5).unwrap());
-    let op = |x: &[candle_core::Tensor]| {
-        ops::group_norm(&x[0], &gamma, &beta, norm.groups, norm.eps, norm.silu).unwrap()
-    };
+    let op =
+        |x: &[candle_core::Tensor]| ops::group_norm(&x[0], &gamma, &beta, norm.groups, norm.eps, norm.silu).unwrap();
     let (inputs, want) = expected(dtype, &[&shape], &op);
     let forward = |on| norm.forward(device, on);
     let backward = |on| norm.backward(device, on);

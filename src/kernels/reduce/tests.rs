@@ -40,7 +40,9 @@ fn sums_of_squares_are_the_cpus_to_the_bit() {
 fn what_is_not_finite_is_found_wherever_it_is() {
     for device in devices() {
         for dtype in [DType::F32, DType::F16, DType::BF16] {
-            for (at, what, skip) in [(0, f64::NAN, 0), (2_100, f64::INFINITY, 0), (77, f64::NEG_INFINITY, 1), (0, 1.0, 1)] {
+            for (at, what, skip) in
+                [(0, f64::NAN, 0), (2_100, f64::INFINITY, 0), (77, f64::NEG_INFINITY, 1), (0, 1.0, 1)]
+            {
                 let mut numbers = vec![60_000.0; 2_101];
                 numbers[at] = what;
                 let memory = Memory::new(dtype, &numbers, skip);

@@ -13,7 +13,8 @@ use crate::kernels::emulated::{Emulated, Order, Values};
 use crate::kernels::optimizer::{dequantize, quantize};
 
 fn devices() -> [Emulated; 2] {
-    [(75, Order::Descending), (90, Order::Shuffled(3))].map(|(capability, order)| Emulated::new(capability, order).unwrap())
+    [(75, Order::Descending), (90, Order::Shuffled(3))]
+        .map(|(capability, order)| Emulated::new(capability, order).unwrap())
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -71,6 +72,7 @@ impl Case {
         state.finite = update_chunk(Level::best(), &c, layout, record, weights, rounded, grads);
     }
 
+    #[allow(clippy::too_many_arguments, reason = "what a step is made of")]
     fn on_the_device(
         &self,
         device: &Emulated,
@@ -104,9 +106,7 @@ impl Case {
             false => Grads::F32(g.address().at(4 * skip)),
         };
         let (at, flag) = (record.address(), overflow.address());
-        SETTINGS
-            .launch_chunk(device, tables, step, RATE, SCALE, layout, at, weights, rounded, grads, flag)
-            .unwrap();
+        SETTINGS.launch_chunk(device, tables, step, RATE, SCALE, layout, at, weights, rounded, grads, flag).unwrap();
         let back = |words: &Values<u16>| words.get()[skip..].to_vec();
         state.w = w.get()[skip..].to_vec();
         state.w16 = back(&w16).into_iter().map(bf16::from_bits).collect();
