@@ -4,6 +4,7 @@
 // Names: `_loose` takes any alignment and size, one element at a time; where it is not there, an argument `aligned` says
 // whether whole packs may be moved. Kernels that only move numbers are named by the bytes of what they move.
 #include "glue_moves.cuh"
+#include "glue_objective.cuh"
 #include "glue_sums.cuh"
 
 #define KERNEL(name) extern "C" __global__ void __launch_bounds__(256) name
@@ -103,7 +104,13 @@ FOR_DTYPES(CONVERT_FROM)
      float columns_scale) {                                                                                                  \
         upsample_backward<T>(dy, dx, count, h, w, height, width, rows_scale, columns_scale);                                 \
     }                                                                                                                        \
-    EXPORT(upsample_backward_##dtype)
+    EXPORT(upsample_backward_##dtype)                                                                                        \
+    KERNEL(loss_gradient_##dtype)                                                                                            \
+    (const T* prediction, const float* target, const double* factors, float scale, T* gradient, double* row_mse,             \
+     unsigned used, unsigned predicted) {                                                                                    \
+        loss_gradient<T>(prediction, target, factors, scale, gradient, row_mse, used, predicted);                            \
+    }                                                                                                                        \
+    EXPORT(loss_gradient_##dtype)
 
 FOR_DTYPES(SUMS)
 

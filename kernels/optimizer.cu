@@ -45,7 +45,8 @@ __device__ __forceinline__ void adamw(const Coefficients& c, M* weights, C* copy
     if (!finite) atomicOr(overflow, 1u);
 }
 
-// A warp a block, the grid's warps taking blocks in turn. Dynamic shared memory: the tables.
+// A warp a block, the grid's warps taking blocks in turn: one block of 32 warps on each multiprocessor, so that each brings the
+// tables once. Dynamic shared memory: the tables.
 template <class M, class C, class G>
 __device__ __forceinline__ void adamw8(const Coefficients& c, M* weights, C* copy, const G* grads, const Codes& codes,
                                        unsigned count, const unsigned* tables_from, Book m_book, Book v_book,
@@ -78,7 +79,7 @@ __device__ __forceinline__ void adamw8(const Coefficients& c, M* weights, C* cop
         adamw<M, C, G>(COEFFICIENTS, weights, copy, grads, m, v, count, scale, DRAWS, aligned, overflow);          \
     }                                                                                                                        \
     EXPORT(adamw_##name)                                                                                                     \
-    extern "C" __global__ void __launch_bounds__(512, 2)                                                                     \
+    extern "C" __global__ void __launch_bounds__(1024)                                                                       \
         adamw8_##name(M* weights, C* copy, const G* grads, unsigned char* m8, unsigned char* v8, float* m_absmax,            \
                       float* v_absmax, unsigned count, const unsigned* tables, unsigned m_runs, unsigned m_lowest,           \
                       unsigned v_runs, unsigned v_lowest, UPDATE_ARGUMENTS) {                                                \

@@ -1,5 +1,5 @@
 //! What joins the large ops (`kernels/glue*`): one number at a time here, moves in [`moves`], sums in [`sums`]. Every op of
-//! `ops` that is no norm, product, convolution or attention has its two directions among them. All operands of a call have
+//! `ops` that is no norm, product, convolution or attention has its two directions among them, and the objective. All operands of a call have
 //! one dtype unless two are named; `count` is in elements; a result may be one of the operands where every element of it
 //! depends on the same element of that operand alone.
 
@@ -189,6 +189,52 @@ fn gated(
     args.extend([small(rows)?.into(), small(row_width)?.into(), Arg::I32(whole.into())]);
     let grid = rows_grid(rows, row_width, width(dtype))?;
     launcher.launch(Family::Glue, &format!("{kernel}_{}", suffix(dtype)?), grid, &args)
+}
+
+/// Rows of a micro-batch whose loss is wanted (`diffusion::loss_and_gradient`): of each, `predicted` numbers of the dtype, of
+/// which the first `used` have an f32 target.
+#[derive(Clone, Copy, Debug)]
+pub struct Objective {
+    pub dtype: DType,
+    pub rows: usize,
+    pub used: usize,
+    pub predicted: usize,
+}
+
+impl Objective {
+    /// What a row's differences are multiplied with; an f64 of each row is expected at `factors`.
+    pub fn factor(&self, weight: f64, accumulation: usize) -> f64 {
+        2.0 * weight / (self.used as f64 * accumulation.max(1) as f64)
+    }
+
+    /// The gradient by the prediction times `scale`, in the dtype; and each row's mean squared error, f64.
+    #[allow(clippy::too_many_arguments, reason = "three operands, two results, and a number")]
+    pub fn gradient(
+        &self,
+        launcher: &dyn Launcher,
+        prediction: Address,
+        target: Address,
+        factors: Address,
+        scale: f32,
+        gradient: Address,
+        row_mse: Address,
+    ) -> Result<()> {
+        if self.rows * self.used == 0 {
+            return Ok(());
+        }
+        let args = [
+            prediction.into(),
+            target.into(),
+            factors.into(),
+            scale.into(),
+            gradient.into(),
+            row_mse.into(),
+            small(self.used)?.into(),
+            small(self.predicted)?.into(),
+        ];
+        let grid = Grid { blocks: [small(self.rows)?, 1, 1], threads: THREADS, shared: 0 };
+        launcher.launch(Family::Glue, &format!("loss_gradient_{}", suffix(self.dtype)?), grid, &args)
+    }
 }
 
 /// The name's end of kernels that only move elements.

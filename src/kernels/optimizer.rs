@@ -157,9 +157,9 @@ pub fn adamw(
         Moments::Bits8 { m, v, m_absmax, v_absmax, tables } => {
             let state = [m.into(), v.into(), m_absmax.into(), v_absmax.into(), small(elements)?.into()];
             let args = [&operands[..], &state, &tables.args(), &update].concat();
-            // Every block brings the tables first, so there are not many more blocks than run at once.
-            const WARPS: usize = 16;
-            let most = 2 * launcher.multiprocessors() as usize;
+            // Every block brings the tables first, so there are no more of them than run at once.
+            const WARPS: usize = 32;
+            let most = launcher.multiprocessors() as usize;
             let blocks = elements.div_ceil(BLOCK).div_ceil(WARPS).min(most);
             let shared = small(tables.bytes())?;
             let grid = Grid { blocks: [small(blocks)?, 1, 1], threads: 32 * WARPS as u32, shared };

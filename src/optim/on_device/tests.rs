@@ -72,6 +72,7 @@ impl Case {
         state.finite = update_chunk(Level::best(), &c, layout, record, weights, rounded, grads);
     }
 
+    #[allow(clippy::too_many_arguments, reason = "what a step is made of")]
     fn on_the_device(
         &self,
         device: &Emulated,
