@@ -90,7 +90,7 @@ impl Nccl {
         if let Err(trouble) = inner.settle("joining the group of GPUs") {
             // The others do not wait for this rank any longer.
             inner.give_up(&trouble);
-            return Err(trouble.error(inner.through.rank()));
+            return Err(trouble.error());
         }
         let watching = inner.clone();
         let watcher =
@@ -169,10 +169,10 @@ impl Inner {
 
     /// Tells everyone: the waits of this process, the other ranks, and the device.
     fn give_up(&self, trouble: &Trouble) {
-        let (rank, reason) = (self.through.rank(), trouble.clone());
-        let first = self.gpu.faults().raise(move || reason.error(rank));
+        let reason = trouble.clone();
+        let first = self.gpu.faults().raise(move || reason.error());
         if first && !matches!(trouble, Trouble::Peer { .. }) {
-            self.through.abort(&format!("{:#}", trouble.error(rank)));
+            self.through.abort(&format!("{:#}", trouble.error()));
         }
         self.library.abort();
     }
@@ -216,7 +216,7 @@ impl Inner {
             self.give_up(&trouble);
             // The first fault is the cause.
             self.gpu.faults().check()?;
-            return Err(trouble.error(self.through.rank()));
+            return Err(trouble.error());
         }
         let done = self.stream.mark()?;
         self.watched().watch.add(Flight::new(name, begun, done.clone()));
@@ -232,7 +232,7 @@ impl Inner {
         self.bind()?;
         let leaving = "leaving the group of GPUs";
         let left = self.library.finalize().map_err(|why| self.failed(leaving, why)).and_then(|()| self.settle(leaving));
-        left.map_err(|trouble| trouble.error(self.through.rank()))?;
+        left.map_err(|trouble| trouble.error())?;
         self.library.destroy();
         Ok(())
     }

@@ -58,15 +58,13 @@ pub enum Trouble {
 }
 
 impl Trouble {
-    /// The error of rank `rank`.
-    pub fn error(&self, rank: usize) -> Error {
+    /// The error of the rank that sees it. Whoever reports an error says which rank that is.
+    pub fn error(&self) -> Error {
         match self {
-            Trouble::Peer { what, failure } => {
-                Error::new(failure.clone()).context(format!("rank {rank} was in {what} with others"))
-            }
-            Trouble::Failed { what, why } => anyhow!("rank {rank}: {what} failed: {why}"),
+            Trouble::Peer { what, failure } => Error::new(failure.clone()).context(format!("in {what}")),
+            Trouble::Failed { what, why } => anyhow!("{what} failed: {why}"),
             Trouble::TimedOut { what, after } => anyhow!(
-                "rank {rank}: {what} has not ended within {} s: another rank has not joined it, or the connection between \
+                "{what} has not ended within {} s: another rank has not joined it, or the connection between \
                  the GPUs is broken",
                 after.as_secs_f64()
             ),
@@ -163,8 +161,8 @@ mod tests {
         assert_eq!(watch.look(at(start, 1001), None, Ok(())), None);
         assert_eq!(watch.look(at(start, 1010), None, Ok(())), None);
         let trouble = watch.look(at(start, 1011), None, Ok(())).unwrap();
-        let message = trouble.error(3).to_string();
-        assert!(message.starts_with("rank 3: all_gather #0 of down.0 has not ended within 10 s"), "{message}");
+        let message = trouble.error().to_string();
+        assert!(message.starts_with("all_gather #0 of down.0 has not ended within 10 s"), "{message}");
     }
 
     #[test]
@@ -187,9 +185,9 @@ mod tests {
         let (mut watch, points) = watch(1);
         let peer = PeerFailure { rank: 1, message: "disk full".into() };
         let trouble = watch.look(Instant::now(), Some(peer.clone()), Err("remote error".into())).unwrap();
-        assert_eq!(trouble.error(0).downcast_ref::<PeerFailure>(), Some(&peer));
+        assert_eq!(trouble.error().downcast_ref::<PeerFailure>(), Some(&peer));
         let trouble = watch.look(Instant::now(), None, Err("remote error".into())).unwrap();
-        assert_eq!(trouble.error(0).to_string(), "rank 0: all_gather #0 of down.0 failed: remote error");
+        assert_eq!(trouble.error().to_string(), "all_gather #0 of down.0 failed: remote error");
         points[0].1.0.set(1);
         assert_eq!(watch.look(Instant::now(), Some(peer), Ok(())), None);
     }
@@ -199,6 +197,6 @@ mod tests {
         let (mut watch, points) = watch(1);
         points[0].1.0.set(2);
         let trouble = watch.look(Instant::now(), None, Ok(())).unwrap();
-        assert_eq!(trouble.error(0).to_string(), "rank 0: all_gather #0 of down.0 failed: illegal address");
+        assert_eq!(trouble.error().to_string(), "all_gather #0 of down.0 failed: illegal address");
     }
 }
