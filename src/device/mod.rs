@@ -37,7 +37,12 @@ use candle_core::{DType, Device};
 /// Whether the rank with this place on the machine can compute on a GPU; if not, why and what to do, in one paragraph.
 #[cfg(feature = "cuda")]
 pub fn gpu(local_rank: usize) -> Result<(), String> {
-    cuda::check(local_rank).map(drop)
+    let card = cuda::check(local_rank)?;
+    Err(format!(
+        "networks do not compute on GPUs yet ({} could be used): what is there is their memory, copies, collectives and \
+         kernels, which `dblaunch bench gpu` tries. Set model.device to \"cpu\" or \"auto\"",
+        card.name
+    ))
 }
 
 /// Whether a rank can compute on a GPU: not with this build.
