@@ -147,7 +147,11 @@ impl<T: bytemuck::Pod> Values<T> {
         let mut values = vec![T::zeroed(); self.len];
         // SAFETY: launches are over when they return, and T is any bytes.
         unsafe {
-            std::ptr::copy_nonoverlapping(self.memory.start, values.as_mut_ptr().cast(), size_of_val(values.as_slice()));
+            std::ptr::copy_nonoverlapping(
+                self.memory.start,
+                values.as_mut_ptr().cast(),
+                size_of_val(values.as_slice()),
+            );
         }
         values
     }

@@ -4,6 +4,7 @@
 //! where their tests compare them with `ops`. Errors are those of the launch itself: what a kernel does wrong on a GPU
 //! comes out when the stream is waited for.
 
+pub mod attention;
 #[cfg(feature = "emulate")]
 pub mod emulated;
 pub mod glue;
@@ -84,7 +85,10 @@ impl Grid {
         }
         let most = shared_memory(capability);
         if self.shared > most {
-            bail!("{} bytes of shared memory; a device of capability {capability} gives {most} to a block", self.shared);
+            bail!(
+                "{} bytes of shared memory; a device of capability {capability} gives {most} to a block",
+                self.shared
+            );
         }
         Ok(())
     }

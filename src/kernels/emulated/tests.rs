@@ -67,8 +67,7 @@ fn arguments_are_checked() {
 fn tensor_cores_multiply_and_conflicts_are_counted() {
     let numbers = |n: usize| (0..n).map(|i| (i * 7 % 13) as f32 / 4.0 - 1.5).collect::<Vec<f32>>();
     let (a, b) = (numbers(256), numbers(128));
-    let want: Vec<f32> =
-        (0..128).map(|i| (0..16).map(|k| a[i / 8 * 16 + k] * b[k * 8 + i % 8]).sum::<f32>()).collect();
+    let want: Vec<f32> = (0..128).map(|i| (0..16).map(|k| a[i / 8 * 16 + k] * b[k * 8 + i % 8]).sum::<f32>()).collect();
     let grid = |room: usize| Grid { blocks: [1, 1, 1], threads: 64, shared: 32 * room as u32 * 2 };
     for launcher in Emulated::each().unwrap() {
         let halves = [
