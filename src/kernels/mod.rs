@@ -4,6 +4,8 @@
 //! where their tests compare them with `ops`. Errors are those of the launch itself: what a kernel does wrong on a GPU
 //! comes out when the stream is waited for.
 
+pub mod attention;
+pub mod conv2d;
 #[cfg(feature = "emulate")]
 pub mod emulated;
 
