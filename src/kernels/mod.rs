@@ -5,6 +5,7 @@
 //! comes out when the stream is waited for.
 
 pub mod attention;
+pub mod conv2d;
 #[cfg(feature = "emulate")]
 pub mod emulated;
 pub mod glue;
@@ -114,6 +115,8 @@ pub enum Family {
     Glue,
     Optimizer,
     Reduce,
+    /// What a GPU has to show before it is trusted.
+    Selftest,
 }
 
 /// Where kernels run, in the order in which they are launched.
