@@ -56,7 +56,7 @@ FOR_DTYPES(POINTWISE)
 FOR_DTYPES(CONVERT_FROM)
 
 #define PLANES(T, dtype, name, N)                                                                                            \
-    KERNEL(add_planes_##name)(const T* x, const T* t, T* y, uint64_t count, unsigned pixels, unsigned channels) {            \
+    KERNEL(add_planes_##name)(const T* x, const T* t, T* y, unsigned count, unsigned pixels, unsigned channels) {            \
         add_planes<T, N>(x, t, y, count, pixels, channels);                                                                  \
     }                                                                                                                        \
     EXPORT(add_planes_##name)                                                                                                \
@@ -93,14 +93,14 @@ FOR_DTYPES(CONVERT_FROM)
         positions_backward<T>(dy, grad, batch, row);                                                                         \
     }                                                                                                                        \
     EXPORT(positions_backward_##dtype)                                                                                       \
-    KERNEL(upsample_double_##dtype)(const T* x, T* y, uint64_t count, unsigned w) { upsample_double<T>(x, y, count, w); }    \
+    KERNEL(upsample_double_##dtype)(const T* x, T* y, unsigned count, unsigned w) { upsample_double<T>(x, y, count, w); }    \
     EXPORT(upsample_double_##dtype)                                                                                          \
-    KERNEL(upsample_double_backward_##dtype)(const T* dy, T* dx, uint64_t count, unsigned w) {                               \
+    KERNEL(upsample_double_backward_##dtype)(const T* dy, T* dx, unsigned count, unsigned w) {                               \
         upsample_double_backward<T>(dy, dx, count, w);                                                                       \
     }                                                                                                                        \
     EXPORT(upsample_double_backward_##dtype)                                                                                 \
     KERNEL(upsample_backward_##dtype)                                                                                        \
-    (const T* dy, T* dx, uint64_t count, unsigned h, unsigned w, unsigned height, unsigned width, float rows_scale,          \
+    (const T* dy, T* dx, unsigned count, unsigned h, unsigned w, unsigned height, unsigned width, float rows_scale,          \
      float columns_scale) {                                                                                                  \
         upsample_backward<T>(dy, dx, count, h, w, height, width, rows_scale, columns_scale);                                 \
     }                                                                                                                        \
@@ -141,7 +141,7 @@ TRANSPOSE(uint16_t, 1, loose_2)
 
 #define UPSAMPLE(U, bytes)                                                                                                   \
     KERNEL(upsample_##bytes)                                                                                                 \
-    (const U* x, U* y, uint64_t count, unsigned h, unsigned w, unsigned height, unsigned width, float rows_scale,            \
+    (const U* x, U* y, unsigned count, unsigned h, unsigned w, unsigned height, unsigned width, float rows_scale,            \
      float columns_scale) {                                                                                                  \
         upsample<U>(x, y, count, h, w, height, width, rows_scale, columns_scale);                                            \
     }                                                                                                                        \

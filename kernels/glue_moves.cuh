@@ -5,18 +5,18 @@
 // y (rows, a + b) = a beside b, in units of U: 16 bytes if everything is a multiple of it, else an element.
 template <class U>
 __device__ __forceinline__ void join_rows(const U* a, const U* b, U* y, unsigned rows, unsigned a_width, unsigned b_width) {
-    const size_t at = place<1>(), width = size_t(a_width) + b_width;
+    const unsigned at = place_of<1>(), width = a_width + b_width;
     if (at >= rows * width) return;
-    const size_t row = at / width, column = at % width;
+    const unsigned row = at / width, column = at - row * width;
     y[at] = column < a_width ? a[row * a_width + column] : b[row * b_width + column - a_width];
 }
 
 // The way back: x (rows, a + b) to a and b.
 template <class U>
 __device__ __forceinline__ void split_rows(const U* x, U* a, U* b, unsigned rows, unsigned a_width, unsigned b_width) {
-    const size_t at = place<1>(), width = size_t(a_width) + b_width;
+    const unsigned at = place_of<1>(), width = a_width + b_width;
     if (at >= rows * width) return;
-    const size_t row = at / width, column = at % width;
+    const unsigned row = at / width, column = at - row * width;
     if (column < a_width) a[row * a_width + column] = x[at];
     else b[row * b_width + column - a_width] = x[at];
 }
@@ -58,25 +58,23 @@ __device__ __forceinline__ unsigned source(unsigned position, float scale, unsig
 
 // (planes, h, w) -> (planes, height, width), a thread an element.
 template <class U>
-__device__ __forceinline__ void upsample(const U* x, U* y, size_t count, unsigned h, unsigned w, unsigned height,
+__device__ __forceinline__ void upsample(const U* x, U* y, unsigned count, unsigned h, unsigned w, unsigned height,
                                          unsigned width, float rows_scale, float columns_scale) {
-    const size_t at = place<1>();
+    const unsigned at = place_of<1>();
     if (at >= count) return;
-    const unsigned column = unsigned(at % width);
-    const size_t row_index = at / width, plane = row_index / height;
-    const unsigned row = unsigned(row_index % height);
+    const unsigned line = at / width, plane = line / height, row = line - plane * height, column = at - line * width;
     y[at] = x[(plane * h + source(row, rows_scale, h)) * w + source(column, columns_scale, w)];
 }
 
 // The same to exactly twice the size, a thread N source pixels of a row: two stores of 16 bytes in each of two rows.
 template <class T>
-__device__ __forceinline__ void upsample_double(const T* x, T* y, size_t count, unsigned w) {
+__device__ __forceinline__ void upsample_double(const T* x, T* y, unsigned count, unsigned w) {
     constexpr int N = WIDTH<T>;
-    const size_t at = place<N>();
+    const unsigned at = place_of<N>();
     if (at >= count) return;
     const Elements<T, N> run = load<T, N>(x + at);
-    const size_t row = at / w;
-    T* to = y + row * 4 * w + (at - row * w) * 2;
+    const unsigned row = at / w;
+    T* to = y + size_t(row) * 4 * w + (at - row * w) * 2;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         Elements<T, N> pairs;
@@ -97,29 +95,28 @@ __device__ __forceinline__ unsigned first_from(unsigned wanted, float scale, uns
 
 // dx (planes, h, w): the sum over the pixels that each pixel was the source of, a thread a pixel, in the CPU's order.
 template <class T>
-__device__ __forceinline__ void upsample_backward(const T* dy, T* dx, size_t count, unsigned h, unsigned w, unsigned height,
+__device__ __forceinline__ void upsample_backward(const T* dy, T* dx, unsigned count, unsigned h, unsigned w, unsigned height,
                                                   unsigned width, float rows_scale, float columns_scale) {
-    const size_t at = place<1>();
+    const unsigned at = place_of<1>();
     if (at >= count) return;
-    const unsigned column = unsigned(at % w), row = unsigned(at / w % h);
-    const size_t plane = at / w / h;
+    const unsigned line = at / w, plane = line / h, row = line - plane * h, column = at - line * w;
     const unsigned top = first_from(row, rows_scale, h, height), bottom = first_from(row + 1, rows_scale, h, height);
     const unsigned left = first_from(column, columns_scale, w, width), right = first_from(column + 1, columns_scale, w, width);
     float sum = 0.0f;
     for (unsigned r = top; r < bottom; r++) {
-        for (unsigned c = left; c < right; c++) sum += to_float(dy[(plane * height + r) * width + c]);
+        for (unsigned c = left; c < right; c++) sum += to_float(dy[(size_t(plane) * height + r) * width + c]);
     }
     dx[at] = from_float<T>(sum);
 }
 
 // The same from exactly twice the size, a thread N pixels of a row.
 template <class T>
-__device__ __forceinline__ void upsample_double_backward(const T* dy, T* dx, size_t count, unsigned w) {
+__device__ __forceinline__ void upsample_double_backward(const T* dy, T* dx, unsigned count, unsigned w) {
     constexpr int N = WIDTH<T>;
-    const size_t at = place<N>();
+    const unsigned at = place_of<N>();
     if (at >= count) return;
-    const size_t row = at / w;
-    const T* from = dy + row * 4 * w + (at - row * w) * 2;
+    const unsigned row = at / w;
+    const T* from = dy + size_t(row) * 4 * w + (at - row * w) * 2;
     Elements<T, N> sums;
 #pragma unroll
     for (int half = 0; half < 2; half++) {

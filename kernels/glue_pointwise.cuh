@@ -78,6 +78,13 @@ __device__ __forceinline__ size_t place() {
     return (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * N;
 }
 
+// The same for kernels that divide it by something: in 32 bits that takes twenty instructions and not a hundred. Wrappers see to
+// it that counts fit.
+template <int N>
+__device__ __forceinline__ unsigned place_of() {
+    return (blockIdx.x * blockDim.x + threadIdx.x) * N;
+}
+
 template <class T, class F>
 __device__ __forceinline__ void activate(const T* x, T* y, size_t count, int aligned) {
     constexpr int N = WIDTH<T>;

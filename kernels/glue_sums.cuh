@@ -6,8 +6,8 @@
 
 // y (planes, pixels) = x + t (planes), one number a plane, or t (channels), the same for every batch row. In place if y is x.
 template <class T, int N>
-__device__ __forceinline__ void add_planes(const T* x, const T* t, T* y, size_t count, unsigned pixels, unsigned channels) {
-    const size_t at = place<N>();
+__device__ __forceinline__ void add_planes(const T* x, const T* t, T* y, unsigned count, unsigned pixels, unsigned channels) {
+    const unsigned at = place_of<N>();
     if (at >= count) return;
     const float value = to_float(t[at / pixels % channels]);
     Elements<T, N> run = load<T, N>(x + at);

@@ -10,7 +10,7 @@
 #define OUT(T) T* __restrict__
 
 #define GROUP_FORWARD(T, dtype)                                                                                              \
-    extern "C" __global__ void __launch_bounds__(GROUP_THREADS) group_norm_forward_##dtype(                                           \
+    extern "C" __global__ void __launch_bounds__(GROUP_THREADS, 2) group_norm_forward_##dtype(                               \
         IN(T) x, IN(T) gamma, IN(T) beta, OUT(T) y, OUT(float2) moments, unsigned channels, unsigned groups,                 \
         unsigned pixels, float eps, int silu) {                                                                              \
         group_forward<T, WIDTH<T>>(x, gamma, beta, y, moments, {channels, groups, channels / groups, pixels}, eps, silu);    \

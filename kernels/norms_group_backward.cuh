@@ -3,8 +3,8 @@
 //
 // Passes over memory: the least is to read x and dy and to write dx once each. Both are needed twice, before and after the two
 // means are known. One block a group reads them twice in a row; what the blocks that run together hold (160 KB each for the
-// largest plain groups of SD in halves, less than 25 MB in all on 132 multiprocessors) is in the first- or second-level cache the
-// second time, and a thread reads the same packs both times. Very large groups (and unaligned ones) take two launches.
+// largest plain groups of SD in halves, at most three on a multiprocessor) is in the first- or second-level cache the second
+// time, and a thread reads the same packs both times. Very large groups (and unaligned ones) take two launches.
 // dgamma and dbeta need each channel's sums over its pixels, which both ways leave in sums (batch, channels); a small last
 // launch adds them over the batch, in its order.
 #pragma once

@@ -66,7 +66,8 @@ __device__ __forceinline__ void layer_forward(const T* x, const T* gamma, const 
             const Elements<T, N> g = load<T, N>(gamma + at), b = load<T, N>(beta + at);
 #pragma unroll
             for (int i = 0; i < N; i++)
-                held[k].at[i] = from_float<T>(fmaf((to_float(held[k].at[i]) - mean) * scale, to_float(g.at[i]), to_float(b.at[i])));
+                held[k].at[i] =
+                    from_float<T>(fmaf((to_float(held[k].at[i]) - mean) * scale, to_float(g.at[i]), to_float(b.at[i])));
             store<T, N>(y + size_t(row) * width + at, held[k]);
         }
     }

@@ -2,9 +2,8 @@
 #pragma once
 #include "glue_packs.cuh"
 
-// Packs that a thread keeps in registers between measuring and normalising, and the most threads of a block that does so: 24 of
-// the 72 registers that each of so many threads may have.
-constexpr int HELD = 6, GROUP_THREADS = 896;
+// Packs that a thread keeps in registers between measuring and normalising.
+constexpr int HELD = 6;
 
 // What a thread, a block or several blocks know of their numbers: how many, their mean, and the sum of squares about it.
 // About its own mean, so that nothing cancels where the mean is large.
@@ -18,22 +17,37 @@ __device__ __forceinline__ Moments join(const Moments& a, const Moments& b) {
     return {count, fmaf(difference, share, a.mean), a.squares + fmaf(difference * difference * a.count, share, b.squares)};
 }
 
-// Packs first + thread, first + thread + threads, ... of a run of `packs`, at most HELD of them.
-template <class T, int N>
-__device__ __forceinline__ void hold(Elements<T, N> (&held)[HELD], const T* x, unsigned first, unsigned packs) {
+// Packs first + thread, first + thread + threads, ... of a run of `packs`, at most H of them.
+template <class T, int N, int H>
+__device__ __forceinline__ void hold(Elements<T, N> (&held)[H], const T* x, unsigned first, unsigned packs) {
 #pragma unroll
-    for (int k = 0; k < HELD; k++) {
+    for (int k = 0; k < H; k++) {
         const unsigned at = first + k * blockDim.x + threadIdx.x;
         if (at < packs) held[k] = load<T, N>(x + size_t(at) * N);
     }
 }
 
+// Makes the compiler take held halves for changed. It would otherwise keep them widened, from one use to the next, in twice the
+// registers.
+template <class T, int N, int H>
+__device__ __forceinline__ void keep_packed([[maybe_unused]] Elements<T, N> (&held)[H]) {
+#ifdef __CUDACC__
+    if constexpr (sizeof(T) == 2 && N == 8) {
+#pragma unroll
+        for (int k = 0; k < H; k++) {
+            unsigned* words = reinterpret_cast<unsigned*>(&held[k]);
+            asm volatile("" : "+r"(words[0]), "+r"(words[1]), "+r"(words[2]), "+r"(words[3]));
+        }
+    }
+#endif
+}
+
 // The moments of what `hold` has loaded; of no numbers at all count is 0.
-template <class T, int N>
-__device__ __forceinline__ Moments measure_held(const Elements<T, N> (&held)[HELD], unsigned first, unsigned packs) {
+template <class T, int N, int H>
+__device__ __forceinline__ Moments measure_held(Elements<T, N> (&held)[H], unsigned first, unsigned packs) {
     float sum = 0.0f, count = 0.0f, squares = 0.0f;
 #pragma unroll
-    for (int k = 0; k < HELD; k++) {
+    for (int k = 0; k < H; k++) {
         if (first + k * blockDim.x + threadIdx.x < packs) {
             float part = 0.0f;
 #pragma unroll
@@ -43,8 +57,9 @@ __device__ __forceinline__ Moments measure_held(const Elements<T, N> (&held)[HEL
         }
     }
     const float mean = sum / fmaxf(count, 1.0f);
+    keep_packed<T, N, H>(held);
 #pragma unroll
-    for (int k = 0; k < HELD; k++) {
+    for (int k = 0; k < H; k++) {
         if (first + k * blockDim.x + threadIdx.x < packs) {
             float part = 0.0f;
 #pragma unroll
@@ -55,20 +70,21 @@ __device__ __forceinline__ Moments measure_held(const Elements<T, N> (&held)[HEL
             squares += part;
         }
     }
+    keep_packed<T, N, H>(held);
     return {count, mean, squares};
 }
 
 // The thread's share of a run; afterwards `held` has the last of it, from `first` on.
-template <class T, int N>
-__device__ __forceinline__ Moments measure_share(Elements<T, N> (&held)[HELD], const T* x, unsigned packs, unsigned& first) {
-    const unsigned step = HELD * blockDim.x;
+template <class T, int N, int H>
+__device__ __forceinline__ Moments measure_share(Elements<T, N> (&held)[H], const T* x, unsigned packs, unsigned& first) {
+    const unsigned step = H * blockDim.x;
     first = 0;
-    hold<T, N>(held, x, 0, packs);
-    Moments mine = measure_held<T, N>(held, 0, packs);
+    hold<T, N, H>(held, x, 0, packs);
+    Moments mine = measure_held<T, N, H>(held, 0, packs);
     while (packs - first > step) {
         first += step;
-        hold<T, N>(held, x, first, packs);
-        const Moments next = measure_held<T, N>(held, first, packs);
+        hold<T, N, H>(held, x, first, packs);
+        const Moments next = measure_held<T, N, H>(held, first, packs);
         if (next.count > 0.0f) mine = join(mine, next);
     }
     return mine;

@@ -30,7 +30,7 @@ __device__ __forceinline__ void row_forward(const T* x, const T* gamma, const T*
     y += size_t(blockIdx.x) * width;
     Elements<T, N> held[HELD];
     unsigned first;
-    const Moments mine = measure_share<T, N>(held, x, packs, first);
+    const Moments mine = measure_share<T, N, HELD>(held, x, packs, first);
     double mean = 0.0, squares = 0.0;
     join_block(mine, double(width), mean, squares, shared);
     if (threadIdx.x == 0) {
@@ -42,7 +42,7 @@ __device__ __forceinline__ void row_forward(const T* x, const T* gamma, const T*
         row_normalise<T, N>(held, gamma, beta, y, first, packs, known);
         if (first == 0) break;
         first -= HELD * blockDim.x;
-        hold<T, N>(held, x, first, packs);
+        hold<T, N, HELD>(held, x, first, packs);
     }
 }
 

@@ -5,6 +5,7 @@
 //! comes out when the stream is waited for.
 
 pub mod attention;
+pub mod conv2d;
 #[cfg(feature = "emulate")]
 pub mod emulated;
 pub mod glue;

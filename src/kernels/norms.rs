@@ -13,9 +13,11 @@ use super::{Address, Arg, Family, Grid, Launcher, suffix};
 #[cfg(all(test, feature = "emulate"))]
 mod tests;
 
-/// Packs that a thread keeps, and the most threads of a group's block (`kernels/norms_moments.cuh`).
+/// Packs that a thread keeps (`kernels/norms_moments.cuh`).
 const HELD: usize = 6;
-const GROUP_THREADS: usize = 896;
+/// The same of a group's block, and the most threads of it (`kernels/norms_group.cuh`).
+const GROUP_HELD: usize = 12;
+const GROUP_THREADS: usize = 448;
 /// A pair of f32: moments, or sums.
 const PAIR: usize = 8;
 
@@ -100,6 +102,11 @@ impl GroupNorm {
         Ok([small(self.channels)?.into(), small(self.groups)?.into(), small(self.pixels)?.into()])
     }
 
+    /// Whether whole packs may be moved, none of which straddles two channels.
+    fn whole(&self, addresses: &[Address]) -> bool {
+        aligned(addresses) && self.pixels.is_multiple_of(width(self.dtype))
+    }
+
     /// The name's end for kernels that take whole packs or, if not `whole`, anything.
     fn end(&self, whole: bool) -> Result<String> {
         Ok(format!("{}{}", if whole { "" } else { "loose_" }, suffix(self.dtype)?))
@@ -108,15 +115,15 @@ impl GroupNorm {
     /// y and the moments.
     pub fn forward(&self, launcher: &dyn Launcher, on: Forward) -> Result<()> {
         self.check()?;
-        let whole = aligned(&[on.x, on.y]) && self.count().is_multiple_of(width(self.dtype));
+        let whole = self.whole(&[on.x, on.y]);
         let packs = self.count() / if whole { width(self.dtype) } else { 1 };
         let groups = self.batch * self.groups;
         let (eps, silu) = (Arg::F32(self.eps as f32), Arg::I32(self.silu.into()));
-        let most = GROUP_THREADS * HELD;
+        let most = GROUP_THREADS * GROUP_HELD;
         let many = groups >= 2 * launcher.multiprocessors() as usize && packs <= 4 * most;
         if whole && (packs <= most || many) {
-            // Four packs a thread are enough under way, if there are not more to keep.
-            let threads = packs.div_ceil(4).next_multiple_of(32).min(GROUP_THREADS) as u32;
+            // Six packs a thread keep memory busy; more only where there are more to keep.
+            let threads = packs.div_ceil(GROUP_HELD / 2).next_multiple_of(32).min(GROUP_THREADS) as u32;
             let grid = Grid { blocks: [small(groups)?, 1, 1], threads, shared: 0 };
             let args = [on.x.into(), on.gamma.into(), on.beta.into(), on.y.into(), on.moments.into()];
             let args = [&args[..], &self.shape()?, &[eps, silu]].concat();
@@ -140,7 +147,7 @@ impl GroupNorm {
         let (channels, packs) = (self.group_channels(), self.pixels / width(self.dtype));
         let all = channels * packs;
         // What is larger is better split than read by one multiprocessor.
-        if all > 4 * GROUP_THREADS * HELD {
+        if all > 4 * GROUP_THREADS * GROUP_HELD {
             return None;
         }
         let threads = threads(all.div_ceil(4), 64, 512);
@@ -160,7 +167,7 @@ impl GroupNorm {
     /// dx, and what is added to the gradients of gamma and beta.
     pub fn backward(&self, launcher: &dyn Launcher, on: Backward) -> Result<()> {
         self.check()?;
-        let whole = aligned(&[on.x, on.dy, on.dx]) && self.pixels.is_multiple_of(width(self.dtype));
+        let whole = self.whole(&[on.x, on.dy, on.dx]);
         let scratch = launcher.scratch(PAIR * self.batch * self.channels)?;
         let sums = scratch.address();
         let operands = [on.x.into(), on.dy.into(), on.gamma.into(), on.beta.into(), on.moments.into()];

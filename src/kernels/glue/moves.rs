@@ -45,7 +45,7 @@ pub fn split_rows(
 
 fn move_rows(launcher: &dyn Launcher, kernel: &str, rows: usize, [a, b]: [usize; 2], operands: &[Arg]) -> Result<()> {
     let args = [operands, &[small(rows)?.into(), small(a)?.into(), small(b)?.into()]].concat();
-    launch(launcher, kernel, rows * (a + b), 1, &args)
+    launch(launcher, kernel, small(rows * (a + b))? as usize, 1, &args)
 }
 
 /// (batch, rows, columns) -> (batch, columns, rows): images to tokens and back.
@@ -106,11 +106,11 @@ impl Resample {
         let ([h, w], [height, wide]) = (self.from, self.to);
         let (source, result) = (self.planes * h * w, self.planes * height * wide);
         if self.doubles(&[x, y]) {
-            let args = [x.into(), y.into(), (source as u64).into(), small(w)?.into()];
+            let args = [x.into(), y.into(), small(source)?.into(), small(w)?.into()];
             let kernel = format!("upsample_double_{}", suffix(self.dtype)?);
             return launch(launcher, &kernel, source, width(self.dtype), &args);
         }
-        let args = [&[x.into(), y.into(), (result as u64).into()][..], &self.args()?].concat();
+        let args = [&[x.into(), y.into(), small(result)?.into()][..], &self.args()?].concat();
         launch(launcher, &format!("upsample_{}", bytes(self.dtype)?), result, 1, &args)
     }
 
@@ -119,10 +119,10 @@ impl Resample {
         let [h, w] = self.from;
         let (count, end) = (self.planes * h * w, suffix(self.dtype)?);
         if self.doubles(&[dy, dx]) {
-            let args = [dy.into(), dx.into(), (count as u64).into(), small(w)?.into()];
+            let args = [dy.into(), dx.into(), small(count)?.into(), small(w)?.into()];
             return launch(launcher, &format!("upsample_double_backward_{end}"), count, width(self.dtype), &args);
         }
-        let args = [&[dy.into(), dx.into(), (count as u64).into()][..], &self.args()?].concat();
+        let args = [&[dy.into(), dx.into(), small(count)?.into()][..], &self.args()?].concat();
         launch(launcher, &format!("upsample_backward_{end}"), count, 1, &args)
     }
 }

@@ -35,7 +35,7 @@ impl Planes {
         let (pack, end) = self.pack(&[x, y])?;
         let count = self.planes * self.pixels;
         let shape = [small(self.pixels)?.into(), small(self.channels)?.into()];
-        let args = [&[x.into(), t.into(), y.into(), (count as u64).into()][..], &shape].concat();
+        let args = [&[x.into(), t.into(), y.into(), small(count)?.into()][..], &shape].concat();
         launch(launcher, &format!("add_planes_{end}"), count, pack, &args)
     }
 
