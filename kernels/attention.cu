@@ -26,7 +26,7 @@
     extern "C" __global__ void __launch_bounds__(32 * BACK) attention_keys_##DP##_##T(                                 \
         const T* q, const T* k, const T* v, const T* dy, const float* log_sums, const float* delta,                    \
         const int* lengths, T* dk, T* dv, SIZES) {                                                                     \
-        if constexpr (DP <= 128) {                                                                                     \
+        if constexpr (DP <= 160) {                                                                                     \
             attention_keys<T, DP, BACK, ROWS, STAGES, true, true>(q, k, v, dy, log_sums, delta, lengths, dk, dv,       \
                                                                   GIVEN, blockIdx.x);                                  \
         } else if (blockIdx.x % 2 == 0) {                                                                              \

@@ -57,17 +57,20 @@ __device__ __forceinline__ void product(const Rows<T>& a, const T* images, const
         }
         __syncthreads();
     }
+    const int row = m + own_m + lane / 4, column = n + own_n + lane % 4 * 2;
+    const bool paired = out.paired();
 #pragma unroll
     for (int j = 0; j < 2 * N; j++) {
+        const int at = column + 8 * j;
+        const long long low = out.column(at), high = paired ? 0 : out.column(at + 1);
 #pragma unroll
-        for (int odd = 0; odd < 2; odd++) {
-            const int column = n + own_n + 8 * j + lane % 4 * 2 + odd;
-            const long long at = out.column(column);
-#pragma unroll
-            for (int i = 0; i < M; i++) {
-                const int row = m + own_m + 16 * i + lane / 4;
-                out.put(row, column, at, sum[i][j][odd]);
-                out.put(row + 8, column, at, sum[i][j][2 + odd]);
+        for (int i = 0; i < 2 * M; i++) {
+            const float* pair = &sum[i / 2][j][i % 2 * 2];
+            if (paired) {
+                out.put_two(row + 8 * i, at, low, pair[0], pair[1]);
+            } else {
+                out.put(row + 8 * i, at, low, pair[0]);
+                out.put(row + 8 * i, at + 1, high, pair[1]);
             }
         }
     }

@@ -242,6 +242,12 @@ template <class T> struct Out {
     float* parts;
     int rows, columns, plane;
 
+    // Whether columns 2 i and 2 i + 1 lie next to each other, where both can be written at once.
+    __device__ __forceinline__ bool paired() const {
+        const void* to = parts ? parts : gradient ? static_cast<const void*>(gradient) : y;
+        const int size = parts || gradient ? 8 : 2 * sizeof(T);
+        return (gradient ? columns : plane) % 2 == 0 && reinterpret_cast<uintptr_t>(to) % size == 0;
+    }
     // Where column n of row 0 lies.
     __device__ __forceinline__ long long column(int n) const {
         return gradient ? n : (long long)(n / plane) * rows * plane + n % plane;
@@ -257,6 +263,22 @@ template <class T> struct Out {
             gradient[at] += value;
         } else {
             y[at] = from_float<T>(bias ? value + to_float(bias[m]) : value);
+        }
+    }
+    // Columns n, which is even, and n + 1 of paired ones.
+    __device__ __forceinline__ void put_two(int m, int n, long long column, float low, float high) const {
+        if (m >= rows || n >= columns) {
+            return;
+        }
+        const long long at = column + (long long)m * (gradient ? columns : plane);
+        if (parts) {
+            store<float, 2>(parts + (long long)blockIdx.z * rows * columns + at, {low, high});
+        } else if (gradient) {
+            const Elements<float, 2> there = load<float, 2>(gradient + at);
+            store<float, 2>(gradient + at, {there.at[0] + low, there.at[1] + high});
+        } else {
+            const float more = bias ? to_float(bias[m]) : 0.0f;
+            store<T, 2>(y + at, {from_float<T>(low + more), from_float<T>(high + more)});
         }
     }
 };

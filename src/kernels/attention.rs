@@ -61,7 +61,7 @@ struct Tiles {
 }
 
 const fn halves(width: usize, forward: (usize, usize), back: (usize, usize), stages: usize) -> Tiles {
-    Tiles { width, forward, queries: back, keys: back, stages, split: width > 128 }
+    Tiles { width, forward, queries: back, keys: back, stages, split: width > 160 }
 }
 
 const HALVES: [Tiles; 7] = [
