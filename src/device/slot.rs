@@ -163,13 +163,14 @@ impl WeightRef {
         Ok(WeightAt { buffer, offset })
     }
 
-    /// As [`Self::add_grad`], for kernels that add to the range at an address.
-    pub fn add_grad_at(&self, add: impl FnOnce(Address) -> Result<()>) -> Result<()> {
-        let Some(grads) = &self.grads else { return Ok(()) };
+    /// As [`Self::add_grad`], for kernels: where the range begins that they add to, as long as the bucket is open.
+    /// [`Address::NULL`] if the weight is frozen.
+    pub fn grad_at(&self) -> Result<Address> {
+        let Some(grads) = &self.grads else { return Ok(Address::NULL) };
         let mut held = grads.held.lock().unwrap_or_else(|e| e.into_inner());
         let Some(buffer) = held.as_mut() else { bail!("{}: no gradient bucket is open", grads.name) };
         grads.count_visit(self.index);
-        add(buffer.address_mut().at(4 * self.range().start))
+        Ok(buffer.address_mut().at(4 * self.range().start))
     }
 
     /// A weight of its own for tests: its parameters are `values`, its gradients start at zero.

@@ -88,11 +88,9 @@ impl Embedding {
     }
 
     fn backward_on(&self, gpu: &Gpu, ids: &Operand, dy: &Operand) -> Result<()> {
-        let kernels = self.kernels(ids);
-        let none = Address::NULL;
-        self.table.add_grad_at(|table| gpu.run(|l| kernels.backward(l, ids.at, dy.at, table, none)))?;
-        let Some(positions) = &self.positions else { return Ok(()) };
-        positions.add_grad_at(|positions| gpu.run(|l| kernels.backward(l, ids.at, dy.at, none, positions)))
+        let table = self.table.grad_at()?;
+        let positions = self.positions.as_ref().map_or(Ok(Address::NULL), |positions| positions.grad_at())?;
+        gpu.run(|l| self.kernels(ids).backward(l, ids.at, dy.at, table, positions))
     }
 
     fn look_up<T: Real>(&self, ids: &[u32], length: usize) -> Result<Vec<T>> {

@@ -10,7 +10,7 @@ use super::cpu::{Held, by_dtype, elements, for_parts, result, tensor};
 use super::gpu::{Fresh, Gpu, Operand, cuda_forward, emulated1};
 use super::vector::{PIECE, Real, sigmoid, simd, sums, unwritten};
 use crate::device::WeightRef;
-use crate::kernels::{Address, norms};
+use crate::kernels::norms;
 
 /// x (B, C, ...) normalised over C/groups channels and all pixels, times gamma (C) plus beta (C); then SiLU if `silu`.
 ///
@@ -92,30 +92,6 @@ pub(super) fn as_f32<T: Real>(weight: &WeightRef) -> Result<Vec<f32>> {
     Ok(weight.view::<T>()?.iter().map(|w| w.to_f32()).collect())
 }
 
-/// The weights of a norm, as its backward's kernels take them.
-pub(super) struct Gradients<'a> {
-    pub gamma: &'a WeightRef,
-    pub beta: &'a WeightRef,
-}
-
-impl Gradients<'_> {
-    /// Hands the addresses of the weights, and of the ranges that their gradients are added to, to `run`.
-    pub fn add(&self, dtype: DType, run: impl FnOnce([Address; 2], [Address; 2]) -> Result<()>) -> Result<()> {
-        let (gamma, beta) = (self.gamma.at(dtype)?, self.beta.at(dtype)?);
-        let weights = [gamma.address(), beta.address()];
-        let (mut dgamma, mut dbeta) = (Address::NULL, Address::NULL);
-        self.beta.add_grad_at(|at| {
-            dbeta = at;
-            Ok(())
-        })?;
-        self.gamma.add_grad_at(|at| {
-            dgamma = at;
-            Ok(())
-        })?;
-        run(weights, [dgamma, dbeta])
-    }
-}
-
 impl GroupNorm {
     fn kernels(&self, x: &Operand) -> norms::GroupNorm {
         let &GroupNorm { groups, channels, pixels, eps, silu, .. } = self;
@@ -137,11 +113,11 @@ impl GroupNorm {
         let Some(moments) = self.moments_there.get() else { bail!("group_norm: backward before forward") };
         let moments = gpu.operand(moments)?.at;
         let dx = gpu.fresh(x.dtype, x.dims)?;
-        let gradients = Gradients { gamma: &self.gamma, beta: &self.beta };
-        gradients.add(x.dtype, |[gamma, beta], [dgamma, dbeta]| {
-            let on = norms::Backward { x: x.at, dy: dy.at, gamma, beta, moments, dx: dx.at, dgamma, dbeta };
-            gpu.run(|l| self.kernels(&x).backward(l, on))
-        })?;
+        let (gamma, beta) = (self.gamma.at(x.dtype)?, self.beta.at(x.dtype)?);
+        let (gamma, beta) = (gamma.address(), beta.address());
+        let (dgamma, dbeta) = (self.gamma.grad_at()?, self.beta.grad_at()?);
+        let on = norms::Backward { x: x.at, dy: dy.at, gamma, beta, moments, dx: dx.at, dgamma, dbeta };
+        gpu.run(|l| self.kernels(&x).backward(l, on))?;
         Ok(dx.tensor())
     }
 

@@ -7,7 +7,7 @@ use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, b
 
 use super::cpu::{Held, by_dtype, elements, for_parts, result, rows_per_part, tensor};
 use super::gpu::{Fresh, Gpu, Operand, cuda_forward, emulated1};
-use super::group_norm::{Gradients, as_f32};
+use super::group_norm::as_f32;
 use super::vector::{Real, simd, sums, unwritten};
 use crate::device::WeightRef;
 use crate::kernels::norms;
@@ -90,11 +90,11 @@ impl LayerNorm {
         let Some(moments) = self.moments_there.get() else { bail!("layer_norm: backward before forward") };
         let moments = gpu.operand(moments)?.at;
         let dx = gpu.fresh(x.dtype, x.dims)?;
-        let gradients = Gradients { gamma: &self.gamma, beta: &self.beta };
-        gradients.add(x.dtype, |[gamma, beta], [dgamma, dbeta]| {
-            let on = norms::Backward { x: x.at, dy: dy.at, gamma, beta, moments, dx: dx.at, dgamma, dbeta };
-            gpu.run(|l| self.kernels(&x).backward(l, on))
-        })?;
+        let (gamma, beta) = (self.gamma.at(x.dtype)?, self.beta.at(x.dtype)?);
+        let (gamma, beta) = (gamma.address(), beta.address());
+        let (dgamma, dbeta) = (self.gamma.grad_at()?, self.beta.grad_at()?);
+        let on = norms::Backward { x: x.at, dy: dy.at, gamma, beta, moments, dx: dx.at, dgamma, dbeta };
+        gpu.run(|l| self.kernels(&x).backward(l, on))?;
         Ok(dx.tensor())
     }
 

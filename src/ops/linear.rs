@@ -134,25 +134,29 @@ impl Linear {
             })
         })?;
         let (a, b) = (factor(dy.at, outputs, true), factor(x.at, inputs, false));
-        self.weight.add_grad_at(|c| {
-            let (c_dtype, c_stride) = (DType::F32, inputs);
-            let product = product::Product {
-                rows: outputs,
-                columns: inputs,
-                inner: rows,
-                dtype,
-                a,
-                b,
-                c,
-                c_dtype,
-                c_stride,
-                adds: true,
-            };
-            gpu.run(|l| l.multiply(&product))
+        let (dw, db) = (self.weight.grad_at()?, self.bias.as_ref().map_or(Ok(Address::NULL), |bias| bias.grad_at())?);
+        gpu.run(|l| {
+            if dw != Address::NULL {
+                let (c_dtype, c_stride) = (DType::F32, inputs);
+                let (rows, columns, inner) = (outputs, inputs, rows);
+                l.multiply(&product::Product {
+                    rows,
+                    columns,
+                    inner,
+                    dtype,
+                    a,
+                    b,
+                    c: dw,
+                    c_dtype,
+                    c_stride,
+                    adds: true,
+                })?;
+            }
+            match db == Address::NULL {
+                true => Ok(()),
+                false => sums::add_column_sums(l, dtype, dy.at, db, rows, outputs),
+            }
         })?;
-        if let Some(bias) = &self.bias {
-            bias.add_grad_at(|at| gpu.run(|l| sums::add_column_sums(l, dtype, dy.at, at, rows, outputs)))?;
-        }
         Ok(dx.tensor())
     }
 

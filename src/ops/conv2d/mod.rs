@@ -1,6 +1,7 @@
 //! 2-D convolution as matrix products over patches that are packed from the image on the way.
 
 mod fold;
+mod gpu;
 mod patches;
 mod planes;
 
@@ -9,6 +10,7 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 
 use super::cpu::{Held, by_dtype, elements, result, tensor};
 use super::gemm::{Bias, Lattice, Matrix, Out, Product, Scalar, add_channel_sums};
+use super::gpu::{Gpu, cuda_forward, emulated1};
 use super::vector::unwritten;
 use crate::device::WeightRef;
 use fold::fold;
@@ -94,6 +96,9 @@ impl CustomOp1 for Convolution {
     }
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        if let Some(done) = emulated1(storage, layout, |gpu, x| self.forward_on(gpu, x)) {
+            return done;
+        }
         let images = layout.dims()[0];
         let shape = (images, self.outputs, self.output.0, self.output.1);
         by_dtype!(storage.dtype(), self.name(), T => {
@@ -101,9 +106,14 @@ impl CustomOp1 for Convolution {
         })
     }
 
+    cuda_forward!(1);
+
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
         let images = x.dim(0)?;
         let dy = dy.contiguous()?;
+        if let Some(gpu) = Gpu::of(x)? {
+            return self.backward_on(&gpu, gpu.operand(x)?, gpu.operand(&dy)?).map(Some);
+        }
         let (held_x, held_dy) = (Held::new(x), Held::new(&dy));
         by_dtype!(x.dtype(), self.name(), T => {
             let dy = held_dy.elements::<T>()?;

@@ -145,6 +145,28 @@ fn half_precision_rounds_only_the_results() {
     }
 }
 
+/// The kernels give the definition, too, on every kind of device.
+#[cfg(feature = "emulate")]
+#[test]
+fn kernels_equal_the_definition() {
+    use crate::kernels::Launcher;
+    use crate::kernels::emulated::Emulated;
+    use crate::ops::gpu::emulated::compute_on;
+    let small = |case: &Case| case.images * case.inputs * case.outputs * case.input.0 * case.input.1 < 20_000;
+    for device in Emulated::each().unwrap() {
+        let bf16s = device.capability() >= 80;
+        compute_on(device, || {
+            for case in cases().into_iter().filter(small) {
+                check::<f32>(case, |x| x, 1e-5);
+                check::<half::f16>(case, |x| half::f16::from_f32(x).to_f32(), 1.0 / 2000.0);
+                if bf16s {
+                    check::<bf16>(case, |x| bf16::from_f32(x).to_f32(), 1.0 / 250.0);
+                }
+            }
+        });
+    }
+}
+
 #[test]
 fn an_image_has_the_same_bits_alone_and_in_a_batch() {
     for case in cases().into_iter().filter(|c| c.images > 1) {
