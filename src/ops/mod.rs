@@ -33,3 +33,6 @@ pub use layer_norm::layer_norm;
 pub use linear::{linear, linear_op};
 pub use tokens::{image_from_tokens, tokens_from_image};
 pub use upsample::upsample_nearest;
+
+#[cfg(all(test, feature = "emulate"))]
+pub(crate) use gpu::emulated::compute_on;
