@@ -65,7 +65,7 @@ __device__ __forceinline__ void group_forward(const T* x, const T* gamma, const 
     double mean = 0.0, squares = 0.0;
     join_block(mine, double(shape.count()), mean, squares, shared);
     if (threadIdx.x == 0) {
-        known = make_float2(float(mean), float(1.0 / sqrt(squares / double(shape.count()) + double(eps))));
+        known = make_float2(float(mean), scale_of(squares, double(shape.count()), eps));
         moments[group] = known;
     }
     __syncthreads();
@@ -102,7 +102,7 @@ __device__ __forceinline__ float2 join_pieces(const float2* pieces, unsigned cou
         const double off = double(pieces[i].x) - mean;
         squares += double(pieces[i].y) + off * off * min(piece, total - i * piece);
     }
-    return make_float2(float(mean), float(1.0 / sqrt(warp_sum(squares) / double(total) + double(eps))));
+    return make_float2(float(mean), scale_of(warp_sum(squares), double(total), eps));
 }
 
 // The second launch, with the same grid and block.

@@ -90,6 +90,12 @@ __device__ __forceinline__ Moments measure_share(Elements<T, N> (&held)[H], cons
     return mine;
 }
 
+// 1/sqrt(variance + eps) from the sum of squares. In f32: the last bit of an f64 would be lost in what it scales, and f64 takes
+// long on most GPUs.
+__device__ __forceinline__ float scale_of(double squares, double count, float eps) {
+    return 1.0f / sqrtf(float(squares) / float(count) + eps);
+}
+
 // The block's mean and sum of squares about it from its threads' shares; known to thread 0 alone. `shared` holds 33 floats.
 __device__ __forceinline__ void join_block(const Moments& mine, double count, double& mean, double& squares, float* shared) {
     float sums[1] = {mine.count * mine.mean};

@@ -34,7 +34,7 @@ __device__ __forceinline__ void row_forward(const T* x, const T* gamma, const T*
     double mean = 0.0, squares = 0.0;
     join_block(mine, double(width), mean, squares, shared);
     if (threadIdx.x == 0) {
-        known = make_float2(float(mean), float(1.0 / sqrt(squares / double(width) + double(eps))));
+        known = make_float2(float(mean), scale_of(squares, double(width), eps));
         moments[blockIdx.x] = known;
     }
     __syncthreads();

@@ -8,6 +8,7 @@ use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Tensor};
 use serde_json::{Value, json};
 
+use super::kernels::kernels;
 use crate::comm::{AloneOnDevice, CommunicatorExt, DeviceCommunicator, Nccl, Operation, Scalar};
 use crate::device::cuda::{DeviceMemory, Gpu, Pinned, Stream};
 use crate::kernels::{Arg, Family, Grid, Launcher};
@@ -39,6 +40,7 @@ pub fn gpu(rank: &Rank, limit: usize, shared: bool, fail: bool) -> Result<()> {
     say(rank, limit_holds(&gpu, limit)?)?;
     say(rank, copies(&gpu)?)?;
     say(rank, overhead(&gpu)?)?;
+    kernels(&gpu)?.into_iter().try_for_each(|line| say(rank, line))?;
     let group: Box<dyn DeviceCommunicator> = match comm.world_size() {
         1 => Box::new(AloneOnDevice::on(gpu.stream("collectives")?)),
         _ => Box::new(Nccl::join(&gpu, comm.clone(), TIMEOUT, shared)?),
@@ -94,7 +96,7 @@ fn bytes(len: usize) -> impl Iterator<Item = u8> {
 }
 
 /// Bytes a second of `work`, the best of some rounds.
-fn speed(stream: &Stream, bytes: usize, mut work: impl FnMut() -> Result<()>) -> Result<f64> {
+pub(super) fn speed(stream: &Stream, bytes: usize, mut work: impl FnMut() -> Result<()>) -> Result<f64> {
     let mut best = f64::INFINITY;
     for _ in 0..ROUNDS {
         let begun = stream.timed_mark()?;

@@ -5,6 +5,8 @@ mod adamw;
 mod disk;
 #[cfg(feature = "cuda")]
 mod gpu;
+#[cfg(feature = "cuda")]
+mod kernels;
 mod layers;
 mod memory;
 mod shape;

@@ -5,7 +5,7 @@
 
 pub mod moves;
 pub mod sums;
-#[cfg(all(test, feature = "emulate"))]
+#[cfg(all(test, any(feature = "cuda", feature = "emulate")))]
 mod tests;
 
 use anyhow::{Result, bail};

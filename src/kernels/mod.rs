@@ -14,8 +14,8 @@ pub mod optimizer;
 pub mod product;
 pub mod reduce;
 mod sizes;
-#[cfg(all(test, feature = "emulate"))]
-mod testing;
+#[cfg(all(test, any(feature = "cuda", feature = "emulate")))]
+pub(crate) mod testing;
 
 use std::any::Any;
 

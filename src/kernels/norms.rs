@@ -10,7 +10,7 @@ use candle_core::DType;
 use super::sizes::{aligned, line, small, threads, width};
 use super::{Address, Arg, Family, Grid, Launcher, suffix};
 
-#[cfg(all(test, feature = "emulate"))]
+#[cfg(all(test, any(feature = "cuda", feature = "emulate")))]
 mod tests;
 
 /// Packs that a thread keeps (`kernels/norms_moments.cuh`).

@@ -6,7 +6,7 @@ use candle_core::DType;
 use super::sizes::{aligned, line, small, width};
 use super::{Address, Family, Grid, Launcher, suffix};
 
-#[cfg(all(test, feature = "emulate"))]
+#[cfg(all(test, any(feature = "cuda", feature = "emulate")))]
 mod tests;
 
 /// Numbers of a piece, and its running sums (`kernels/reduce.cu`).

@@ -10,7 +10,7 @@ use super::rounding::StochasticRounding;
 use crate::kernels::optimizer::{Coefficients, Draws, Grads, Moments, Rounded, Tables, Weights, adamw};
 use crate::kernels::{Address, Launcher};
 
-#[cfg(all(test, feature = "emulate"))]
+#[cfg(all(test, any(feature = "cuda", feature = "emulate")))]
 mod tests;
 
 /// The master weights that are updated.

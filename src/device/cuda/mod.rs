@@ -43,7 +43,7 @@ mod stream;
 #[cfg(feature = "cuda")]
 mod tensors;
 #[cfg(all(feature = "cuda", test))]
-mod tests;
+pub(crate) mod tests;
 
 #[cfg(feature = "cuda")]
 pub use event::Mark;

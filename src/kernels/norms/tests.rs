@@ -1,7 +1,6 @@
 //! Against the ops on the CPU, and where the mean is large against f64.
 
 use super::*;
-use crate::kernels::emulated::Emulated;
 use crate::kernels::testing::{DTYPES, Expected, Memory, devices, expected};
 use crate::ops;
 use crate::ops::testing::{close, numbers, weight};
@@ -68,7 +67,7 @@ fn compare(run: &Run, want: &Expected, grads: [Vec<f32>; 2], tolerance: f64, wha
     close(&run.dbeta, &dbeta, tolerance, &format!("{what} dbeta"));
 }
 
-fn group(device: &Emulated, dtype: DType, tolerance: f64, norm: GroupNorm, skip: usize) {
+fn group(device: &dyn Launcher, dtype: DType, tolerance: f64, norm: GroupNorm, skip: usize) {
     let norm = GroupNorm { dtype, ..norm };
     let shape = [norm.batch, norm.channels, norm.pixels];
     let [gamma, beta] = [11, 12].map(|seed| weight(seed, &[norm.channels], dtype, 0.5).unwrap());
@@ -101,7 +100,7 @@ fn groups_of_all_shapes_and_alignments_are_the_cpus() {
                 // Teams of several warps and several turns.
                 (group_norm(1, 42, 2, 1024, true), 0),
             ] {
-                group(&device, dtype, tolerance, norm, skip);
+                group(device, dtype, tolerance, norm, skip);
             }
         }
     }
@@ -110,12 +109,12 @@ fn groups_of_all_shapes_and_alignments_are_the_cpus() {
 /// More than the registers of a block hold, and more than a block should read.
 #[test]
 fn large_groups_are_the_cpus() {
-    let [device, ..] = devices();
+    let Some(&device) = devices().first() else { return };
     for norm in [group_norm(2, 4, 4, 160 * 160, true), group_norm(1, 2, 1, 128 * 128 + 4, false)] {
-        group(&device, F32, 1e-5, norm, 0);
+        group(device, F32, 1e-5, norm, 0);
     }
-    group(&device, DType::F16, 1e-3, group_norm(1, 2, 1, 210 * 480, true), 0);
-    group(&device, DType::BF16, 8e-3, group_norm(1, 2, 1, 111 * 111, true), 0);
+    group(device, DType::F16, 1e-3, group_norm(1, 2, 1, 210 * 480, true), 0);
+    group(device, DType::BF16, 8e-3, group_norm(1, 2, 1, 111 * 111, true), 0);
 }
 
 #[test]
@@ -125,7 +124,7 @@ fn a_large_mean_takes_no_digits_away() {
         let variance = x.iter().map(|x| (x - mean) * (x - mean)).sum::<f64>() / x.len() as f64;
         x.iter().map(|x| (x - mean) / (variance + 1e-5).sqrt()).collect::<Vec<_>>()
     };
-    let [device, ..] = devices();
+    let Some(&device) = devices().first() else { return };
     for pixels in [320, 77, 128 * 128 * 2] {
         let x: Vec<f64> = values(3, pixels).iter().map(|x| f64::from(*x as f32 + 1000.0)).collect();
         let [x_memory, one, zero] = [(&x[..], 1.0), (&[1.0], 1.0), (&[0.0], 0.0)].map(|(x, _)| Memory::new(F32, x, 0));
@@ -137,17 +136,17 @@ fn a_large_mean_takes_no_digits_away() {
             y: y.address(),
             moments: moments.address(),
         };
-        group_norm(1, 1, 1, pixels, false).forward(&device, on).unwrap();
+        group_norm(1, 1, 1, pixels, false).forward(device, on).unwrap();
         close(&y.get(), &reference(&x), 2e-4, "group");
         let ones = Memory::new(F32, &vec![1.0; pixels], 0);
         let zeros = Memory::new(F32, &vec![0.0; pixels], 0);
         let on = Forward { gamma: ones.address(), beta: zeros.address(), ..on };
-        LayerNorm { dtype: F32, rows: 1, width: pixels, eps: 1e-5 }.forward(&device, on).unwrap();
+        LayerNorm { dtype: F32, rows: 1, width: pixels, eps: 1e-5 }.forward(device, on).unwrap();
         close(&y.get(), &reference(&x), 2e-4, "layer");
     }
 }
 
-fn layer(device: &Emulated, dtype: DType, tolerance: f64, rows: usize, width: usize, skip: usize) {
+fn layer(device: &dyn Launcher, dtype: DType, tolerance: f64, rows: usize, width: usize, skip: usize) {
     let norm = LayerNorm { dtype, rows, width, eps: 1e-5 };
     let [gamma, beta] = [11, 12].map(|seed| weight(seed, &[width], dtype, 0.5).unwrap());
     let op = |x: &[candle_core::Tensor]| ops::layer_norm(&x[0], &gamma, &beta, norm.eps).unwrap();
@@ -166,12 +165,12 @@ fn rows_of_all_widths_and_alignments_are_the_cpus() {
             for (rows, width, skip) in
                 [(37, 320, 0), (1, 8, 0), (9, 768, 0), (5, 1280, 0), (3, 1288, 0), (70, 77, 0), (3, 5, 0), (3, 64, 1)]
             {
-                layer(&device, dtype, tolerance, rows, width, skip);
+                layer(device, dtype, tolerance, rows, width, skip);
             }
         }
     }
-    let [device, ..] = devices();
-    layer(&device, F32, 1e-5, 2, 7001, 0);
+    let Some(&device) = devices().first() else { return };
+    layer(device, F32, 1e-5, 2, 7001, 0);
 }
 
 #[test]

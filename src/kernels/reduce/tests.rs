@@ -27,8 +27,8 @@ fn sums_of_squares_are_the_cpus_to_the_bit() {
                         _ => buffer.as_mut_slice()[i] = x as f32,
                     }
                 }
-                let total = crate::kernels::emulated::Values::<f64>::unwritten(1).unwrap();
-                sum_of_squares(&device, dtype, memory.address(), len, total.address()).unwrap();
+                let total = crate::kernels::testing::Values::<f64>::unwritten(1);
+                sum_of_squares(device, dtype, memory.address(), len, total.address()).unwrap();
                 let want = on_the_cpu(&buffer, 0..len);
                 assert_eq!(total.get()[0].to_bits(), want.abs().to_bits(), "{dtype:?} {len} {skip}");
             }
@@ -47,7 +47,7 @@ fn what_is_not_finite_is_found_wherever_it_is() {
                 numbers[at] = what;
                 let memory = Memory::new(dtype, &numbers, skip);
                 let found = Memory::new(DType::F32, &[0.0], 0);
-                not_finite(&device, dtype, memory.address(), numbers.len(), found.address()).unwrap();
+                not_finite(device, dtype, memory.address(), numbers.len(), found.address()).unwrap();
                 let expected = if what == 1.0 { 0 } else { 1 };
                 assert_eq!((found.get()[0] as f32).to_bits(), expected, "{dtype:?} {at} {what}");
             }

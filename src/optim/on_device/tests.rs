@@ -9,13 +9,8 @@ use super::super::testing::{SETTINGS, bits, hard_numbers, numbers};
 use super::super::{Grads as CpuGrads, Rounded as CpuRounded, StateKind, Weights as CpuWeights};
 use super::*;
 use crate::device::BLOCK;
-use crate::kernels::emulated::{Emulated, Order, Values};
 use crate::kernels::optimizer::{dequantize, quantize};
-
-fn devices() -> [Emulated; 2] {
-    [(75, Order::Descending), (90, Order::Shuffled(3))]
-        .map(|(capability, order)| Emulated::new(capability, order).unwrap())
-}
+use crate::kernels::testing::{Values, devices};
 
 #[derive(Clone, Copy, Debug)]
 struct Case {
@@ -75,7 +70,7 @@ impl Case {
     #[allow(clippy::too_many_arguments, reason = "what a step is made of")]
     fn on_the_device(
         &self,
-        device: &Emulated,
+        device: &dyn Launcher,
         tables: &Tables,
         layout: &RecordLayout,
         state: &mut State,
@@ -84,14 +79,14 @@ impl Case {
         grads16: &[bf16],
     ) {
         let skip = self.skip;
-        let w = Values::new(&after_skipping(skip, &state.w)).unwrap();
-        let w16 = Values::new(&after_skipping(skip, &words(&state.w16))).unwrap();
+        let w = Values::new(&after_skipping(skip, &state.w));
+        let w16 = Values::new(&after_skipping(skip, &words(&state.w16)));
         let halves = [words(&state.copy_bf16), state.copy_f16.iter().map(|x| x.to_bits()).collect::<Vec<u16>>()];
-        let copies = halves.map(|words| Values::new(&after_skipping(skip, &words)).unwrap());
-        let g = Values::new(&after_skipping(skip, grads)).unwrap();
-        let g16 = Values::new(&after_skipping(skip, &words(grads16))).unwrap();
-        let record = Values::new(&state.record).unwrap();
-        let overflow = Values::new(&[0u32]).unwrap();
+        let copies = halves.map(|words| Values::new(&after_skipping(skip, &words)));
+        let g = Values::new(&after_skipping(skip, grads));
+        let g16 = Values::new(&after_skipping(skip, &words(grads16)));
+        let record = Values::new(&state.record);
+        let overflow = Values::new(&[0u32]);
         let weights = match self.bf16_master {
             true => DeviceWeights::Bf16 { values: w16.address().at(2 * skip), rounding: rounding(step) },
             false => DeviceWeights::F32(w.address().at(4 * skip)),
@@ -137,7 +132,7 @@ fn all(layout: &RecordLayout, state: &State) -> Vec<Vec<u32>> {
     layout.parts().into_iter().map(part).chain([bits(&wide), vec![state.finite.into()]]).collect()
 }
 
-fn compare(device: &Emulated, tables: &Tables, case: Case) {
+fn compare(device: &dyn Launcher, tables: &Tables, case: Case) {
     let n = case.elements;
     let layout = RecordLayout::new(case.kind, 512, n, 512 + case.small_from);
     let w = hard_numbers(n, 1, 0.1, case.infinities);
@@ -163,7 +158,7 @@ fn compare(device: &Emulated, tables: &Tables, case: Case) {
 
 #[test]
 fn three_steps_are_the_cpus_to_the_bit() {
-    let words = Values::new(&table_words()).unwrap();
+    let words = Values::new(&table_words());
     let tables = tables_at(words.address());
     for device in devices() {
         for elements in [1, 7, 256, 1003, 9 * 1024 + 3] {
@@ -187,7 +182,7 @@ fn three_steps_are_the_cpus_to_the_bit() {
                     for (infinities, skip) in [(false, 0), (true, 1)] {
                         let case =
                             Case { kind, elements, small_from, bf16_master, bf16_grads, copied, infinities, skip };
-                        compare(&device, &tables, case);
+                        compare(device, &tables, case);
                     }
                 }
             }
@@ -197,7 +192,7 @@ fn three_steps_are_the_cpus_to_the_bit() {
 
 #[test]
 fn codes_and_numbers_are_the_cpus() {
-    let words = Values::new(&table_words()).unwrap();
+    let words = Values::new(&table_words());
     let tables = tables_at(words.address());
     for device in devices() {
         for (book, signed) in [(Book::Signed, true), (Book::Unsigned, false)] {
@@ -214,11 +209,10 @@ fn codes_and_numbers_are_the_cpus() {
             let (mut want, mut want_most, mut want_back) = (vec![0; n], vec![0.0; n.div_ceil(BLOCK)], vec![0.0; n]);
             blockwise::quantize(book, &x, &mut want, &mut want_most);
             blockwise::dequantize(book, &want, &want_most, &mut want_back);
-            let (from, codes) = (Values::new(&x).unwrap(), Values::<u8>::unwritten(n).unwrap());
-            let (most, back) =
-                (Values::<f32>::unwritten(want_most.len()).unwrap(), Values::<f32>::unwritten(n).unwrap());
-            quantize(&device, &tables, signed, from.address(), codes.address(), most.address(), n).unwrap();
-            dequantize(&device, &tables, signed, codes.address(), most.address(), back.address(), n).unwrap();
+            let (from, codes) = (Values::new(&x), Values::<u8>::unwritten(n));
+            let (most, back) = (Values::<f32>::unwritten(want_most.len()), Values::<f32>::unwritten(n));
+            quantize(device, &tables, signed, from.address(), codes.address(), most.address(), n).unwrap();
+            dequantize(device, &tables, signed, codes.address(), most.address(), back.address(), n).unwrap();
             assert!(codes.get() == want && bits(&most.get()) == bits(&want_most), "{book:?}");
             assert!(bits(&back.get()) == bits(&want_back), "{book:?}");
         }
