@@ -1,5 +1,5 @@
-// 2-D convolution: pixels (forward, data gradient), weights' gradients, and what goes with them. Launch configurations are
-// in src/kernels/conv2d.rs.
+// 2-D convolution: pixels (forward, data gradient), weights' gradients, and what goes with them. Launch configurations
+// are in src/kernels/conv2d.rs.
 
 #include "conv2d_products.cuh"
 
@@ -10,7 +10,8 @@
 
 // Pixels: y = weight (rows, channels * kh * kw) times the patches of the source, plus bias.
 #define PIXELS_ARGUMENTS(T)                                                                                            \
-    const T *weight, const T *source, const T *bias, T *y, float *parts, int rows, int part, int whole, int backward, SHAPE
+    const T *weight, const T *source, const T *bias, T *y, float *parts, int rows, int part, int whole, int backward,  \
+        SHAPE
 #define PIXELS_GIVEN(T)                                                                                                \
     const Rows<T> a{weight, rows, channels * kh * kw, channels * kh * kw, whole != 0};                                 \
     const Shape shape GIVEN(backward);                                                                                 \
@@ -55,7 +56,8 @@ EXPORT(conv2d_weights_small_f32)
 template <class T>
 __device__ __forceinline__ void sum_pixels(const float* parts, int count, const T* bias, T* y, long long size, int rows,
                                            int plane) {
-    for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < size; i += (long long)gridDim.x * blockDim.x) {
+    for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < size;
+         i += (long long)gridDim.x * blockDim.x) {
         float sum = bias ? to_float(bias[i / plane % rows]) : 0.0f;
         for (int part = 0; part < count; part++) {
             sum += parts[part * size + i];
@@ -66,7 +68,8 @@ __device__ __forceinline__ void sum_pixels(const float* parts, int count, const 
 
 // gradient += the sum of the parts, in their order.
 extern "C" __global__ void conv2d_sum_weights(const float* parts, int count, float* gradient, long long size) {
-    for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < size; i += (long long)gridDim.x * blockDim.x) {
+    for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < size;
+         i += (long long)gridDim.x * blockDim.x) {
         float sum = 0.0f;
         for (int part = 0; part < count; part++) {
             sum += parts[part * size + i];
@@ -77,8 +80,7 @@ extern "C" __global__ void conv2d_sum_weights(const float* parts, int count, flo
 EXPORT(conv2d_sum_weights)
 
 // gradient (rows) += the sums of dy (images, rows, plane), a block for each.
-template <class T>
-__device__ __forceinline__ void sum_channel(const T* dy, float* gradient, int images, int plane) {
+template <class T> __device__ __forceinline__ void sum_channel(const T* dy, float* gradient, int images, int plane) {
     float sum = 0.0f;
     for (int image = 0; image < images; image++) {
         const T* from = dy + ((long long)image * gridDim.x + blockIdx.x) * plane;

@@ -2,14 +2,14 @@
 // kh, kw), both as candle has them.
 //
 // Forward and data gradient: rows are output channels, columns are pixels of all images, the sum goes over channels of
-// the source and taps. Weight gradient: rows are output channels, columns are input channels and taps, the sum goes over
-// pixels of all images. What is summed over is called depth. The patches of an image are never written to memory: a
-// block's threads gather the elements they stand for, into registers while the tile before is multiplied.
+// the source and taps. Weight gradient: rows are output channels, columns are input channels and taps, the sum goes
+// over pixels of all images. What is summed over is called depth. The patches of an image are never written to memory:
+// a block's threads gather the elements they stand for, into registers while the tile before is multiplied.
 //
 // An NHWC copy of the images would let tiles be copied 16 bytes at a time, but the weights would have to be turned as
-// well at every call, or their gradients; for the deep layers (1280 channels, 8 x 8 pixels) that is most of the traffic.
-// Gathering costs about as many instructions as an A100's tensor cores leave free, and a quarter of what those of
-// consumer cards do.
+// well at every call, or their gradients; for the deep layers (1280 channels, 8 x 8 pixels) that is most of the
+// traffic. Gathering costs about as many instructions as an A100's tensor cores leave free, and a quarter of what those
+// of consumer cards do.
 #pragma once
 
 #include "attention_tiles.cuh"
@@ -56,7 +56,8 @@ template <class T> struct Rows {
     }
 
     // Begins to copy rows m.. and depths k.. into a tile of BM x BK.
-    template <int BM, int BK, int THREADS> __device__ __forceinline__ void load(T* tile, int m, int k, int until) const {
+    template <int BM, int BK, int THREADS>
+    __device__ __forceinline__ void load(T* tile, int m, int k, int until) const {
         constexpr int CHUNKS = BK / 8;
 #pragma unroll
         for (int i = threadIdx.x; i < BM * CHUNKS; i += THREADS) {
@@ -150,8 +151,8 @@ template <class T, int BN, int BK, int THREADS> struct Pixels {
     __device__ __forceinline__ void put(T* tile) const {
 #pragma unroll
         for (int i = 0; i < CHUNKS; i++) {
-            *reinterpret_cast<uint4*>(tile + place<BK>(column, threadIdx.x / BN + THREADS / BN * i)) =
-                make_uint4(held[i][0], held[i][1], held[i][2], held[i][3]);
+            *reinterpret_cast<uint4*>(tile + place<BK>(column, threadIdx.x / BN + THREADS / BN * i)) = make_uint4(
+                held[i][0], held[i][1], held[i][2], held[i][3]);
         }
     }
 };
@@ -177,8 +178,8 @@ struct Pixel {
     }
 };
 
-// Right operand of the weight gradient: columns are input channels and taps, of which a thread has CHUNKS; eight depths,
-// which are pixels, of each.
+// Right operand of the weight gradient: columns are input channels and taps, of which a thread has CHUNKS; eight
+// depths, which are pixels, of each.
 template <class T, int BN, int BK, int THREADS> struct Taps {
     static constexpr int CHUNKS = BN * BK / 8 / THREADS, LANES = BK / 8;
     const T* from;
@@ -219,21 +220,24 @@ template <class T, int BN, int BK, int THREADS> struct Taps {
 
     __device__ __forceinline__ unsigned element(const Pixel& at, int i) const {
         const int y = at.y * s.stride + ky[i], x = at.x * s.stride + kx[i];
-        const bool there = at.image < s.images && channel[i] < s.channels && y >= 0 && y < s.height && x >= 0 && x < s.width;
-        return there ? bits_of(from[(((long long)at.image * s.channels + channel[i]) * s.height + y) * s.width + x]) : 0u;
+        const bool there = at.image < s.images && channel[i] < s.channels && y >= 0 && y < s.height && x >= 0 &&
+                           x < s.width;
+        return there ? bits_of(from[(((long long)at.image * s.channels + channel[i]) * s.height + y) * s.width + x])
+                     : 0u;
     }
 
     __device__ __forceinline__ void put(T* tile) const {
 #pragma unroll
         for (int i = 0; i < CHUNKS; i++) {
-            *reinterpret_cast<uint4*>(tile + place<BK>(threadIdx.x / LANES + THREADS / LANES * i, threadIdx.x % LANES)) =
-                make_uint4(held[i][0], held[i][1], held[i][2], held[i][3]);
+            *reinterpret_cast<uint4*>(tile + place<BK>(threadIdx.x / LANES + THREADS / LANES * i,
+                                                       threadIdx.x % LANES)) = make_uint4(held[i][0], held[i][1],
+                                                                                          held[i][2], held[i][3]);
         }
     }
 };
 
-// Where results go: pixels of images in T, bias added, or weights' gradients, which are added to what is there; or, if the
-// depth is cut, parts of sums in float, as they would lie in the result, a copy for each part.
+// Where results go: pixels of images in T, bias added, or weights' gradients, which are added to what is there; or, if
+// the depth is cut, parts of sums in float, as they would lie in the result, a copy for each part.
 template <class T> struct Out {
     T* y;
     float* gradient;
