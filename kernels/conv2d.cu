@@ -6,15 +6,16 @@
 #define SHAPE                                                                                                          \
     int images, int channels, int height, int width, int out_height, int out_width, int kh, int kw, int stride,        \
         int top, int left
-#define GIVEN(backward) {images, channels, height, width, out_height, out_width, kh, kw, stride, top, left, backward}
+#define GIVEN(backward, by_tap)                                                                                        \
+    {images, channels, height, width, out_height, out_width, kh, kw, stride, top, left, backward, by_tap}
 
 // Pixels: y = weight (rows, channels * kh * kw) times the patches of the source, plus bias.
 #define PIXELS_ARGUMENTS(T)                                                                                            \
     const T *weight, const T *source, const T *bias, T *y, float *parts, int rows, int part, int whole, int backward,  \
-        SHAPE
+        int by_tap, SHAPE
 #define PIXELS_GIVEN(T)                                                                                                \
     const Rows<T> a{weight, rows, channels * kh * kw, channels * kh * kw, whole != 0};                                 \
-    const Shape shape GIVEN(backward);                                                                                 \
+    const Shape shape GIVEN(backward, by_tap);                                                                         \
     const Out<T> out{y, nullptr, bias, parts, rows, images * out_height * out_width, out_height * out_width};
 
 // Gradients of weights: (rows, channels * kh * kw) += dy times the patches of x turned. The depth is all pixels of dy.
@@ -22,7 +23,7 @@
     const T *dy, const T *x, float *gradient, float *parts, int rows, int part, int whole, SHAPE
 #define WEIGHTS_GIVEN(T)                                                                                               \
     const Rows<T> a{dy, rows, out_height * out_width, images * out_height * out_width, whole != 0};                    \
-    const Shape shape GIVEN(0);                                                                                        \
+    const Shape shape GIVEN(0, 0);                                                                                     \
     const Out<T> out{nullptr, gradient, nullptr, parts, rows, channels * kh * kw, 1};
 
 #define HALVES(T, NAME, BM, BN, WM, WN)                                                                                \
@@ -94,10 +95,11 @@ template <class T> __device__ __forceinline__ void sum_channel(const T* dy, floa
     }
 }
 
-// to (inputs, outputs, taps) = from (outputs, inputs, taps): the weight of the data gradient. A block turns side x side
-// kernels, so that both are read and written in runs.
+// A weight with its kernels elsewhere: from (outputs, inputs, taps) to 0: (inputs, outputs, taps), 1: (inputs, taps,
+// outputs), both for the data gradient, or 2: (outputs, taps, inputs). A block turns side x side kernels, so that both
+// are read and written in runs.
 template <class T>
-__device__ __forceinline__ void turn(const T* from, T* to, int outputs, int inputs, int taps, int side) {
+__device__ __forceinline__ void turn(const T* from, T* to, int outputs, int inputs, int taps, int side, int order) {
     DYNAMIC_SHARED(T, held);
     const int output = blockIdx.y * side, input = blockIdx.x * side, row = side * taps;
     for (int i = threadIdx.x; i < side * row; i += blockDim.x) {
@@ -108,10 +110,16 @@ __device__ __forceinline__ void turn(const T* from, T* to, int outputs, int inpu
     }
     __syncthreads();
     for (int i = threadIdx.x; i < side * row; i += blockDim.x) {
-        const int c = i / row, o = i % row / taps, tap = i % taps;
-        if (output + o < outputs && input + c < inputs) {
-            to[((long long)(input + c) * outputs + output + o) * taps + tap] = held[o * row + c * taps + tap];
+        const int slow = i / row, fast = order == 0 ? i % row / taps : i % side;
+        const int tap = order == 0 ? i % taps : i % row / side;
+        const int o = order == 2 ? slow : fast, c = order == 2 ? fast : slow;
+        if (output + o >= outputs || input + c >= inputs) {
+            continue;
         }
+        const long long at = order == 0   ? ((long long)(input + c) * outputs + output + o) * taps + tap
+                             : order == 1 ? ((long long)(input + c) * taps + tap) * outputs + output + o
+                                          : ((long long)(output + o) * taps + tap) * inputs + input + c;
+        to[at] = held[o * row + c * taps + tap];
     }
 }
 
@@ -127,8 +135,8 @@ __device__ __forceinline__ void turn(const T* from, T* to, int outputs, int inpu
     }                                                                                                                  \
     EXPORT(conv2d_bias_##NAME)                                                                                         \
     extern "C" __global__ void __launch_bounds__(256)                                                                  \
-        conv2d_turn_##NAME(const T* from, T* to, int outputs, int inputs, int taps, int side) {                        \
-        turn<T>(from, to, outputs, inputs, taps, side);                                                                \
+        conv2d_turn_##NAME(const T* from, T* to, int outputs, int inputs, int taps, int side, int order) {             \
+        turn<T>(from, to, outputs, inputs, taps, side, order);                                                         \
     }                                                                                                                  \
     EXPORT(conv2d_turn_##NAME)
 OTHERS(float, f32)

@@ -6,7 +6,9 @@
 // over pixels of all images. What is summed over is called depth. The patches of an image are never written to memory:
 // a block's threads gather the elements they stand for, into registers while the tile before is multiplied.
 //
-// An NHWC copy of the images would let tiles be copied 16 bytes at a time, but the weights would have to be turned as
+// What is gathered costs fewest instructions if depths go by taps and then channels: then the weight is turned first (a
+// copy in scratch), which pays but for few pixels. An NHWC copy of the images would let tiles be copied 16 bytes at a
+// time, but the weights would have to be turned as
 // well at every call, or their gradients; for the deep layers (1280 channels, 8 x 8 pixels) that is most of the
 // traffic. Gathering costs about as many instructions as an A100's tensor cores leave free, and a quarter of what those
 // of consumer cards do.
@@ -23,6 +25,8 @@ struct Shape {
     int kh, kw, stride, top, left;
     // Data gradient: the source's pixel of (y, tap) is (y + top - tap) / stride, if that is whole.
     int backward;
+    // Depths are taps by channels (which are a multiple of 8), not channels by taps.
+    int by_tap;
 };
 
 // The pixel of the source that a tap reaches, or -1.
@@ -103,6 +107,7 @@ template <class T, int BN, int BK, int THREADS> struct Pixels {
     // This thread's image, or null beyond the last.
     const T* image;
     int plane, channels, taps, column;
+    bool by_tap;
     Step steps[CHUNKS];
     unsigned held[CHUNKS][4];
 
@@ -113,6 +118,7 @@ template <class T, int BN, int BK, int THREADS> struct Pixels {
         plane = s.height * s.width;
         channels = s.channels;
         taps = s.kh * s.kw;
+        by_tap = s.by_tap != 0;
         column = threadIdx.x % BN;
         const int mine = first + column;
         image = mine < columns ? from + (long long)(mine / target) * channels * plane : nullptr;
@@ -122,12 +128,44 @@ template <class T, int BN, int BK, int THREADS> struct Pixels {
         }
 #pragma unroll
         for (int i = 0; i < CHUNKS; i++) {
-            steps[i].start(k + (int(threadIdx.x) / BN + THREADS / BN * i) * 8, taps);
+            const int at = k + (int(threadIdx.x) / BN + THREADS / BN * i) * 8;
+            steps[i].start(at, taps);
+            if (by_tap) {
+                steps[i] = {at % channels, at / channels};
+            }
         }
     }
 
     // Reads this thread's elements of the next BK depths.
     __device__ __forceinline__ void gather() {
+        if (by_tap) {
+            gather_channels();
+        } else {
+            gather_taps();
+        }
+    }
+
+    // Eight channels of one tap: the table is asked once.
+    __device__ __forceinline__ void gather_channels() {
+#pragma unroll
+        for (int i = 0; i < CHUNKS; i++) {
+            const int pixel = steps[i].tap < taps ? table[steps[i].tap * BN + column] : -1;
+            const T* from = image + ((long long)steps[i].channel * plane + pixel);
+#pragma unroll
+            for (int j = 0; j < 8; j += 2) {
+                const unsigned low = pixel >= 0 ? bits_of(from[(long long)j * plane]) : 0u;
+                const unsigned high = pixel >= 0 ? bits_of(from[(long long)(j + 1) * plane]) : 0u;
+                held[i][j / 2] = low | high << 16;
+            }
+            steps[i].channel += BK;
+            while (steps[i].channel >= channels) {
+                steps[i].channel -= channels;
+                steps[i].tap++;
+            }
+        }
+    }
+
+    __device__ __forceinline__ void gather_taps() {
 #pragma unroll
         for (int i = 0; i < CHUNKS; i++) {
             Step at = steps[i];
@@ -204,6 +242,31 @@ template <class T, int BN, int BK, int THREADS> struct Taps {
     __device__ __forceinline__ void gather() {
         Pixel at;
         at.start(depth, s);
+        if (s.stride == 1 && s.out_width % 8 == 0) {
+            gather_run(at);
+        } else {
+            gather_each(at);
+        }
+        depth += BK;
+    }
+
+    // Eight pixels of one line, which lie in one line of the source.
+    __device__ __forceinline__ void gather_run(const Pixel& at) {
+#pragma unroll
+        for (int i = 0; i < CHUNKS; i++) {
+            const int y = at.y + ky[i], x = at.x + kx[i];
+            const bool line = at.image < s.images && channel[i] < s.channels && y >= 0 && y < s.height;
+            const T* run = from + ((((long long)at.image * s.channels + channel[i]) * s.height + y) * s.width + x);
+#pragma unroll
+            for (int j = 0; j < 8; j += 2) {
+                const unsigned low = line && unsigned(x + j) < unsigned(s.width) ? bits_of(run[j]) : 0u;
+                const unsigned high = line && unsigned(x + j + 1) < unsigned(s.width) ? bits_of(run[j + 1]) : 0u;
+                held[i][j / 2] = low | high << 16;
+            }
+        }
+    }
+
+    __device__ __forceinline__ void gather_each(Pixel at) {
 #pragma unroll
         for (int j = 0; j < 8; j += 2) {
             Pixel next = at;
@@ -215,7 +278,6 @@ template <class T, int BN, int BK, int THREADS> struct Taps {
             at = next;
             at.next(s);
         }
-        depth += BK;
     }
 
     __device__ __forceinline__ unsigned element(const Pixel& at, int i) const {
