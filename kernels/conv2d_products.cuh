@@ -6,7 +6,8 @@
 
 constexpr int DEPTH = 32;
 
-// A block of BM x BN by WM x WN warps. Shared memory: twice (BM + BN) x DEPTH halves, then what the right operand needs.
+// A block of BM x BN by WM x WN warps. Shared memory: twice (BM + BN) x DEPTH halves, then what the right operand
+// needs.
 template <class T, int BM, int BN, int WM, int WN, class Right>
 __device__ __forceinline__ void product(const Rows<T>& a, const T* images, const Shape& shape, const Out<T>& out,
                                         int part) {
@@ -103,7 +104,8 @@ struct ExactPixels {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const int pixel = table[steps[i].tap * EXACT + column];
-            x[i] = pixel >= 0 && steps[i].channel < channels ? image[(long long)steps[i].channel * plane + pixel] : 0.0f;
+            x[i] = pixel >= 0 && steps[i].channel < channels ? image[(long long)steps[i].channel * plane + pixel]
+                                                             : 0.0f;
             steps[i].on(EXACT_DEPTH / taps, EXACT_DEPTH % taps, taps);
         }
     }
@@ -139,8 +141,8 @@ struct ExactTaps {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const int y = at.y * s.stride + ky[i], x = at.x * s.stride + kx[i];
-            const bool there =
-                at.image < s.images && channel[i] < s.channels && y >= 0 && y < s.height && x >= 0 && x < s.width;
+            const bool there = at.image < s.images && channel[i] < s.channels && y >= 0 && y < s.height && x >= 0 &&
+                               x < s.width;
             to[i] = there ? from[(((long long)at.image * s.channels + channel[i]) * s.height + y) * s.width + x] : 0.0f;
         }
         depth += EXACT_DEPTH;
