@@ -1,13 +1,14 @@
 //! Pointwise activations, the gated one of the transformers' feed-forward layers, and the time embedding's addition.
 
+mod gpu;
+
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor, bail};
 
 use super::cpu::{Held, by_dtype, elements, for_parts, result, rows_per_part, tensor};
-use super::gpu::{Fresh, Gpu, Operand, cuda_forward, emulated1, emulated2};
+use super::gpu::{Gpu, cuda_forward, emulated1, emulated2};
 use super::pointwise::{map, map2};
 use super::vector::{PIECE, Real, normal, sigmoid, simd, sums, unwritten};
-use crate::kernels::glue;
 
 /// A function of one number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,33 +49,13 @@ impl CustomOp1 for Pointwise {
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
         let dy = dy.contiguous()?;
         if let Some(gpu) = Gpu::of(x)? {
-            let (x, dy) = (gpu.operand(x)?, gpu.operand(&dy)?);
-            let dx = gpu.fresh(x.dtype, x.dims)?;
-            let (function, count) = (self.function(), x.len());
-            gpu.run(|l| glue::activation_backward(l, function, x.dtype, x.at, dy.at, dx.at, count))?;
-            return Ok(Some(dx.tensor()));
+            return self.backward_on(&gpu, gpu.operand(x)?, gpu.operand(&dy)?).map(Some);
         }
         let (held_x, held_dy) = (Held::new(x), Held::new(&dy));
         by_dtype!(x.dtype(), self.name(), T => {
             let dx = activate_backward::<T>(held_x.elements()?, held_dy.elements()?, self.0);
             Ok(Some(tensor(dx, x.shape())?))
         })
-    }
-}
-
-impl Pointwise {
-    fn function(&self) -> glue::Function {
-        match self.0 {
-            Activation::Silu => glue::Function::Silu,
-            Activation::Gelu => glue::Function::Gelu,
-            Activation::QuickGelu => glue::Function::QuickGelu,
-        }
-    }
-
-    fn forward_on(&self, gpu: &Gpu, x: Operand) -> Result<Fresh> {
-        let y = gpu.fresh(x.dtype, x.dims)?;
-        gpu.run(|l| glue::activation(l, self.function(), x.dtype, x.at, y.at, x.len()))?;
-        Ok(y)
     }
 }
 
@@ -167,26 +148,12 @@ impl CustomOp1 for Geglu {
         let dy = dy.contiguous()?;
         let width = dy.dims().last().copied().unwrap_or(0);
         if let Some(gpu) = Gpu::of(x)? {
-            let (x, dy) = (gpu.operand(x)?, gpu.operand(&dy)?);
-            let dx = gpu.fresh(x.dtype, x.dims)?;
-            gpu.run(|l| glue::geglu_backward(l, x.dtype, x.at, dy.at, dx.at, dy.len() / width, width))?;
-            return Ok(Some(dx.tensor()));
+            return self.backward_on(&gpu, gpu.operand(x)?, gpu.operand(&dy)?).map(Some);
         }
         let (held_x, held_dy) = (Held::new(x), Held::new(&dy));
         by_dtype!(x.dtype(), self.name(), T => {
             Ok(Some(tensor(gate_backward::<T>(held_x.elements()?, held_dy.elements()?, width), x.shape())?))
         })
-    }
-}
-
-impl Geglu {
-    fn forward_on(&self, gpu: &Gpu, x: Operand) -> Result<Fresh> {
-        let mut dims = x.dims.to_vec();
-        let width = dims.pop().unwrap_or(0) / 2;
-        dims.push(width);
-        let y = gpu.fresh(x.dtype, dims)?;
-        gpu.run(|l| glue::geglu(l, x.dtype, x.at, y.at, x.len() / (2 * width), width))?;
-        Ok(y)
     }
 }
 
@@ -299,11 +266,8 @@ impl CustomOp2 for AddChannels {
     fn bwd(&self, _x: &Tensor, t: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let dy = dy.contiguous()?;
         if let Some(gpu) = Gpu::of(&dy)? {
-            let operand = gpu.operand(&dy)?;
-            let dt = gpu.fresh(operand.dtype, t.shape())?;
-            gpu.run(|l| planes(&operand).sum(l, operand.at, dt.at))?;
-            drop(operand);
-            return Ok((Some(dy), Some(dt.tensor())));
+            let dt = self.sums_on(&gpu, gpu.operand(&dy)?, t.dims())?;
+            return Ok((Some(dy), Some(dt)));
         }
         let held = Held::new(&dy);
         by_dtype!(dy.dtype(), self.name(), T => {
@@ -312,20 +276,6 @@ impl CustomOp2 for AddChannels {
             drop(held);
             Ok((Some(dy), Some(dt)))
         })
-    }
-}
-
-/// The planes of x (B, C, H, W).
-fn planes(x: &Operand) -> glue::sums::Planes {
-    let planes = x.dims[..2].iter().product();
-    glue::sums::Planes { dtype: x.dtype, planes, channels: planes, pixels: x.dims[2..].iter().product() }
-}
-
-impl AddChannels {
-    fn forward_on(&self, gpu: &Gpu, x: Operand, t: Operand) -> Result<Fresh> {
-        let y = gpu.fresh(x.dtype, x.dims)?;
-        gpu.run(|l| planes(&x).add(l, x.at, t.at, y.at))?;
-        Ok(y)
     }
 }
 

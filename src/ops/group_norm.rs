@@ -1,16 +1,17 @@
 //! Group normalisation, with the SiLU that follows it in every ResNet layer.
 
+mod gpu;
+
 use std::sync::OnceLock;
 
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 
 use super::activation::silu_slope;
 use super::cpu::{Held, by_dtype, elements, for_parts, result, tensor};
-use super::gpu::{Fresh, Gpu, Operand, cuda_forward, emulated1};
+use super::gpu::{Gpu, cuda_forward, emulated1};
 use super::vector::{PIECE, Real, sigmoid, simd, sums, unwritten};
 use crate::device::WeightRef;
-use crate::kernels::norms;
 
 /// x (B, C, ...) normalised over C/groups channels and all pixels, times gamma (C) plus beta (C); then SiLU if `silu`.
 ///
@@ -93,34 +94,6 @@ pub(super) fn as_f32<T: Real>(weight: &WeightRef) -> Result<Vec<f32>> {
 }
 
 impl GroupNorm {
-    fn kernels(&self, x: &Operand) -> norms::GroupNorm {
-        let &GroupNorm { groups, channels, pixels, eps, silu, .. } = self;
-        norms::GroupNorm { dtype: x.dtype, batch: x.dims[0], channels, groups, pixels, eps, silu }
-    }
-
-    fn forward_on(&self, gpu: &Gpu, x: Operand) -> Result<Fresh> {
-        let kernels = self.kernels(&x);
-        let y = gpu.fresh(x.dtype, x.dims)?;
-        let moments = gpu.fresh(DType::F32, kernels.moments_bytes() / 4)?;
-        let (gamma, beta) = (self.gamma.at(x.dtype)?, self.beta.at(x.dtype)?);
-        let (gamma, beta) = (gamma.address(), beta.address());
-        gpu.run(|l| kernels.forward(l, norms::Forward { x: x.at, gamma, beta, y: y.at, moments: moments.at }))?;
-        let _ = self.moments_there.set(moments.tensor());
-        Ok(y)
-    }
-
-    fn backward_on(&self, gpu: &Gpu, x: Operand, dy: Operand) -> Result<Tensor> {
-        let Some(moments) = self.moments_there.get() else { bail!("group_norm: backward before forward") };
-        let moments = gpu.operand(moments)?.at;
-        let dx = gpu.fresh(x.dtype, x.dims)?;
-        let (gamma, beta) = (self.gamma.at(x.dtype)?, self.beta.at(x.dtype)?);
-        let (gamma, beta) = (gamma.address(), beta.address());
-        let (dgamma, dbeta) = (self.gamma.grad_at()?, self.beta.grad_at()?);
-        let on = norms::Backward { x: x.at, dy: dy.at, gamma, beta, moments, dx: dx.at, dgamma, dbeta };
-        gpu.run(|l| self.kernels(&x).backward(l, on))?;
-        Ok(dx.tensor())
-    }
-
     fn group_channels(&self) -> usize {
         self.channels / self.groups
     }

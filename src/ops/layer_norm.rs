@@ -1,16 +1,17 @@
 //! Layer normalisation.
 
+mod gpu;
+
 use std::sync::OnceLock;
 
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 
 use super::cpu::{Held, by_dtype, elements, for_parts, result, rows_per_part, tensor};
-use super::gpu::{Fresh, Gpu, Operand, cuda_forward, emulated1};
+use super::gpu::{Gpu, cuda_forward, emulated1};
 use super::group_norm::as_f32;
 use super::vector::{Real, simd, sums, unwritten};
 use crate::device::WeightRef;
-use crate::kernels::norms;
 
 /// x (..., D) normalised over D, times gamma (D) plus beta (D), as torch's `LayerNorm`.
 pub fn layer_norm(x: &Tensor, gamma: &WeightRef, beta: &WeightRef, eps: f64) -> Result<Tensor> {
@@ -71,33 +72,6 @@ impl CustomOp1 for LayerNorm {
 }
 
 impl LayerNorm {
-    fn kernels(&self, x: &Operand) -> norms::LayerNorm {
-        norms::LayerNorm { dtype: x.dtype, rows: x.len() / self.width, width: self.width, eps: self.eps }
-    }
-
-    fn forward_on(&self, gpu: &Gpu, x: Operand) -> Result<Fresh> {
-        let kernels = self.kernels(&x);
-        let y = gpu.fresh(x.dtype, x.dims)?;
-        let moments = gpu.fresh(DType::F32, kernels.moments_bytes() / 4)?;
-        let (gamma, beta) = (self.gamma.at(x.dtype)?, self.beta.at(x.dtype)?);
-        let (gamma, beta) = (gamma.address(), beta.address());
-        gpu.run(|l| kernels.forward(l, norms::Forward { x: x.at, gamma, beta, y: y.at, moments: moments.at }))?;
-        let _ = self.moments_there.set(moments.tensor());
-        Ok(y)
-    }
-
-    fn backward_on(&self, gpu: &Gpu, x: Operand, dy: Operand) -> Result<Tensor> {
-        let Some(moments) = self.moments_there.get() else { bail!("layer_norm: backward before forward") };
-        let moments = gpu.operand(moments)?.at;
-        let dx = gpu.fresh(x.dtype, x.dims)?;
-        let (gamma, beta) = (self.gamma.at(x.dtype)?, self.beta.at(x.dtype)?);
-        let (gamma, beta) = (gamma.address(), beta.address());
-        let (dgamma, dbeta) = (self.gamma.grad_at()?, self.beta.grad_at()?);
-        let on = norms::Backward { x: x.at, dy: dy.at, gamma, beta, moments, dx: dx.at, dgamma, dbeta };
-        gpu.run(|l| self.kernels(&x).backward(l, on))?;
-        Ok(dx.tensor())
-    }
-
     fn forward<T: Real>(&self, x: &[T]) -> Result<Vec<T>> {
         let (gamma, beta) = (as_f32::<T>(&self.gamma)?, as_f32::<T>(&self.beta)?);
         let (width, rows) = (self.width, rows_per_part(self.width));
