@@ -119,11 +119,7 @@ impl Convolution {
     /// The most scratch that one call takes, bytes: forward, gradient of x, gradients of weights.
     pub fn scratch_bytes(&self, multiprocessors: u32) -> [usize; 3] {
         let parts = |product: Product| product.parts(product.cut(self.dtype, multiprocessors as usize));
-        [
-            parts(self.forward_product()),
-            parts(self.input_product()) + self.turned_bytes(),
-            parts(self.weight_product()),
-        ]
+        [parts(self.forward_product()), parts(self.input_product()) + self.turned_bytes(), parts(self.weight_product())]
     }
 
     /// y (B, O, H', W') of x (B, C, H, W), weight (O, C, kh, kw) and bias (O).
@@ -195,22 +191,12 @@ impl Convolution {
         self.launch(launcher, "weights", product, cut, 0, &args)?;
         if cut.parts > 1 {
             let size = product.rows * product.columns;
-            let args = [
-                parts.address().into(),
-                (cut.parts as i32).into(),
-                dw.into(),
-                Arg::I64(size as i64),
-            ];
+            let args = [parts.address().into(), (cut.parts as i32).into(), dw.into(), Arg::I64(size as i64)];
             launcher.launch(Family::Conv2d, "conv2d_sum_weights", each(size), &args)?;
         }
         if let Some(db) = db {
             let grid = Grid { blocks: [self.outputs as u32, 1, 1], threads: 256, shared: 0 };
-            let args = [
-                dy.into(),
-                db.into(),
-                (self.images as i32).into(),
-                (self.pixels() as i32).into(),
-            ];
+            let args = [dy.into(), db.into(), (self.images as i32).into(), (self.pixels() as i32).into()];
             launcher.launch(Family::Conv2d, &format!("conv2d_bias_{}", suffix(self.dtype)?), grid, &args)?;
         }
         Ok(())
@@ -249,7 +235,12 @@ impl Convolution {
                 (product.rows as i32).into(),
                 (plane as i32).into(),
             ];
-            launcher.launch(Family::Conv2d, &format!("conv2d_sum_pixels_{}", suffix(self.dtype)?), each(size), &args)?;
+            launcher.launch(
+                Family::Conv2d,
+                &format!("conv2d_sum_pixels_{}", suffix(self.dtype)?),
+                each(size),
+                &args,
+            )?;
         }
         Ok(())
     }
@@ -308,10 +299,7 @@ impl Convolution {
 
     fn check(&self, launcher: &dyn Launcher) -> Result<()> {
         let (tall, wide) = (self.input.0 + self.top + self.bottom, self.input.1 + self.left + self.right);
-        ensure!(
-            self.inputs > 0 && self.outputs > 0 && self.stride > 0 && self.taps() > 0,
-            "no convolution: {self:?}"
-        );
+        ensure!(self.inputs > 0 && self.outputs > 0 && self.stride > 0 && self.taps() > 0, "no convolution: {self:?}");
         ensure!(tall >= self.kernel.0 && wide >= self.kernel.1, "an image too small for its kernel: {self:?}");
         ensure!(self.taps() <= MOST_TAPS, "no convolution for kernels of more than {MOST_TAPS} taps: {self:?}");
         for product in [self.forward_product(), self.input_product(), self.weight_product()] {

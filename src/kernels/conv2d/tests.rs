@@ -10,7 +10,8 @@ fn convolution(dtype: DType, images: usize, channels: (usize, usize), input: (us
 
 #[test]
 fn every_shape_can_be_launched_everywhere() {
-    let shapes = [(4, 320, 64), (320, 320, 64), (960, 640, 32), (2560, 1280, 8), (1280, 1280, 16), (320, 4, 64), (3, 128, 512)];
+    let shapes =
+        [(4, 320, 64), (320, 320, 64), (960, 640, 32), (2560, 1280, 8), (1280, 1280, 16), (320, 4, 64), (3, 128, 512)];
     for dtype in [DType::F32, DType::F16, DType::BF16] {
         for (inputs, outputs, side) in shapes {
             for images in [1, 4, 16] {
@@ -19,12 +20,15 @@ fn every_shape_can_be_launched_everywhere() {
                     for multiprocessors in [16, 46, 132] {
                         for product in [conv.forward_product(), conv.input_product(), conv.weight_product()] {
                             let cut = product.cut(dtype, multiprocessors);
-                            assert!(cut.parts * cut.part >= product.depth && (cut.parts - 1) * cut.part < product.depth);
+                            assert!(
+                                cut.parts * cut.part >= product.depth && (cut.parts - 1) * cut.part < product.depth
+                            );
                             assert!(cut.part % DEPTH == 0 && product.parts(cut) <= MOST_PARTS_BYTES);
                             let table = conv.taps() * cut.tile * 4;
                             let (name, grid) = conv.configuration("pixels", product, cut, table).unwrap();
                             // And f32's tiles, which are static.
-                            let grid = Grid { shared: grid.shared + if dtype == DType::F32 { 8704 } else { 0 }, ..grid };
+                            let grid =
+                                Grid { shared: grid.shared + if dtype == DType::F32 { 8704 } else { 0 }, ..grid };
                             grid.check(75).unwrap_or_else(|e| panic!("{name} for {conv:?}: {e}"));
                         }
                     }
@@ -116,7 +120,8 @@ mod emulated {
 
     /// y, dx, dw and db by the CPU in f32.
     fn wanted(conv: &Convolution, x: &[f32], w: &[f32], b: &[f32], dy: &[f32]) -> [Vec<f32>; 4] {
-        let weight = WeightRef::alone("w", &[conv.outputs, conv.inputs, conv.kernel.0, conv.kernel.1], w, true).unwrap();
+        let weight =
+            WeightRef::alone("w", &[conv.outputs, conv.inputs, conv.kernel.0, conv.kernel.1], w, true).unwrap();
         let bias = WeightRef::alone("b", &[conv.outputs], b, true).unwrap();
         let shape = (conv.images, conv.inputs, conv.input.0, conv.input.1);
         let x = Var::from_tensor(&Tensor::from_slice(x, shape, &Device::Cpu).unwrap()).unwrap();
