@@ -1,9 +1,10 @@
-//! 2-D convolution on the device (`kernels/conv2d.cu`): implicit matrix products of images as they are, (B, C, H, W), with
-//! weights as they are, (O, C, kh, kw). Forward, gradient of the image, and gradients of weight and bias, which are added
-//! to what is there. What it computes is what `ops::conv2d` says; f16 and bf16 go over tensor cores, f32 is exact.
+//! 2-D convolution on the device (`kernels/conv2d.cu`): implicit matrix products of images as they are, (B, C, H, W),
+//! with weights as they are, (O, C, kh, kw). Forward, gradient of the image, and gradients of weight and bias, which
+//! are added to what is there. What it computes is what `ops::conv2d` says; f16 and bf16 go over tensor cores, f32 is
+//! exact.
 //!
-//! Note: where the result alone is too few tiles for a device, the sum is cut into parts, which go to scratch in f32 and
-//! are added in their order: same bits every time on the same kind of device.
+//! Note: where the result alone is too few tiles for a device, the sum is cut into parts, which go to scratch in f32
+//! and are added in their order: same bits every time on the same kind of device.
 
 use anyhow::{Result, bail, ensure};
 use candle_core::DType;
@@ -33,6 +34,8 @@ pub struct Convolution {
 pub const MOST_TAPS: usize = 64;
 /// Bytes of parts of sums that a convolution may have in scratch.
 pub const MOST_PARTS_BYTES: usize = 64 << 20;
+/// From so many pixels on a weight is turned for the forward, too: it makes gathering cheaper.
+const MANY_PIXELS: usize = 1024;
 /// Sums are cut into multiples of this.
 const DEPTH: usize = 32;
 /// Parts are no shorter than this many times DEPTH.
@@ -111,15 +114,31 @@ impl Convolution {
         Product { rows: self.outputs, columns: self.inputs * self.taps(), depth: self.images * self.pixels() }
     }
 
-    /// Bytes of the weight, turned for the gradient of x.
+    /// Bytes of the weight, turned.
     fn turned_bytes(&self) -> usize {
         self.inputs * self.outputs * self.taps() * self.dtype.size_in_bytes()
+    }
+
+    /// Whether sums over so many channels can go by taps and then channels: tensor cores take eight depths of one tap.
+    fn by_tap(&self, channels: usize) -> bool {
+        self.dtype != DType::F32 && channels.is_multiple_of(8)
+    }
+
+    /// Whether the forward's sums go so, and whether the weight must be turned for it.
+    fn forward_order(&self) -> (bool, bool) {
+        let many = self.images * self.pixels() >= MANY_PIXELS;
+        let by_tap = self.by_tap(self.inputs) && (many || self.taps() == 1);
+        (by_tap, by_tap && self.taps() > 1)
     }
 
     /// The most scratch that one call takes, bytes: forward, gradient of x, gradients of weights.
     pub fn scratch_bytes(&self, multiprocessors: u32) -> [usize; 3] {
         let parts = |product: Product| product.parts(product.cut(self.dtype, multiprocessors as usize));
-        [parts(self.forward_product()), parts(self.input_product()) + self.turned_bytes(), parts(self.weight_product())]
+        [
+            parts(self.forward_product()) + if self.forward_order().1 { self.turned_bytes() } else { 0 },
+            parts(self.input_product()) + self.turned_bytes(),
+            parts(self.weight_product()),
+        ]
     }
 
     /// y (B, O, H', W') of x (B, C, H, W), weight (O, C, kh, kw) and bias (O).
@@ -134,19 +153,41 @@ impl Convolution {
         y: Address,
     ) -> Result<()> {
         self.check(launcher)?;
+        let (by_tap, turned) = self.forward_order();
         let pixels = Pixels {
             product: self.forward_product(),
             channels: self.inputs,
             source: self.input,
             target: self.output(),
             backward: false,
+            by_tap,
         };
-        self.pixels_of(launcher, pixels, weight, x, bias, y)
+        if !turned {
+            return self.pixels_of(launcher, pixels, weight, x, bias, y);
+        }
+        let copy = self.turn(launcher, weight, Turned::OutputsTapsInputs)?;
+        self.pixels_of(launcher, pixels, copy.address(), x, bias, y)
     }
 
     /// dx (B, C, H, W) of dy (B, O, H', W').
     pub fn input_gradient(&self, launcher: &dyn Launcher, dy: Address, weight: Address, dx: Address) -> Result<()> {
         self.check(launcher)?;
+        let by_tap = self.by_tap(self.outputs);
+        let order = if by_tap { Turned::InputsTapsOutputs } else { Turned::InputsOutputsTaps };
+        let turned = self.turn(launcher, weight, order)?;
+        let pixels = Pixels {
+            product: self.input_product(),
+            channels: self.outputs,
+            source: self.output(),
+            target: self.input,
+            backward: true,
+            by_tap,
+        };
+        self.pixels_of(launcher, pixels, turned.address(), dy, None, dx)
+    }
+
+    /// A copy of the weight in another order.
+    fn turn(&self, launcher: &dyn Launcher, weight: Address, order: Turned) -> Result<Scratch> {
         let turned = launcher.scratch(self.turned_bytes())?;
         // Kernels that a block turns: as many as fit into any device's shared memory.
         let side = if self.taps() <= 9 { 32 } else { 8 };
@@ -156,16 +197,9 @@ impl Convolution {
             shared: (side * side * self.taps() * self.dtype.size_in_bytes()) as u32,
         };
         let mut args: Vec<Arg> = vec![weight.into(), turned.address().into()];
-        args.extend([self.outputs, self.inputs, self.taps(), side].map(|n| Arg::I32(n as i32)));
+        args.extend([self.outputs, self.inputs, self.taps(), side, order as usize].map(|n| Arg::I32(n as i32)));
         launcher.launch(Family::Conv2d, &format!("conv2d_turn_{}", suffix(self.dtype)?), grid, &args)?;
-        let pixels = Pixels {
-            product: self.input_product(),
-            channels: self.outputs,
-            source: self.output(),
-            target: self.input,
-            backward: true,
-        };
-        self.pixels_of(launcher, pixels, turned.address(), dy, None, dx)
+        Ok(turned)
     }
 
     /// Adds to dw (O, C, kh, kw) and db (O), in f32, what x and dy give.
@@ -220,7 +254,8 @@ impl Convolution {
         let bias = bias.unwrap_or(Address::NULL);
         let mut args = [weight, source, bias, to, parts.address()].map(Arg::Address).to_vec();
         args.extend([product.rows, cut.part].map(|n| Arg::I32(n as i32)));
-        args.extend([self.whole(product.depth, weight), pixels.backward].map(|b| Arg::I32(b.into())));
+        let flags = [self.whole(product.depth, weight), pixels.backward, pixels.by_tap];
+        args.extend(flags.map(|b| Arg::I32(b.into())));
         self.push_shape(&mut args, pixels.channels, pixels.source, pixels.target);
         self.launch(launcher, "pixels", product, cut, self.taps() * cut.tile * 4, &args)?;
         if cut.parts > 1 {
@@ -325,6 +360,16 @@ struct Pixels {
     source: (usize, usize),
     target: (usize, usize),
     backward: bool,
+    /// Order of the weight's and the sum's depths.
+    by_tap: bool,
+}
+
+/// Orders that a weight (outputs, inputs, taps) is turned to, as the kernel numbers them.
+#[derive(Clone, Copy)]
+enum Turned {
+    InputsOutputsTaps = 0,
+    InputsTapsOutputs = 1,
+    OutputsTapsInputs = 2,
 }
 
 /// A thread for each of so many numbers, within reason.

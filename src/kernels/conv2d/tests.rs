@@ -210,6 +210,9 @@ mod emulated {
         // Large tiles, and tails of them; sums in parts.
         check(convolution(DType::F32, 1, (72, 136), (16, 12)));
         check(convolution(DType::F32, 2, (130, 66), (9, 8)));
+        // So many pixels that the weight is turned for the forward, for which channels are a multiple of eight.
+        check(convolution(DType::F32, 1, (8, 9), (32, 33)));
+        check(Convolution { stride: 2, ..convolution(DType::F32, 1, (16, 8), (66, 64)) });
     }
 
     #[test]
