@@ -1,6 +1,6 @@
-//! The kernels for the host: one shared library for each generation of GPUs whose code differs (before 8.0, from 8.0 on),
-//! of all families and of the emulator that runs them. Shared libraries, opened when wanted, because both have functions
-//! of the same names.
+//! The kernels for the host: one shared library for each generation of GPUs whose code differs (before 8.0, from 8.0
+//! on), of all families and of the emulator that runs them. Shared libraries, opened when wanted, because both have
+//! functions of the same names.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

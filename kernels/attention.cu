@@ -1,5 +1,5 @@
-// Attention without the score matrix: forward, and backward by queries (dq) and by keys (dk, dv). The grid is (blocks of
-// queries or keys, heads, batch rows). Names: attention_WHAT_WIDTH_DTYPE, where a head is at most WIDTH wide. Launch
+// Attention without the score matrix: forward, and backward by queries (dq) and by keys (dk, dv). The grid is (blocks
+// of queries or keys, heads, batch rows). Names: attention_WHAT_WIDTH_DTYPE, where a head is at most WIDTH wide. Launch
 // configurations are in src/kernels/attention.rs and must agree with the sizes here.
 
 #include "attention_backward.cuh"
@@ -17,16 +17,16 @@
         attention_forward<T, DP, MT, WARPS, BC>(q, k, v, y, log_sums, lengths, GIVEN);                                 \
     }                                                                                                                  \
     EXPORT(attention_forward_##DP##_##T)                                                                               \
-    extern "C" __global__ void __launch_bounds__(32 * BACK) attention_queries_##DP##_##T(                              \
-        const T* q, const T* k, const T* v, const T* dy, const float* log_sums, const float* delta,                    \
-        const int* lengths, T* dq, SIZES) {                                                                            \
+    extern "C" __global__ void __launch_bounds__(32 * BACK)                                                            \
+        attention_queries_##DP##_##T(const T* q, const T* k, const T* v, const T* dy, const float* log_sums,           \
+                                     const float* delta, const int* lengths, T* dq, SIZES) {                           \
         attention_queries<T, DP, BACK, ROWS, STAGES>(q, k, v, dy, log_sums, delta, lengths, dq, GIVEN);                \
     }                                                                                                                  \
     EXPORT(attention_queries_##DP##_##T)                                                                               \
-    extern "C" __global__ void __launch_bounds__(32 * BACK) attention_keys_##DP##_##T(                                 \
-        const T* q, const T* k, const T* v, const T* dy, const float* log_sums, const float* delta,                    \
-        const int* lengths, T* dk, T* dv, SIZES) {                                                                     \
-        if constexpr (DP <= 128) {                                                                                     \
+    extern "C" __global__ void __launch_bounds__(32 * BACK)                                                            \
+        attention_keys_##DP##_##T(const T* q, const T* k, const T* v, const T* dy, const float* log_sums,              \
+                                  const float* delta, const int* lengths, T* dk, T* dv, SIZES) {                       \
+        if constexpr (DP <= 160) {                                                                                     \
             attention_keys<T, DP, BACK, ROWS, STAGES, true, true>(q, k, v, dy, log_sums, delta, lengths, dk, dv,       \
                                                                   GIVEN, blockIdx.x);                                  \
         } else if (blockIdx.x % 2 == 0) {                                                                              \
@@ -59,15 +59,15 @@ WIDTHS(bf16)
 
 // In the backward blocks have BR queries by BC keys for dq, BK keys by BQ queries for dk and dv.
 #define PLAIN_BACKWARD(T, DP, BR, BC, BK, BQ)                                                                          \
-    extern "C" __global__ void __launch_bounds__(PLAIN_THREADS) attention_plain_queries_##DP##_##T(                    \
-        const T* q, const T* k, const T* v, const T* dy, const float* log_sums, const float* delta,                    \
-        const int* lengths, T* dq, SIZES) {                                                                            \
+    extern "C" __global__ void __launch_bounds__(PLAIN_THREADS)                                                        \
+        attention_plain_queries_##DP##_##T(const T* q, const T* k, const T* v, const T* dy, const float* log_sums,     \
+                                           const float* delta, const int* lengths, T* dq, SIZES) {                     \
         plain_queries<T, DP, BR, BC>(q, k, v, dy, log_sums, delta, lengths, dq, GIVEN);                                \
     }                                                                                                                  \
     EXPORT(attention_plain_queries_##DP##_##T)                                                                         \
-    extern "C" __global__ void __launch_bounds__(PLAIN_THREADS) attention_plain_keys_##DP##_##T(                       \
-        const T* q, const T* k, const T* v, const T* dy, const float* log_sums, const float* delta,                    \
-        const int* lengths, T* dk, T* dv, SIZES) {                                                                     \
+    extern "C" __global__ void __launch_bounds__(PLAIN_THREADS)                                                        \
+        attention_plain_keys_##DP##_##T(const T* q, const T* k, const T* v, const T* dy, const float* log_sums,        \
+                                        const float* delta, const int* lengths, T* dk, T* dv, SIZES) {                 \
         plain_keys<T, DP, BK, BQ>(q, k, v, dy, log_sums, delta, lengths, dk, dv, GIVEN);                               \
     }                                                                                                                  \
     EXPORT(attention_plain_keys_##DP##_##T)

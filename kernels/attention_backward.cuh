@@ -2,8 +2,8 @@
 // queries for dq, once by blocks of keys for dk and dv, so that every sum has one place and one order.
 //
 // With P the probabilities, dP = dO V^T and D the row sums of dO * O: dS = P * (dP - D), dQ = dS K / sqrt(d),
-// dK = dS^T Q / sqrt(d), dV = P^T dO. What a block keeps are the rows of its warps' left operands (16 a warp), what it goes
-// over are tiles of the other side, the next one travelling meanwhile if STAGES is 2.
+// dK = dS^T Q / sqrt(d), dV = P^T dO. What a block keeps are the rows of its warps' left operands (16 a warp), what it
+// goes over are tiles of the other side, the next one travelling meanwhile if STAGES is 2.
 #pragma once
 
 #include "attention_forward.cuh"
@@ -54,8 +54,7 @@ __device__ __forceinline__ void attention_delta(const T* o, const T* dy, float* 
     if (query >= sizes.queries) {
         return;
     }
-    const long long at =
-        blockIdx.z * sizes.q_batch + (long long)blockIdx.y * sizes.q_head + (long long)query * sizes.q_token;
+    const long long at = query_at(sizes, query);
     float sum = 0.0f;
     if (sizes.whole) {
         constexpr int N = 16 / sizeof(T);
@@ -73,21 +72,22 @@ __device__ __forceinline__ void attention_delta(const T* o, const T* dy, float* 
     }
     sum = warp_sum(sum);
     if (threadIdx.x % 32 == 0) {
-        delta[((long long)blockIdx.z * gridDim.y + blockIdx.y) * sizes.queries + query] = sum;
+        delta[sum_at(sizes, query)] = sum;
     }
 }
 
 template <class T, int DP, int WARPS, int BC, int STAGES>
-__device__ __forceinline__ void attention_queries(const T* q, const T* k, const T* v, const T* dy, const float* log_sums,
-                                                  const float* delta, const int* lengths, T* dq, const Sizes sizes) {
+__device__ __forceinline__ void attention_queries(const T* q, const T* k, const T* v, const T* dy,
+                                                  const float* log_sums, const float* delta, const int* lengths, T* dq,
+                                                  const Sizes sizes) {
     constexpr int THREADS = 32 * WARPS, BR = 16 * WARPS;
     DYNAMIC_SHARED(T, q_tile);
     T* const dy_tile = q_tile + BR * DP;
     const int first = blockIdx.x * BR, rows = min(BR, sizes.queries - first);
     const int length = key_length(lengths, sizes), seen = sizes.causal ? min(length, first + rows) : length;
-    const long long q_start = blockIdx.z * sizes.q_batch + (long long)blockIdx.y * sizes.q_head + (long long)first * sizes.q_token;
-    const long long k_start = blockIdx.z * sizes.k_batch + (long long)blockIdx.y * sizes.k_head;
-    const long long sums = ((long long)blockIdx.z * gridDim.y + blockIdx.y) * sizes.queries + first;
+    const long long q_start = query_at(sizes, first);
+    const long long k_start = key_at(sizes, 0);
+    const long long sums = sum_at(sizes, first);
     const int own = threadIdx.x / 32 * 16, g = threadIdx.x % 32 / 4;
 
     load_tile<T, DP, BR, THREADS>(q_tile, q + q_start, sizes.q_token, rows, sizes);
@@ -117,7 +117,8 @@ __device__ __forceinline__ void attention_queries(const T* q, const T* k, const 
         }
         add_product<T, DP, BC>(y, s, k_tile);
     };
-    over_tiles<T, DP, BC, THREADS, STAGES>(dy_tile + BR * DP, k + k_start, v + k_start, sizes.k_token, 0, seen, sizes, use);
+    over_tiles<T, DP, BC, THREADS, STAGES>(dy_tile + BR * DP, k + k_start, v + k_start, sizes.k_token, 0, seen, sizes,
+                                           use);
     const float factor = rsqrtf(float(sizes.d));
     put_rows<T, DP>(q_tile, own, y, factor, factor);
     store_rows<T, DP, 16>(q_tile, own, dq + q_start, sizes.q_token, rows, sizes);
@@ -133,9 +134,9 @@ __device__ __forceinline__ void attention_keys(const T* q, const T* k, const T* 
     T* const v_tile = k_tile + BK * DP;
     const int first = block * BK, rows = min(BK, sizes.keys - first);
     const int length = key_length(lengths, sizes);
-    const long long q_start = blockIdx.z * sizes.q_batch + (long long)blockIdx.y * sizes.q_head;
-    const long long k_start = blockIdx.z * sizes.k_batch + (long long)blockIdx.y * sizes.k_head + (long long)first * sizes.k_token;
-    const long long sums = ((long long)blockIdx.z * gridDim.y + blockIdx.y) * sizes.queries;
+    const long long q_start = query_at(sizes, 0);
+    const long long k_start = key_at(sizes, first);
+    const long long sums = sum_at(sizes, 0);
     const int own = threadIdx.x / 32 * 16, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     // The first queries that see a key of this block.
     const int from = first >= length ? sizes.queries : sizes.causal ? first / BQ * BQ : 0;
@@ -181,8 +182,8 @@ __device__ __forceinline__ void attention_keys(const T* q, const T* k, const T* 
             add_product<T, DP, BQ>(key_sum, p, q_tile);
         }
     };
-    over_tiles<T, DP, BQ, THREADS, STAGES>(v_tile + BK * DP, q + q_start, dy + q_start, sizes.q_token, from, sizes.queries, sizes,
-                                           use);
+    over_tiles<T, DP, BQ, THREADS, STAGES>(v_tile + BK * DP, q + q_start, dy + q_start, sizes.q_token, from,
+                                           sizes.queries, sizes, use);
     if constexpr (DK) {
         const float factor = rsqrtf(float(sizes.d));
         put_rows<T, DP>(k_tile, own, key_sum, factor, factor);

@@ -1,5 +1,5 @@
-// Attention's forward on tensor cores (Dao 2023, "FlashAttention-2"): a block has 16 MT WARPS queries, each warp 16 MT of
-// them, and goes over the keys BC at a time with a running softmax.
+// Attention's forward on tensor cores (Dao 2023, "FlashAttention-2"): a block has 16 MT WARPS queries, each warp 16 MT
+// of them, and goes over the keys BC at a time with a running softmax.
 //
 // Shared memory: queries, one tile of keys, one of values. Values travel while scores are computed, the next keys while
 // values are summed.
@@ -62,8 +62,8 @@ __device__ __forceinline__ void attention_forward(const T* q, const T* k, const 
     T* const v_tile = k_tile + BC * DP;
     const int first = blockIdx.x * BR, rows = min(BR, sizes.queries - first);
     const int length = key_length(lengths, sizes), seen = sizes.causal ? min(length, first + rows) : length;
-    const long long q_start = blockIdx.z * sizes.q_batch + (long long)blockIdx.y * sizes.q_head + (long long)first * sizes.q_token;
-    const long long k_start = blockIdx.z * sizes.k_batch + (long long)blockIdx.y * sizes.k_head;
+    const long long q_start = query_at(sizes, first);
+    const long long k_start = key_at(sizes, 0);
     const int own = threadIdx.x / 32 * 16 * MT, g = threadIdx.x % 32 / 4;
     k += k_start;
     v += k_start;
@@ -138,7 +138,7 @@ __device__ __forceinline__ void attention_forward(const T* q, const T* k, const 
     // If there was no key, the queries are still on their way to where the result is put.
     copy_wait<0>();
     __syncthreads();
-    log_sums += ((long long)blockIdx.z * gridDim.y + blockIdx.y) * sizes.queries + first;
+    log_sums += sum_at(sizes, first);
 #pragma unroll
     for (int m = 0; m < MT; m++) {
         float factor[2];

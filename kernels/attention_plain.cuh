@@ -1,6 +1,6 @@
 // Attention in float without tensor cores: exact for f32, and for heads that are too wide for attention_forward.cuh.
-// Blocks of 128 threads, tiles in float with rows of DP + 4 (four floats of eight rows that follow each other lie on all
-// banks). For masks and sums see attention_forward.cuh and attention_backward.cuh, whose results these give.
+// Blocks of 128 threads, tiles in float with rows of DP + 4 (four floats of eight rows that follow each other lie on
+// all banks). For masks and sums see attention_forward.cuh and attention_backward.cuh, whose results these give.
 #pragma once
 
 #include "attention_tiles.cuh"
@@ -37,8 +37,8 @@ template <int R, int C> struct Share {
 
 // x = the products of rows of a and rows of b.
 template <int DP, int R, int C>
-__device__ __forceinline__ void dots(float (&x)[Share<R, C>::ROWS][Share<R, C>::COLUMNS], const float* a, const float* b,
-                                     int d) {
+__device__ __forceinline__ void dots(float (&x)[Share<R, C>::ROWS][Share<R, C>::COLUMNS], const float* a,
+                                     const float* b, int d) {
     using S = Share<R, C>;
     const int y = threadIdx.x / S::TX * S::ROWS, column = threadIdx.x % S::TX;
 #pragma unroll
@@ -130,8 +130,8 @@ __device__ __forceinline__ void plain_forward(const T* q, const T* k, const T* v
     float* const p = tile + BC * (DP + 4);
     const int first = blockIdx.x * BR, rows = min(BR, sizes.queries - first), d = sizes.d;
     const int length = key_length(lengths, sizes), seen = sizes.causal ? min(length, first + rows) : length;
-    const long long q_start = blockIdx.z * sizes.q_batch + (long long)blockIdx.y * sizes.q_head + (long long)first * sizes.q_token;
-    const long long k_start = blockIdx.z * sizes.k_batch + (long long)blockIdx.y * sizes.k_head;
+    const long long q_start = query_at(sizes, first);
+    const long long k_start = key_at(sizes, 0);
     const int y = threadIdx.x / 8 * S::ROWS, x = threadIdx.x % 8;
 
     load_plain<T, DP, BR>(q_tile, q + q_start, sizes.q_token, rows, d);
@@ -182,7 +182,7 @@ __device__ __forceinline__ void plain_forward(const T* q, const T* k, const T* v
         sum.template add<BC>(p, BC + 1, 1, tile, d);
         __syncthreads();
     }
-    log_sums += ((long long)blockIdx.z * gridDim.y + blockIdx.y) * sizes.queries + first;
+    log_sums += sum_at(sizes, first);
     float factor[S::ROWS];
 #pragma unroll
     for (int i = 0; i < S::ROWS; i++) {
@@ -198,7 +198,8 @@ __device__ __forceinline__ void plain_forward(const T* q, const T* k, const T* v
     sum.write(o + q_start, sizes.q_token, rows, d, factor);
 }
 
-// Probabilities and slopes of a block of queries (from `query` on) and keys (from `key` on), to shared memory (R, C + 1).
+// Probabilities and slopes of a block of queries (from `query` on) and keys (from `key` on), to shared memory (R, C +
+// 1).
 template <int DP, int R, int C>
 __device__ __forceinline__ void plain_slopes(const float* q_tile, const float* dy_tile, const float* k_tile,
                                              const float* v_tile, float* p, float* slopes, const float* log_sums,
@@ -237,9 +238,9 @@ __device__ __forceinline__ void plain_queries(const T* q, const T* k, const T* v
     float* const slopes = v_tile + BC * (DP + 4);
     const int first = blockIdx.x * BR, rows = min(BR, sizes.queries - first), d = sizes.d;
     const int length = key_length(lengths, sizes), seen = sizes.causal ? min(length, first + rows) : length;
-    const long long q_start = blockIdx.z * sizes.q_batch + (long long)blockIdx.y * sizes.q_head + (long long)first * sizes.q_token;
-    const long long k_start = blockIdx.z * sizes.k_batch + (long long)blockIdx.y * sizes.k_head;
-    const long long sums = ((long long)blockIdx.z * gridDim.y + blockIdx.y) * sizes.queries;
+    const long long q_start = query_at(sizes, first);
+    const long long k_start = key_at(sizes, 0);
+    const long long sums = sum_at(sizes, 0);
 
     load_plain<T, DP, BR>(q_tile, q + q_start, sizes.q_token, rows, d);
     load_plain<T, DP, BR>(dy_tile, dy + q_start, sizes.q_token, rows, d);
@@ -250,8 +251,8 @@ __device__ __forceinline__ void plain_queries(const T* q, const T* k, const T* v
         load_plain<T, DP, BC>(k_tile, k + start, sizes.k_token, seen - at, d);
         load_plain<T, DP, BC>(v_tile, v + start, sizes.k_token, seen - at, d);
         __syncthreads();
-        plain_slopes<DP, BR, BC>(q_tile, dy_tile, k_tile, v_tile, nullptr, slopes, log_sums + sums, delta + sums, first, at,
-                                 length, sizes);
+        plain_slopes<DP, BR, BC>(q_tile, dy_tile, k_tile, v_tile, nullptr, slopes, log_sums + sums, delta + sums, first,
+                                 at, length, sizes);
         __syncthreads();
         sum.template add<BC>(slopes, BC + 1, 1, k_tile, d);
         __syncthreads();
@@ -276,9 +277,9 @@ __device__ __forceinline__ void plain_keys(const T* q, const T* k, const T* v, c
     float* const slopes = p + BQ * (BK + 1);
     const int first = blockIdx.x * BK, rows = min(BK, sizes.keys - first), d = sizes.d;
     const int length = key_length(lengths, sizes);
-    const long long q_start = blockIdx.z * sizes.q_batch + (long long)blockIdx.y * sizes.q_head;
-    const long long k_start = blockIdx.z * sizes.k_batch + (long long)blockIdx.y * sizes.k_head + (long long)first * sizes.k_token;
-    const long long sums = ((long long)blockIdx.z * gridDim.y + blockIdx.y) * sizes.queries;
+    const long long q_start = query_at(sizes, 0);
+    const long long k_start = key_at(sizes, first);
+    const long long sums = sum_at(sizes, 0);
     const int from = first >= length ? sizes.queries : sizes.causal ? first / BQ * BQ : 0;
 
     load_plain<T, DP, BK>(k_tile, k + k_start, sizes.k_token, rows, d);
@@ -291,8 +292,8 @@ __device__ __forceinline__ void plain_keys(const T* q, const T* k, const T* v, c
         load_plain<T, DP, BQ>(q_tile, q + start, sizes.q_token, sizes.queries - at, d);
         load_plain<T, DP, BQ>(dy_tile, dy + start, sizes.q_token, sizes.queries - at, d);
         __syncthreads();
-        plain_slopes<DP, BQ, BK>(q_tile, dy_tile, k_tile, v_tile, p, slopes, log_sums + sums, delta + sums, at, first, length,
-                                 sizes);
+        plain_slopes<DP, BQ, BK>(q_tile, dy_tile, k_tile, v_tile, p, slopes, log_sums + sums, delta + sums, at, first,
+                                 length, sizes);
         __syncthreads();
         value_sum.template add<BQ>(p, 1, BK + 1, dy_tile, d);
         key_sum.template add<BQ>(slopes, 1, BK + 1, q_tile, d);

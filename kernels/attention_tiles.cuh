@@ -1,7 +1,7 @@
 // Tiles of halves in shared memory as tensor cores read them, for attention.
 //
-// A tile is rows of WIDTH halves (a multiple of 16) in chunks of 8. Chunks of a row are permuted so that the same chunk of
-// eight rows that follow each other, which is what ldmatrix reads at once, lies on all banks.
+// A tile is rows of WIDTH halves (a multiple of 16) in chunks of 8. Chunks of a row are permuted so that the same chunk
+// of eight rows that follow each other, which is what ldmatrix reads at once, lies on all banks.
 #pragma once
 
 #include "mma.cuh"
@@ -19,6 +19,17 @@ struct Sizes {
     // Rows are multiples of 16 bytes at such addresses.
     int whole;
 };
+
+// Where query or key `token` of this block's head begins, and the query's log sum.
+__device__ __forceinline__ long long query_at(const Sizes& sizes, int token) {
+    return blockIdx.z * sizes.q_batch + (long long)blockIdx.y * sizes.q_head + (long long)token * sizes.q_token;
+}
+__device__ __forceinline__ long long key_at(const Sizes& sizes, int token) {
+    return blockIdx.z * sizes.k_batch + (long long)blockIdx.y * sizes.k_head + (long long)token * sizes.k_token;
+}
+__device__ __forceinline__ long long sum_at(const Sizes& sizes, int token) {
+    return ((long long)blockIdx.z * gridDim.y + blockIdx.y) * sizes.queries + token;
+}
 
 // Keys of this batch row that exist.
 __device__ __forceinline__ int key_length(const int* lengths, const Sizes& sizes) {

@@ -1,19 +1,21 @@
-// 2-D convolution: pixels (forward, data gradient), weights' gradients, and what goes with them. Launch configurations are
-// in src/kernels/conv2d.rs.
+// 2-D convolution: pixels (forward, data gradient), weights' gradients, and what goes with them. Launch configurations
+// are in src/kernels/conv2d.rs.
 
 #include "conv2d_products.cuh"
 
 #define SHAPE                                                                                                          \
     int images, int channels, int height, int width, int out_height, int out_width, int kh, int kw, int stride,        \
         int top, int left
-#define GIVEN(backward) {images, channels, height, width, out_height, out_width, kh, kw, stride, top, left, backward}
+#define GIVEN(backward, by_tap)                                                                                        \
+    {images, channels, height, width, out_height, out_width, kh, kw, stride, top, left, backward, by_tap}
 
 // Pixels: y = weight (rows, channels * kh * kw) times the patches of the source, plus bias.
 #define PIXELS_ARGUMENTS(T)                                                                                            \
-    const T *weight, const T *source, const T *bias, T *y, float *parts, int rows, int part, int whole, int backward, SHAPE
+    const T *weight, const T *source, const T *bias, T *y, float *parts, int rows, int part, int whole, int backward,  \
+        int by_tap, SHAPE
 #define PIXELS_GIVEN(T)                                                                                                \
     const Rows<T> a{weight, rows, channels * kh * kw, channels * kh * kw, whole != 0};                                 \
-    const Shape shape GIVEN(backward);                                                                                 \
+    const Shape shape GIVEN(backward, by_tap);                                                                         \
     const Out<T> out{y, nullptr, bias, parts, rows, images * out_height * out_width, out_height * out_width};
 
 // Gradients of weights: (rows, channels * kh * kw) += dy times the patches of x turned. The depth is all pixels of dy.
@@ -21,7 +23,7 @@
     const T *dy, const T *x, float *gradient, float *parts, int rows, int part, int whole, SHAPE
 #define WEIGHTS_GIVEN(T)                                                                                               \
     const Rows<T> a{dy, rows, out_height * out_width, images * out_height * out_width, whole != 0};                    \
-    const Shape shape GIVEN(0);                                                                                        \
+    const Shape shape GIVEN(0, 0);                                                                                     \
     const Out<T> out{nullptr, gradient, nullptr, parts, rows, channels * kh * kw, 1};
 
 #define HALVES(T, NAME, BM, BN, WM, WN)                                                                                \
@@ -55,7 +57,8 @@ EXPORT(conv2d_weights_small_f32)
 template <class T>
 __device__ __forceinline__ void sum_pixels(const float* parts, int count, const T* bias, T* y, long long size, int rows,
                                            int plane) {
-    for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < size; i += (long long)gridDim.x * blockDim.x) {
+    for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < size;
+         i += (long long)gridDim.x * blockDim.x) {
         float sum = bias ? to_float(bias[i / plane % rows]) : 0.0f;
         for (int part = 0; part < count; part++) {
             sum += parts[part * size + i];
@@ -66,7 +69,8 @@ __device__ __forceinline__ void sum_pixels(const float* parts, int count, const 
 
 // gradient += the sum of the parts, in their order.
 extern "C" __global__ void conv2d_sum_weights(const float* parts, int count, float* gradient, long long size) {
-    for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < size; i += (long long)gridDim.x * blockDim.x) {
+    for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < size;
+         i += (long long)gridDim.x * blockDim.x) {
         float sum = 0.0f;
         for (int part = 0; part < count; part++) {
             sum += parts[part * size + i];
@@ -77,8 +81,7 @@ extern "C" __global__ void conv2d_sum_weights(const float* parts, int count, flo
 EXPORT(conv2d_sum_weights)
 
 // gradient (rows) += the sums of dy (images, rows, plane), a block for each.
-template <class T>
-__device__ __forceinline__ void sum_channel(const T* dy, float* gradient, int images, int plane) {
+template <class T> __device__ __forceinline__ void sum_channel(const T* dy, float* gradient, int images, int plane) {
     float sum = 0.0f;
     for (int image = 0; image < images; image++) {
         const T* from = dy + ((long long)image * gridDim.x + blockIdx.x) * plane;
@@ -92,10 +95,11 @@ __device__ __forceinline__ void sum_channel(const T* dy, float* gradient, int im
     }
 }
 
-// to (inputs, outputs, taps) = from (outputs, inputs, taps): the weight of the data gradient. A block turns side x side
-// kernels, so that both are read and written in runs.
+// A weight with its kernels elsewhere: from (outputs, inputs, taps) to 0: (inputs, outputs, taps), 1: (inputs, taps,
+// outputs), both for the data gradient, or 2: (outputs, taps, inputs). A block turns side x side kernels, so that both
+// are read and written in runs.
 template <class T>
-__device__ __forceinline__ void turn(const T* from, T* to, int outputs, int inputs, int taps, int side) {
+__device__ __forceinline__ void turn(const T* from, T* to, int outputs, int inputs, int taps, int side, int order) {
     DYNAMIC_SHARED(T, held);
     const int output = blockIdx.y * side, input = blockIdx.x * side, row = side * taps;
     for (int i = threadIdx.x; i < side * row; i += blockDim.x) {
@@ -106,10 +110,16 @@ __device__ __forceinline__ void turn(const T* from, T* to, int outputs, int inpu
     }
     __syncthreads();
     for (int i = threadIdx.x; i < side * row; i += blockDim.x) {
-        const int c = i / row, o = i % row / taps, tap = i % taps;
-        if (output + o < outputs && input + c < inputs) {
-            to[((long long)(input + c) * outputs + output + o) * taps + tap] = held[o * row + c * taps + tap];
+        const int slow = i / row, fast = order == 0 ? i % row / taps : i % side;
+        const int tap = order == 0 ? i % taps : i % row / side;
+        const int o = order == 2 ? slow : fast, c = order == 2 ? fast : slow;
+        if (output + o >= outputs || input + c >= inputs) {
+            continue;
         }
+        const long long at = order == 0   ? ((long long)(input + c) * outputs + output + o) * taps + tap
+                             : order == 1 ? ((long long)(input + c) * taps + tap) * outputs + output + o
+                                          : ((long long)(output + o) * taps + tap) * inputs + input + c;
+        to[at] = held[o * row + c * taps + tap];
     }
 }
 
@@ -125,8 +135,8 @@ __device__ __forceinline__ void turn(const T* from, T* to, int outputs, int inpu
     }                                                                                                                  \
     EXPORT(conv2d_bias_##NAME)                                                                                         \
     extern "C" __global__ void __launch_bounds__(256)                                                                  \
-        conv2d_turn_##NAME(const T* from, T* to, int outputs, int inputs, int taps, int side) {                        \
-        turn<T>(from, to, outputs, inputs, taps, side);                                                                \
+        conv2d_turn_##NAME(const T* from, T* to, int outputs, int inputs, int taps, int side, int order) {             \
+        turn<T>(from, to, outputs, inputs, taps, side, order);                                                         \
     }                                                                                                                  \
     EXPORT(conv2d_turn_##NAME)
 OTHERS(float, f32)

@@ -6,7 +6,8 @@
 
 constexpr int DEPTH = 32;
 
-// A block of BM x BN by WM x WN warps. Shared memory: twice (BM + BN) x DEPTH halves, then what the right operand needs.
+// A block of BM x BN by WM x WN warps. Shared memory: twice (BM + BN) x DEPTH halves, then what the right operand
+// needs.
 template <class T, int BM, int BN, int WM, int WN, class Right>
 __device__ __forceinline__ void product(const Rows<T>& a, const T* images, const Shape& shape, const Out<T>& out,
                                         int part) {
@@ -57,17 +58,20 @@ __device__ __forceinline__ void product(const Rows<T>& a, const T* images, const
         }
         __syncthreads();
     }
+    const int row = m + own_m + lane / 4, column = n + own_n + lane % 4 * 2;
+    const bool paired = out.paired();
 #pragma unroll
     for (int j = 0; j < 2 * N; j++) {
+        const int at = column + 8 * j;
+        const long long low = out.column(at), high = paired ? 0 : out.column(at + 1);
 #pragma unroll
-        for (int odd = 0; odd < 2; odd++) {
-            const int column = n + own_n + 8 * j + lane % 4 * 2 + odd;
-            const long long at = out.column(column);
-#pragma unroll
-            for (int i = 0; i < M; i++) {
-                const int row = m + own_m + 16 * i + lane / 4;
-                out.put(row, column, at, sum[i][j][odd]);
-                out.put(row + 8, column, at, sum[i][j][2 + odd]);
+        for (int i = 0; i < 2 * M; i++) {
+            const float* pair = &sum[i / 2][j][i % 2 * 2];
+            if (paired) {
+                out.put_two(row + 8 * i, at, low, pair[0], pair[1]);
+            } else {
+                out.put(row + 8 * i, at, low, pair[0]);
+                out.put(row + 8 * i, at + 1, high, pair[1]);
             }
         }
     }
@@ -100,7 +104,8 @@ struct ExactPixels {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const int pixel = table[steps[i].tap * EXACT + column];
-            x[i] = pixel >= 0 && steps[i].channel < channels ? image[(long long)steps[i].channel * plane + pixel] : 0.0f;
+            x[i] = pixel >= 0 && steps[i].channel < channels ? image[(long long)steps[i].channel * plane + pixel]
+                                                             : 0.0f;
             steps[i].on(EXACT_DEPTH / taps, EXACT_DEPTH % taps, taps);
         }
     }
@@ -136,8 +141,8 @@ struct ExactTaps {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const int y = at.y * s.stride + ky[i], x = at.x * s.stride + kx[i];
-            const bool there =
-                at.image < s.images && channel[i] < s.channels && y >= 0 && y < s.height && x >= 0 && x < s.width;
+            const bool there = at.image < s.images && channel[i] < s.channels && y >= 0 && y < s.height && x >= 0 &&
+                               x < s.width;
             to[i] = there ? from[(((long long)at.image * s.channels + channel[i]) * s.height + y) * s.width + x] : 0.0f;
         }
         depth += EXACT_DEPTH;

@@ -2,14 +2,16 @@
 // kh, kw), both as candle has them.
 //
 // Forward and data gradient: rows are output channels, columns are pixels of all images, the sum goes over channels of
-// the source and taps. Weight gradient: rows are output channels, columns are input channels and taps, the sum goes over
-// pixels of all images. What is summed over is called depth. The patches of an image are never written to memory: a
-// block's threads gather the elements they stand for, into registers while the tile before is multiplied.
+// the source and taps. Weight gradient: rows are output channels, columns are input channels and taps, the sum goes
+// over pixels of all images. What is summed over is called depth. The patches of an image are never written to memory:
+// a block's threads gather the elements they stand for, into registers while the tile before is multiplied.
 //
-// An NHWC copy of the images would let tiles be copied 16 bytes at a time, but the weights would have to be turned as
-// well at every call, or their gradients; for the deep layers (1280 channels, 8 x 8 pixels) that is most of the traffic.
-// Gathering costs about as many instructions as an A100's tensor cores leave free, and a quarter of what those of
-// consumer cards do.
+// What is gathered costs fewest instructions if depths go by taps and then channels: then the weight is turned first (a
+// copy in scratch), which pays but for few pixels. An NHWC copy of the images would let tiles be copied 16 bytes at a
+// time, but the weights would have to be turned as
+// well at every call, or their gradients; for the deep layers (1280 channels, 8 x 8 pixels) that is most of the
+// traffic. Gathering costs about as many instructions as an A100's tensor cores leave free, and a quarter of what those
+// of consumer cards do.
 #pragma once
 
 #include "attention_tiles.cuh"
@@ -23,6 +25,8 @@ struct Shape {
     int kh, kw, stride, top, left;
     // Data gradient: the source's pixel of (y, tap) is (y + top - tap) / stride, if that is whole.
     int backward;
+    // Depths are taps by channels (which are a multiple of 8), not channels by taps.
+    int by_tap;
 };
 
 // The pixel of the source that a tap reaches, or -1.
@@ -56,7 +60,8 @@ template <class T> struct Rows {
     }
 
     // Begins to copy rows m.. and depths k.. into a tile of BM x BK.
-    template <int BM, int BK, int THREADS> __device__ __forceinline__ void load(T* tile, int m, int k, int until) const {
+    template <int BM, int BK, int THREADS>
+    __device__ __forceinline__ void load(T* tile, int m, int k, int until) const {
         constexpr int CHUNKS = BK / 8;
 #pragma unroll
         for (int i = threadIdx.x; i < BM * CHUNKS; i += THREADS) {
@@ -102,6 +107,7 @@ template <class T, int BN, int BK, int THREADS> struct Pixels {
     // This thread's image, or null beyond the last.
     const T* image;
     int plane, channels, taps, column;
+    bool by_tap;
     Step steps[CHUNKS];
     unsigned held[CHUNKS][4];
 
@@ -112,6 +118,7 @@ template <class T, int BN, int BK, int THREADS> struct Pixels {
         plane = s.height * s.width;
         channels = s.channels;
         taps = s.kh * s.kw;
+        by_tap = s.by_tap != 0;
         column = threadIdx.x % BN;
         const int mine = first + column;
         image = mine < columns ? from + (long long)(mine / target) * channels * plane : nullptr;
@@ -121,12 +128,44 @@ template <class T, int BN, int BK, int THREADS> struct Pixels {
         }
 #pragma unroll
         for (int i = 0; i < CHUNKS; i++) {
-            steps[i].start(k + (int(threadIdx.x) / BN + THREADS / BN * i) * 8, taps);
+            const int at = k + (int(threadIdx.x) / BN + THREADS / BN * i) * 8;
+            steps[i].start(at, taps);
+            if (by_tap) {
+                steps[i] = {at % channels, at / channels};
+            }
         }
     }
 
     // Reads this thread's elements of the next BK depths.
     __device__ __forceinline__ void gather() {
+        if (by_tap) {
+            gather_channels();
+        } else {
+            gather_taps();
+        }
+    }
+
+    // Eight channels of one tap: the table is asked once.
+    __device__ __forceinline__ void gather_channels() {
+#pragma unroll
+        for (int i = 0; i < CHUNKS; i++) {
+            const int pixel = steps[i].tap < taps ? table[steps[i].tap * BN + column] : -1;
+            const T* from = image + ((long long)steps[i].channel * plane + pixel);
+#pragma unroll
+            for (int j = 0; j < 8; j += 2) {
+                const unsigned low = pixel >= 0 ? bits_of(from[(long long)j * plane]) : 0u;
+                const unsigned high = pixel >= 0 ? bits_of(from[(long long)(j + 1) * plane]) : 0u;
+                held[i][j / 2] = low | high << 16;
+            }
+            steps[i].channel += BK;
+            while (steps[i].channel >= channels) {
+                steps[i].channel -= channels;
+                steps[i].tap++;
+            }
+        }
+    }
+
+    __device__ __forceinline__ void gather_taps() {
 #pragma unroll
         for (int i = 0; i < CHUNKS; i++) {
             Step at = steps[i];
@@ -150,8 +189,8 @@ template <class T, int BN, int BK, int THREADS> struct Pixels {
     __device__ __forceinline__ void put(T* tile) const {
 #pragma unroll
         for (int i = 0; i < CHUNKS; i++) {
-            *reinterpret_cast<uint4*>(tile + place<BK>(column, threadIdx.x / BN + THREADS / BN * i)) =
-                make_uint4(held[i][0], held[i][1], held[i][2], held[i][3]);
+            *reinterpret_cast<uint4*>(tile + place<BK>(column, threadIdx.x / BN + THREADS / BN * i)) = make_uint4(
+                held[i][0], held[i][1], held[i][2], held[i][3]);
         }
     }
 };
@@ -177,8 +216,8 @@ struct Pixel {
     }
 };
 
-// Right operand of the weight gradient: columns are input channels and taps, of which a thread has CHUNKS; eight depths,
-// which are pixels, of each.
+// Right operand of the weight gradient: columns are input channels and taps, of which a thread has CHUNKS; eight
+// depths, which are pixels, of each.
 template <class T, int BN, int BK, int THREADS> struct Taps {
     static constexpr int CHUNKS = BN * BK / 8 / THREADS, LANES = BK / 8;
     const T* from;
@@ -203,6 +242,31 @@ template <class T, int BN, int BK, int THREADS> struct Taps {
     __device__ __forceinline__ void gather() {
         Pixel at;
         at.start(depth, s);
+        if (s.stride == 1 && s.out_width % 8 == 0) {
+            gather_run(at);
+        } else {
+            gather_each(at);
+        }
+        depth += BK;
+    }
+
+    // Eight pixels of one line, which lie in one line of the source.
+    __device__ __forceinline__ void gather_run(const Pixel& at) {
+#pragma unroll
+        for (int i = 0; i < CHUNKS; i++) {
+            const int y = at.y + ky[i], x = at.x + kx[i];
+            const bool line = at.image < s.images && channel[i] < s.channels && y >= 0 && y < s.height;
+            const T* run = from + ((((long long)at.image * s.channels + channel[i]) * s.height + y) * s.width + x);
+#pragma unroll
+            for (int j = 0; j < 8; j += 2) {
+                const unsigned low = line && unsigned(x + j) < unsigned(s.width) ? bits_of(run[j]) : 0u;
+                const unsigned high = line && unsigned(x + j + 1) < unsigned(s.width) ? bits_of(run[j + 1]) : 0u;
+                held[i][j / 2] = low | high << 16;
+            }
+        }
+    }
+
+    __device__ __forceinline__ void gather_each(Pixel at) {
 #pragma unroll
         for (int j = 0; j < 8; j += 2) {
             Pixel next = at;
@@ -214,26 +278,28 @@ template <class T, int BN, int BK, int THREADS> struct Taps {
             at = next;
             at.next(s);
         }
-        depth += BK;
     }
 
     __device__ __forceinline__ unsigned element(const Pixel& at, int i) const {
         const int y = at.y * s.stride + ky[i], x = at.x * s.stride + kx[i];
-        const bool there = at.image < s.images && channel[i] < s.channels && y >= 0 && y < s.height && x >= 0 && x < s.width;
-        return there ? bits_of(from[(((long long)at.image * s.channels + channel[i]) * s.height + y) * s.width + x]) : 0u;
+        const bool there = at.image < s.images && channel[i] < s.channels && y >= 0 && y < s.height && x >= 0 &&
+                           x < s.width;
+        return there ? bits_of(from[(((long long)at.image * s.channels + channel[i]) * s.height + y) * s.width + x])
+                     : 0u;
     }
 
     __device__ __forceinline__ void put(T* tile) const {
 #pragma unroll
         for (int i = 0; i < CHUNKS; i++) {
-            *reinterpret_cast<uint4*>(tile + place<BK>(threadIdx.x / LANES + THREADS / LANES * i, threadIdx.x % LANES)) =
-                make_uint4(held[i][0], held[i][1], held[i][2], held[i][3]);
+            *reinterpret_cast<uint4*>(tile + place<BK>(threadIdx.x / LANES + THREADS / LANES * i,
+                                                       threadIdx.x % LANES)) = make_uint4(held[i][0], held[i][1],
+                                                                                          held[i][2], held[i][3]);
         }
     }
 };
 
-// Where results go: pixels of images in T, bias added, or weights' gradients, which are added to what is there; or, if the
-// depth is cut, parts of sums in float, as they would lie in the result, a copy for each part.
+// Where results go: pixels of images in T, bias added, or weights' gradients, which are added to what is there; or, if
+// the depth is cut, parts of sums in float, as they would lie in the result, a copy for each part.
 template <class T> struct Out {
     T* y;
     float* gradient;
@@ -242,6 +308,12 @@ template <class T> struct Out {
     float* parts;
     int rows, columns, plane;
 
+    // Whether columns 2 i and 2 i + 1 lie next to each other, where both can be written at once.
+    __device__ __forceinline__ bool paired() const {
+        const void* to = parts ? parts : gradient ? static_cast<const void*>(gradient) : y;
+        const int size = parts || gradient ? 8 : 2 * sizeof(T);
+        return (gradient ? columns : plane) % 2 == 0 && reinterpret_cast<uintptr_t>(to) % size == 0;
+    }
     // Where column n of row 0 lies.
     __device__ __forceinline__ long long column(int n) const {
         return gradient ? n : (long long)(n / plane) * rows * plane + n % plane;
@@ -257,6 +329,22 @@ template <class T> struct Out {
             gradient[at] += value;
         } else {
             y[at] = from_float<T>(bias ? value + to_float(bias[m]) : value);
+        }
+    }
+    // Columns n, which is even, and n + 1 of paired ones.
+    __device__ __forceinline__ void put_two(int m, int n, long long column, float low, float high) const {
+        if (m >= rows || n >= columns) {
+            return;
+        }
+        const long long at = column + (long long)m * (gradient ? columns : plane);
+        if (parts) {
+            store<float, 2>(parts + (long long)blockIdx.z * rows * columns + at, {low, high});
+        } else if (gradient) {
+            const Elements<float, 2> there = load<float, 2>(gradient + at);
+            store<float, 2>(gradient + at, {there.at[0] + low, there.at[1] + high});
+        } else {
+            const float more = bias ? to_float(bias[m]) : 0.0f;
+            store<T, 2>(y + at, {from_float<T>(low + more), from_float<T>(high + more)});
         }
     }
 };

@@ -4,8 +4,8 @@
 //   A 16x16  a[0]: row g, columns 2t 2t+1;  a[1]: row g+8;  a[2]: row g, columns 2t+8 2t+9;  a[3]: row g+8, the same
 //   B 16x8   b[0]: rows 2t 2t+1, column g;  b[1]: rows 2t+8 2t+9
 //   D 16x8   d[0] d[1]: row g, columns 2t 2t+1;  d[2] d[3]: row g+8
-// ldmatrix reads 8x8 blocks of halves: lanes 8i..8i+7 bring the addresses of the rows of block i (16 bytes each, aligned
-// so); a lane gets of block i in r[i] row g, columns 2t 2t+1 (transposed: rows 2t 2t+1 of column g).
+// ldmatrix reads 8x8 blocks of halves: lanes 8i..8i+7 bring the addresses of the rows of block i (16 bytes each,
+// aligned so); a lane gets of block i in r[i] row g, columns 2t 2t+1 (transposed: rows 2t 2t+1 of column g).
 #pragma once
 
 #include "common.cuh"
@@ -56,8 +56,7 @@ __device__ __forceinline__ void mma_k8(float (&d)[4], unsigned a0, unsigned a1, 
 // d += a b with a 16x16 and b 16x8 in T; before 8.0 in f16 only, as two products of half the depth.
 template <class T>
 __device__ __forceinline__ void mma(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) = delete;
-template <>
-__device__ __forceinline__ void mma<f16>(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+template <> __device__ __forceinline__ void mma<f16>(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
 #if __CUDA_ARCH__ >= 800
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
@@ -68,8 +67,7 @@ __device__ __forceinline__ void mma<f16>(float (&d)[4], const unsigned (&a)[4], 
     mma_k8(d, a[2], a[3], b[1]);
 #endif
 }
-template <>
-__device__ __forceinline__ void mma<bf16>(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+template <> __device__ __forceinline__ void mma<bf16>(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
 #if __CUDA_ARCH__ >= 800
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"

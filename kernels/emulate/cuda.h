@@ -141,12 +141,8 @@ template <class T> T atomicMin(T* to, T value) {
 // ---- Vectors: one load or store each, aligned as on the device ----
 
 #define EMULATOR_VECTORS(type, name)                                                                                   \
-    struct alignas(2 * sizeof(type)) name##2 {                                                                         \
-        type x, y;                                                                                                     \
-    };                                                                                                                 \
-    struct alignas(4 * sizeof(type) > 16 ? 16 : 4 * sizeof(type)) name##4 {                                            \
-        type x, y, z, w;                                                                                               \
-    };                                                                                                                 \
+    struct alignas(2 * sizeof(type)) name##2 { type x, y; };                                                           \
+    struct alignas(4 * sizeof(type) > 16 ? 16 : 4 * sizeof(type)) name##4 { type x, y, z, w; };                        \
     inline name##2 make_##name##2(type x, type y) { return {x, y}; }                                                   \
     inline name##4 make_##name##4(type x, type y, type z, type w) { return {x, y, z, w}; }
 EMULATOR_VECTORS(float, float)

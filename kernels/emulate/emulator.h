@@ -1,7 +1,7 @@
 // The emulator's own interface: what the header of intrinsics and the emulated tensor-core instructions call.
 //
 // A block of threads is a set of fibers on one thread of the operating system; they run one after the other, each until
-// it waits for others. Blocks run over a few threads. The scheduler is emulator.cpp.
+// it waits for others. Blocks run over a few threads. The scheduler is worker.cpp.
 #pragma once
 
 #include <cstddef>
@@ -102,9 +102,7 @@ template <class... P, void (*kernel)(P...)> struct Thunk<kernel> {
     static constexpr size_t count = sizeof...(P);
     static constexpr Kind kinds[] = {kind_of<std::remove_cv_t<P>>()..., ADDRESS};
 
-    static void call(const Argument* arguments) {
-        with(arguments, std::make_index_sequence<sizeof...(P)>());
-    }
+    static void call(const Argument* arguments) { with(arguments, std::make_index_sequence<sizeof...(P)>()); }
 
   private:
     template <size_t... i> static void with(const Argument* arguments, std::index_sequence<i...>) {
@@ -119,5 +117,5 @@ struct Registration {
 } // namespace emulator
 
 #define EXPORT(name)                                                                                                   \
-    static const emulator::Registration registration_of_##name(                                                       \
+    static const emulator::Registration registration_of_##name(                                                        \
         #name, emulator::Thunk<&name>::call, emulator::Thunk<&name>::kinds, emulator::Thunk<&name>::count);

@@ -85,7 +85,7 @@ FaultCatcher::FaultCatcher() {
     stack_before = old;
     std::lock_guard held(catchers_lock);
     if (catchers++ == 0) {
-        struct sigaction action {};
+        struct sigaction action{};
         action.sa_sigaction = caught;
         action.sa_flags = SA_SIGINFO | SA_ONSTACK;
         sigaction(SIGSEGV, &action, &before[0]);

@@ -1,4 +1,5 @@
-// Faults of emulated threads: memory that is not theirs, indices out of an array's bounds, vectors that are not aligned.
+// Faults of emulated threads: memory that is not theirs, indices out of an array's bounds, vectors that are not
+// aligned.
 #pragma once
 
 #include <csignal>

@@ -19,8 +19,8 @@ extern "C" __global__ void probe_sums(const float* x, float* y, int n) {
 EXPORT(probe_sums)
 
 // 0: right; 1: no barrier; 2: barriers in two places; 3: a lane that waits for others of its warp; 4: past the dynamic
-// shared memory; 5: past an array; 6: a vector that is not aligned; 7: past the end of y; 8: asks for a lane's vote that
-// left; 9: deep recursion.
+// shared memory; 5: past an array; 6: a vector that is not aligned; 7: past the end of y; 8: asks for a lane's vote
+// that left; 9: deep recursion.
 __device__ float deep(volatile float* y, int n) {
     volatile float here[1000];
     here[n % 1000] = y[0];

@@ -61,7 +61,7 @@ struct Tiles {
 }
 
 const fn halves(width: usize, forward: (usize, usize), back: (usize, usize), stages: usize) -> Tiles {
-    Tiles { width, forward, queries: back, keys: back, stages, split: width > 128 }
+    Tiles { width, forward, queries: back, keys: back, stages, split: width > 160 }
 }
 
 const HALVES: [Tiles; 7] = [
@@ -148,8 +148,8 @@ impl Attention {
 
     /// dq, dk and dv, which are overwritten.
     ///
-    /// Errors if heads are wider than [`WIDEST`], the device has no such dtype, or there is no scratch for B * heads * S
-    /// floats.
+    /// Errors if heads are wider than [`WIDEST`], the device has no such dtype, or there is no scratch for B * heads *
+    /// S floats.
     pub fn backward(&self, launcher: &dyn Launcher, given: Backward, [dq, dk, dv]: [Address; 3]) -> Result<()> {
         if self.nothing()? {
             return Ok(());

@@ -83,8 +83,8 @@ impl Launcher for Emulated {
         let name = CString::new(kernel)?;
         let (mut cycles, mut message) = ([0u64; 2], [0 as c_char; 2048]);
         // SAFETY: `launch` has the layout of the emulator's, and everything it points to lives until the call is over;
-        // the message is terminated within its room. What the kernel does with its addresses is the caller's promise, as
-        // on a GPU; faults in it are caught.
+        // the message is terminated within its room. What the kernel does with its addresses is the caller's promise,
+        // as on a GPU; faults in it are caught.
         let (failed, message) = unsafe {
             let failed =
                 (self.library.launch)(name.as_ptr(), &launch, cycles.as_mut_ptr(), message.as_mut_ptr(), message.len());
@@ -157,8 +157,8 @@ impl<T: bytemuck::Pod> Values<T> {
     }
 }
 
-/// Memory that ends where a page begins that nobody may touch, but for what the alignment to 256 bytes (of scratch) or 16
-/// takes, which is checked.
+/// Memory that ends where a page begins that nobody may touch, but for what the alignment to 256 bytes (of scratch) or
+/// 16 takes, which is checked.
 struct Guarded {
     pages: *mut u8,
     all: usize,
@@ -247,7 +247,7 @@ impl Argument {
     }
 }
 
-/// kernels/emulate/emulator.cpp's Launch.
+/// kernels/emulate/launch.cpp's Launch.
 #[repr(C)]
 struct Launch {
     blocks: [u32; 3],

@@ -1,8 +1,8 @@
 //! Row 0: our CUDA kernels (`kernels/*.cu`) as Rust functions. A wrapper takes addresses and sizes, chooses a launch
-//! configuration and launches through a [`Launcher`]; it knows no tensors and no weights. The same wrappers and the same
-//! `.cu` sources run on a GPU (feature `cuda`, in `device/cuda`) and on the processor (feature `emulate`, [`emulated`]),
-//! where their tests compare them with `ops`. Errors are those of the launch itself: what a kernel does wrong on a GPU
-//! comes out when the stream is waited for.
+//! configuration and launches through a [`Launcher`]; it knows no tensors and no weights. The same wrappers and the
+//! same `.cu` sources run on a GPU (feature `cuda`, in `device/cuda`) and on the processor (feature `emulate`,
+//! [`emulated`]), where their tests compare them with `ops`. Errors are those of the launch itself: what a kernel does
+//! wrong on a GPU comes out when the stream is waited for.
 
 pub mod attention;
 pub mod conv2d;
@@ -127,8 +127,8 @@ pub trait Launcher: Send + Sync {
     fn scratch(&self, bytes: usize) -> Result<Scratch>;
 }
 
-/// Memory for kernels' intermediate results. Dropping it after the launches that use it is right: what is launched later
-/// may have it.
+/// Memory for kernels' intermediate results. Dropping it after the launches that use it is right: what is launched
+/// later may have it.
 pub struct Scratch {
     address: Address,
     _memory: Option<Box<dyn Any + Send>>,

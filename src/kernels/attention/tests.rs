@@ -224,6 +224,48 @@ mod emulated {
         check(&Case { shift: 1, ..case([2, 20, 30], 2, 40) });
     }
 
+    /// Tokens by heads to heads by tokens.
+    fn by_head(values: &[f32], [batch, tokens]: [usize; 2], [heads, d]: [usize; 2]) -> Vec<f32> {
+        let at = |i: usize| {
+            let (c, t, h, b) = (i % d, i / d % tokens, i / d / tokens % heads, i / d / tokens / heads);
+            ((b * tokens + t) * heads + h) * d + c
+        };
+        (0..batch * tokens * heads * d).map(|i| values[at(i)]).collect()
+    }
+
+    #[test]
+    fn heads_may_lie_elsewhere() {
+        let (sizes, heads, d) = ([2, 70, 37], 3, 40);
+        for dtype in [DType::F32, DType::F16] {
+            let launcher = Emulated::new(80, Order::Ascending).unwrap();
+            let plain = Attention::contiguous(dtype, sizes, heads, d, false);
+            let strides = |tokens: usize| Strides { batch: heads * tokens * d, token: d, head: tokens * d };
+            let apart = Attention { query_strides: strides(70), key_strides: strides(37), ..plain.clone() };
+            let tokens = [70, 37, 37, 70];
+            let values = [0, 1, 2, 3].map(|i| numbers(dtype, i as u64, 2 * tokens[i] * heads * d));
+            let run = |attention: &Attention, turned: bool| {
+                let turn = |i: usize| match turned {
+                    true => by_head(&values[i], [2, tokens[i]], [heads, d]),
+                    false => values[i].clone(),
+                };
+                let [q, k, v, dy] = [0, 1, 2, 3].map(|i| Held::new(dtype, &turn(i), 0));
+                let [y, dq, dk, dv] = [0, 0, 1, 2].map(|i| Held::unwritten(dtype, values[i].len(), 0));
+                let log_sums = Values::<f32>::unwritten(attention.log_sums()).unwrap();
+                let [q, k, v, dy] = [&q, &k, &v, &dy].map(Held::address);
+                let log_sums = log_sums.address();
+                attention.forward(&launcher, [q, k, v], None, y.address(), log_sums).unwrap();
+                let given = Backward { q, k, v, y: y.address(), log_sums, dy, lengths: None };
+                attention.backward(&launcher, given, [&dq, &dk, &dv].map(Held::address)).unwrap();
+                [y, dq, dk, dv].map(|held| held.get())
+            };
+            let (want, got) = (run(&plain, false), run(&apart, true));
+            for (i, (want, got)) in want.iter().zip(&got).enumerate() {
+                let tokens = if i < 2 { 70 } else { 37 };
+                assert_eq!(&by_head(want, [2, tokens], [heads, d]), got, "{dtype:?} {i}");
+            }
+        }
+    }
+
     #[test]
     fn wide_heads_have_a_forward() {
         for dtype in [DType::F32, DType::BF16] {
