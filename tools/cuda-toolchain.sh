@@ -19,9 +19,8 @@ libcublas, libnccl and so on are small functions that load the real library when
 an error where there is none. So one file runs on machines with and without a GPU. With a toolkit of the system's
 (CUDA_HOME or nvcc on the PATH) this script is not needed; the program is then bound to that machine's libraries.
 
-Environment it listens to:
-  NVCC_PTX_ARCH  (when building) the capability candle's own kernels are made for: 80 unless set, which any GPU from
-                 8.0 on compiles for itself. 75 makes them run on Turing too, but leaves out candle's bf16 kernels.
+candle's own kernels are made as intermediate code (PTX) for Turing, which any newer GPU's driver compiles for it, too.
+NVCC_PTX_ARCH, when building, names another capability to begin with: 80 for Ampere.
 TEXT
 }
 
@@ -47,30 +46,42 @@ bindings() {
     echo "$found"
 }
 
-# What candle's build script calls as nvcc: it makes PTX alone (quick, and for any GPU from that capability on), and
-# leaves out candle's kernels for quantised weights, which dblaunch does not use and which take most of the time.
+# What candle's build script calls as nvcc. It makes PTX alone: quick, and for any GPU from that capability on. candle
+# compiles its bf16 kernels from 8.0 on only, but CUDA's headers have bf16 for all (in fp32, rounded to the same bits), so
+# for 7.5 the condition is lifted in a copy. Its kernels for quantised weights, which dblaunch does not use and which take
+# most of the time, are left out.
 write_wrapper() {
     mkdir -p "$home/wrap"
     cat > "$home/wrap/nvcc" <<'WRAPPER'
 #!/usr/bin/env bash
-arch=${NVCC_PTX_ARCH:-80} output='' previous='' source=''
+set -e
+arch=${NVCC_PTX_ARCH:-75} output='' previous='' source=''
 arguments=()
 for argument in "$@"; do
     [ "$previous" = -o ] && output=$argument
     case $argument in
         -gencode=arch=compute_*) argument=-gencode=arch=compute_$arch,code=compute_$arch ;;
-        *.cu) source=${argument##*/} ;;
+        *.cu) source=$argument ;;
     esac
     arguments+=("$argument")
     previous=$argument
 done
-case $source in
+case ${source##*/} in
     moe_*.cu | mmq_*.cu | mmvq_*.cu)
         # An empty object: whoever called these kernels would not link.
-        [ -n "$output" ] && exec gcc -x c -c /dev/null -o "$output"
+        [ -z "$output" ] || exec gcc -x c -c /dev/null -o "$output"
         ;;
 esac
-exec "$(dirname "$(dirname "$(readlink -f "$0")")")/bin/nvcc" "${arguments[@]}"
+if [ "$arch" -lt 80 ] && [ -n "$source" ] && [ -f "$(dirname "$source")/compatibility.cuh" ]; then
+    copy=$(mktemp -d)
+    trap 'rm -rf "$copy"' EXIT
+    cp "$(dirname "$source")"/*.cu "$(dirname "$source")"/*.cuh "$copy/"
+    sed -i "s/__CUDA_ARCH__ >= 800/__CUDA_ARCH__ >= ${arch}0/; s/__CUDA_ARCH__ < 800/__CUDA_ARCH__ < ${arch}0/" "$copy"/*
+    for i in "${!arguments[@]}"; do
+        [ "${arguments[i]}" != "$source" ] || arguments[i]=$copy/${source##*/}
+    done
+fi
+"$(dirname "$(dirname "$(readlink -f "$0")")")/bin/nvcc" "${arguments[@]}"
 WRAPPER
     chmod +x "$home/wrap/nvcc"
 }

@@ -3,8 +3,6 @@
 
 /// The oldest generation whose kernels are built: Turing.
 pub const OLDEST: u32 = 75;
-/// The oldest one that candle's own kernels are built for, unless the build says otherwise.
-pub const CANDLES_OLDEST: u32 = 80;
 
 /// What the driver answers.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -109,9 +109,7 @@ fn candle_computes_in_all_three_precisions() -> anyhow::Result<()> {
         let product = a.matmul(&a.t()?)?.add(&a.narrow(1, 0, 8)?)?;
         product.to_dtype(DType::F32)?.flatten_all()?.to_vec1()
     };
-    // candle has no bf16 for Turing.
-    let half = if gpu.capability() >= found::CANDLES_OLDEST { DType::BF16 } else { DType::F16 };
-    for (dtype, tolerance) in [(DType::F32, 1e-5), (DType::F16, 0.05), (half, 0.4)] {
+    for (dtype, tolerance) in [(DType::F32, 1e-5), (DType::F16, 0.05), (DType::BF16, 0.4)] {
         let (ours, theirs) = (product(gpu.device(), dtype)?, product(&Device::Cpu, dtype)?);
         let furthest = ours.iter().zip(&theirs).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
         assert!(furthest <= tolerance, "{dtype:?}: {furthest}");
