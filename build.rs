@@ -54,21 +54,16 @@ mod gpu {
 
     use super::{sources, stem};
 
-    /// Turing to Hopper; 9.0 as intermediate code, too, which the driver compiles for whatever is newer.
-    const TARGETS: [&str; 5] = [
-        "arch=compute_75,code=sm_75",
-        "arch=compute_80,code=sm_80",
-        "arch=compute_86,code=sm_86",
-        "arch=compute_89,code=sm_89",
-        "arch=compute_90,code=[sm_90,compute_90]",
-    ];
+    /// Turing to Hopper; the last as intermediate code, too, which the driver compiles for whatever is newer.
+    /// `DBLAUNCH_CUDA_ARCHS` names others, or fewer, which takes less time.
+    const ARCHITECTURES: &str = "75 80 86 89 90";
     /// No fast math: kernels give the CPU's numbers.
     const FLAGS: [&str; 4] = ["-fatbin", "-O3", "-std=c++17", "-Ikernels"];
-    /// The first toolkit whose driver can limit a pool of memory; it knows all targets.
+    /// The first toolkit whose driver can limit a pool of memory; it knows all of the above.
     const OLDEST: (u32, u32) = (12, 2);
 
     pub fn compile(families: &[PathBuf]) -> Result<(), String> {
-        for name in ["DBLAUNCH_NVCC", "CUDA_HOME", "CUDA_PATH", "PATH"] {
+        for name in ["DBLAUNCH_NVCC", "DBLAUNCH_CUDA_ARCHS", "CUDA_HOME", "CUDA_PATH", "PATH"] {
             println!("cargo::rerun-if-env-changed={name}");
         }
         let nvcc = find()?;
@@ -88,7 +83,7 @@ mod gpu {
         let out = PathBuf::from(env::var_os("OUT_DIR").unwrap_or_default());
         // A fifth of the size; drivers that know the toolkit's version can read it.
         let compression = if version >= (13, 0) { "--compress-mode=size" } else { "-Xfatbin=-compress-all" };
-        let compiler = Compiler { nvcc, banner, compression };
+        let compiler = Compiler { nvcc, banner, compression, targets: targets()? };
         each(families, |source| compiler.fat_binary(source, &out))?;
         let entries: String = families
             .iter()
@@ -106,6 +101,21 @@ mod gpu {
         /// What it says of itself.
         banner: String,
         compression: &'static str,
+        /// One argument for each kind of GPU.
+        targets: Vec<String>,
+    }
+
+    fn targets() -> Result<Vec<String>, String> {
+        let asked = env::var("DBLAUNCH_CUDA_ARCHS").unwrap_or_else(|_| ARCHITECTURES.to_string());
+        let numbers: Vec<&str> = asked.split_whitespace().collect();
+        if numbers.is_empty() || !numbers.iter().all(|number| number.parse::<u32>().is_ok_and(|number| number >= 75)) {
+            return Err(format!("DBLAUNCH_CUDA_ARCHS is \"{asked}\" and not a list as \"{ARCHITECTURES}\""));
+        }
+        let target = |(i, number): (usize, &&str)| match i + 1 == numbers.len() {
+            true => format!("arch=compute_{number},code=[sm_{number},compute_{number}]"),
+            false => format!("arch=compute_{number},code=sm_{number}"),
+        };
+        Ok(numbers.iter().enumerate().map(target).collect())
     }
 
     fn find() -> Result<PathBuf, String> {
@@ -170,7 +180,7 @@ mod gpu {
             }
             let mut command = Command::new(&self.nvcc);
             command.args(FLAGS).arg(self.compression);
-            TARGETS.iter().for_each(|target| {
+            self.targets.iter().for_each(|target| {
                 command.args(["-gencode", target]);
             });
             command.arg(source).arg("-o").arg(&target);
@@ -187,7 +197,7 @@ mod gpu {
         /// Of all that the result depends on.
         fn digest(&self, source: &Path) -> Result<String, String> {
             let mut hasher = DefaultHasher::new();
-            (&self.banner, TARGETS, FLAGS, self.compression).hash(&mut hasher);
+            (&self.banner, &self.targets, FLAGS, self.compression).hash(&mut hasher);
             let headers = ["cuh", "h"].iter().flat_map(|extension| sources(Path::new("kernels"), extension));
             for file in std::iter::once(source.to_path_buf()).chain(headers) {
                 fs::read(&file).map_err(|error| format!("{}: {error}", file.display()))?.hash(&mut hasher);

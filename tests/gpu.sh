@@ -2,8 +2,8 @@
 # Everything that needs a GPU, in one go and under ten minutes: correctness first, then measurements. The machine needs
 # an NVIDIA GPU with its driver, bash, and the CUDA libraries (below); no network, no Rust, no compiler.
 #
-#   tests/gpu.sh build FOLDER        where Rust is: builds what is run and puts it into FOLDER. With the environment of
-#                                    `tools/cuda-toolchain.sh`, one FOLDER serves all machines.
+#   tests/gpu.sh build FOLDER        where Rust is: builds what is run and puts it into FOLDER, and packed into
+#                                    FOLDER.tar.xz. With the environment of `tools/cuda-toolchain.sh` it serves all machines.
 #   tests/gpu.sh run FOLDER [OUT]    where the GPU is: runs it. Logs of the parts and `summary.txt` go to OUT (gpu-results
 #                                    unless given). Exit status 1 if a part failed.
 #
@@ -70,7 +70,9 @@ build() {
     strip "$folder/dblaunch" "$folder/dblaunch-tests" 2> /dev/null
     # What commands and tests read: configurations, the demo, recorded data.
     cp -r configs demo "$folder/" && mkdir -p "$folder/tests" && cp -r tests/data "$folder/tests/" || exit 1
-    du -sh "$folder"
+    folder=$(cd "$folder" && pwd)
+    tar -C "$(dirname "$folder")" -cJf "$folder.tar.xz" "$(basename "$folder")" || exit 1
+    du -sh "$folder" "$folder.tar.xz"
 }
 
 # ---- Running --------------------------------------------------------------------------------------------------------

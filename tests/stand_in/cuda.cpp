@@ -243,7 +243,10 @@ char context;
 
 // ---- The device ----
 
-CALL cuInit(unsigned) { return setting("STAND_IN_GPUS", 1) > 0 ? SUCCESS : NO_DEVICE; }
+CALL cuInit(unsigned) {
+    const char* visible = getenv("CUDA_VISIBLE_DEVICES");
+    return setting("STAND_IN_GPUS", 1) > 0 && (!visible || *visible) ? SUCCESS : NO_DEVICE;
+}
 CALL cuDriverGetVersion(int* version) { return *version = setting("STAND_IN_DRIVER", 13000), SUCCESS; }
 CALL cuDeviceGetCount(int* count) { return *count = setting("STAND_IN_GPUS", 1), SUCCESS; }
 CALL cuDeviceGet(int* device, int ordinal) { return *device = ordinal, SUCCESS; }
