@@ -91,6 +91,12 @@ pub enum BenchCommand {
         #[arg(long)]
         fail: bool,
     },
+    /// How fast those kernels are whose limit is memory, beside a copy on the same GPU (builds with the feature cuda)
+    Kernels {
+        /// Bytes of the GPU's memory to use at most
+        #[arg(long, default_value_t = 2 << 30, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1 << 30..))]
+        limit: usize,
+    },
     /// How fast state goes to a drive and comes back, in a temporary file
     Disk {
         /// Folder on the drive

@@ -159,6 +159,7 @@ fn bench(command: &BenchCommand) -> Result<u8> {
         BenchCommand::Adamw { elements, repeats } => bench::adamw(elements.get(), repeats.get())?,
         BenchCommand::Disk { ref dir, bytes, rounds, wait } => bench::disk(dir, bytes, rounds.get(), wait)?,
         BenchCommand::Gpu { nproc, limit, fail } => return bench_gpu(nproc.get(), limit, fail),
+        BenchCommand::Kernels { limit } => bench_kernels(limit)?,
         BenchCommand::Layers { batch, latent, repeats, dtype } => {
             bench::layers(batch.get(), latent, repeats.get(), bench_dtype(dtype))?;
         }
@@ -193,7 +194,22 @@ fn bench_gpu(nproc: usize, limit: usize, fail: bool) -> Result<u8> {
 
 #[cfg(not(feature = "cuda"))]
 fn bench_gpu(_nproc: usize, _limit: usize, _fail: bool) -> Result<u8> {
-    Err(dblaunch::Refusal::error("this build of dblaunch has no GPU support: build it with `--features cuda`"))
+    Err(no_gpu_support())
+}
+
+#[cfg(feature = "cuda")]
+fn bench_kernels(limit: usize) -> Result<()> {
+    bench::kernels(limit)
+}
+
+#[cfg(not(feature = "cuda"))]
+fn bench_kernels(_limit: usize) -> Result<()> {
+    Err(no_gpu_support())
+}
+
+#[cfg(not(feature = "cuda"))]
+fn no_gpu_support() -> anyhow::Error {
+    dblaunch::Refusal::error("this build of dblaunch has no GPU support: build it with `--features cuda`")
 }
 
 fn memory_case(args: &MemoryArgs) -> bench::MemoryCase {

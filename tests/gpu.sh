@@ -29,6 +29,7 @@ parts() {
     part right 90 two-ranks-over-nccl env DBLAUNCH_SHARE_GPU=1 ./dblaunch bench gpu --nproc 2
     part right 60 a-failing-rank-ends-the-others told 1 "failed on purpose" env DBLAUNCH_SHARE_GPU=1 ./dblaunch bench gpu --nproc 2 --fail
     part fast 60 gpu ./dblaunch bench gpu
+    part fast 60 kernels ./dblaunch bench kernels
     part fast 90 all-gpus on_all_gpus
 }
 

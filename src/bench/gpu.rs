@@ -8,7 +8,6 @@ use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Tensor};
 use serde_json::{Value, json};
 
-use super::kernels::kernels;
 use crate::comm::{AloneOnDevice, CommunicatorExt, DeviceCommunicator, Nccl, Operation, Scalar};
 use crate::device::cuda::{DeviceMemory, Gpu, Pinned, Stream};
 use crate::kernels::{Arg, Family, Grid, Launcher};
@@ -40,7 +39,6 @@ pub fn gpu(rank: &Rank, limit: usize, shared: bool, fail: bool) -> Result<()> {
     say(rank, limit_holds(&gpu, limit)?)?;
     say(rank, copies(&gpu)?)?;
     say(rank, overhead(&gpu)?)?;
-    kernels(&gpu)?.into_iter().try_for_each(|line| say(rank, line))?;
     let group: Box<dyn DeviceCommunicator> = match comm.world_size() {
         1 => Box::new(AloneOnDevice::on(gpu.stream("collectives")?)),
         _ => Box::new(Nccl::join(&gpu, comm.clone(), TIMEOUT, shared)?),

@@ -24,8 +24,15 @@ const BYTES: usize = 128 << 20;
 const CHUNK: usize = crate::optim::CHUNK;
 const CHUNKS: usize = 16;
 
-/// All of them.
-pub fn kernels(gpu: &Gpu) -> Result<Vec<Value>> {
+/// Prints all of them for the first GPU, of whose memory at most `limit` bytes are used.
+pub fn kernels(limit: usize) -> Result<()> {
+    let gpu = Gpu::open(0, Some(limit))?;
+    println!("{}", json!({"name": gpu.card().name, "capability": gpu.card().capability}));
+    measured(&gpu)?.iter().for_each(|line| println!("{line}"));
+    Ok(())
+}
+
+fn measured(gpu: &Gpu) -> Result<Vec<Value>> {
     let (from, to) = (gpu.computing().alloc_zeroed(BYTES, "a copy")?, gpu.computing().alloc(BYTES, "a copy")?);
     let copy = speed(gpu.computing(), 2 * BYTES * IN_A_ROW, || {
         (0..IN_A_ROW).try_for_each(|_| gpu.computing().copy(&from, 0..BYTES, &to, 0).map(drop))

@@ -15,5 +15,7 @@ pub use adamw::adamw;
 pub use disk::disk;
 #[cfg(feature = "cuda")]
 pub use gpu::gpu;
+#[cfg(feature = "cuda")]
+pub use kernels::kernels;
 pub use layers::layers;
 pub use memory::{MemoryCase, memory};
