@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rerun-if-changed=build");
     let cuda = std::env::var_os("CARGO_FEATURE_CUDA").is_some();
     let emulate = std::env::var_os("CARGO_FEATURE_EMULATE").is_some();
     if !cuda && !emulate {
@@ -63,8 +64,8 @@ mod gpu {
     ];
     /// No fast math: kernels give the CPU's numbers.
     const FLAGS: [&str; 4] = ["-fatbin", "-O3", "-std=c++17", "-Ikernels"];
-    /// The first toolkit that knows all targets and whose C++ is new enough.
-    const OLDEST: (u32, u32) = (12, 0);
+    /// The first toolkit whose driver can limit a pool of memory; it knows all targets.
+    const OLDEST: (u32, u32) = (12, 2);
 
     pub fn compile(families: &[PathBuf]) -> Result<(), String> {
         for name in ["DBLAUNCH_NVCC", "CUDA_HOME", "CUDA_PATH", "PATH"] {
@@ -85,7 +86,10 @@ mod gpu {
         // As the driver numbers them: 13.0 is 13000.
         println!("cargo::rustc-env=DBLAUNCH_CUDA_VERSION={}", version.0 * 1000 + version.1 * 10);
         let out = PathBuf::from(env::var_os("OUT_DIR").unwrap_or_default());
-        each(families, |source| fat_binary(&nvcc, &banner, source, &out))?;
+        // A fifth of the size; drivers that know the toolkit's version can read it.
+        let compression = if version >= (13, 0) { "--compress-mode=size" } else { "-Xfatbin=-compress-all" };
+        let compiler = Compiler { nvcc, banner, compression };
+        each(families, |source| compiler.fat_binary(source, &out))?;
         let entries: String = families
             .iter()
             .map(|source| {
@@ -95,6 +99,13 @@ mod gpu {
             .collect();
         let table = format!("pub static FAT_BINARIES: &[(&str, &[u8])] = &[\n{entries}];\n");
         fs::write(out.join("fat_binaries.rs"), table).map_err(|error| format!("cannot write to OUT_DIR: {error}"))
+    }
+
+    struct Compiler {
+        nvcc: PathBuf,
+        /// What it says of itself.
+        banner: String,
+        compression: &'static str,
     }
 
     fn find() -> Result<PathBuf, String> {
@@ -148,37 +159,41 @@ mod gpu {
         errors.into_iter().next().map_or(Ok(()), Err)
     }
 
-    /// Compiles one family, unless what is there was made of the same sources with the same compiler.
-    fn fat_binary(nvcc: &Path, banner: &str, source: &Path, out: &Path) -> Result<(), String> {
-        let name = stem(source);
-        let (target, stamp) = (out.join(format!("{name}.fatbin")), out.join(format!("{name}.made-of")));
-        let digest = digest(banner, source)?;
-        if target.is_file() && fs::read_to_string(&stamp).is_ok_and(|made_of| made_of == digest) {
-            return Ok(());
+    impl Compiler {
+        /// Compiles one family, unless what is there was made of the same sources with the same compiler.
+        fn fat_binary(&self, source: &Path, out: &Path) -> Result<(), String> {
+            let name = stem(source);
+            let (target, stamp) = (out.join(format!("{name}.fatbin")), out.join(format!("{name}.made-of")));
+            let digest = self.digest(source)?;
+            if target.is_file() && fs::read_to_string(&stamp).is_ok_and(|made_of| made_of == digest) {
+                return Ok(());
+            }
+            let mut command = Command::new(&self.nvcc);
+            command.args(FLAGS).arg(self.compression);
+            TARGETS.iter().for_each(|target| {
+                command.args(["-gencode", target]);
+            });
+            command.arg(source).arg("-o").arg(&target);
+            let output = command.output();
+            let output = output.map_err(|error| format!("{} cannot be run: {error}", self.nvcc.display()))?;
+            let said = String::from_utf8_lossy(&output.stderr);
+            if !output.status.success() {
+                return Err(format!("nvcc does not compile {}:\n{}", source.display(), said.trim_end()));
+            }
+            said.lines().filter(|line| !line.trim().is_empty()).for_each(|line| println!("cargo::warning={line}"));
+            fs::write(stamp, digest).map_err(|error| format!("cannot write to OUT_DIR: {error}"))
         }
-        let mut command = Command::new(nvcc);
-        command.args(FLAGS);
-        TARGETS.iter().for_each(|target| {
-            command.args(["-gencode", target]);
-        });
-        command.arg(source).arg("-o").arg(&target);
-        let output = command.output().map_err(|error| format!("{} cannot be run: {error}", nvcc.display()))?;
-        let said = String::from_utf8_lossy(&output.stderr);
-        if !output.status.success() {
-            return Err(format!("nvcc does not compile {}:\n{}", source.display(), said.trim_end()));
-        }
-        said.lines().filter(|line| !line.trim().is_empty()).for_each(|line| println!("cargo::warning={line}"));
-        fs::write(stamp, digest).map_err(|error| format!("cannot write to OUT_DIR: {error}"))
-    }
 
-    fn digest(banner: &str, source: &Path) -> Result<String, String> {
-        let mut hasher = DefaultHasher::new();
-        (banner, TARGETS, FLAGS).hash(&mut hasher);
-        let headers = ["cuh", "h"].iter().flat_map(|extension| sources(Path::new("kernels"), extension));
-        for file in std::iter::once(source.to_path_buf()).chain(headers) {
-            fs::read(&file).map_err(|error| format!("{}: {error}", file.display()))?.hash(&mut hasher);
+        /// Of all that the result depends on.
+        fn digest(&self, source: &Path) -> Result<String, String> {
+            let mut hasher = DefaultHasher::new();
+            (&self.banner, TARGETS, FLAGS, self.compression).hash(&mut hasher);
+            let headers = ["cuh", "h"].iter().flat_map(|extension| sources(Path::new("kernels"), extension));
+            for file in std::iter::once(source.to_path_buf()).chain(headers) {
+                fs::read(&file).map_err(|error| format!("{}: {error}", file.display()))?.hash(&mut hasher);
+            }
+            Ok(format!("{:016x}", hasher.finish()))
         }
-        Ok(format!("{:016x}", hasher.finish()))
     }
 }
 

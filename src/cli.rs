@@ -79,6 +79,18 @@ pub enum BenchCommand {
         #[arg(long, default_value = "5")]
         repeats: NonZeroUsize,
     },
+    /// Whether GPUs, the ways to them and between them work, and how fast (builds with the feature cuda)
+    Gpu {
+        /// Ranks, each with a GPU of its own
+        #[arg(long, default_value = "1")]
+        nproc: NonZeroUsize,
+        /// Bytes of a GPU's memory to use at most
+        #[arg(long, default_value_t = 2 << 30, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1 << 30..))]
+        limit: usize,
+        /// Let the last rank fail in the end, to see that the others do not wait for it
+        #[arg(long)]
+        fail: bool,
+    },
     /// How fast state goes to a drive and comes back, in a temporary file
     Disk {
         /// Folder on the drive

@@ -26,7 +26,7 @@
 //!     3  content      data  diffusion  model  optim  track
 //!     2  machinery    segment (layers, no ranks)    zero (ranks, no layers)
 //!     1  ground       ops  comm
-//!     0  hardware     device  kernels                     candle-core below
+//!     0  hardware     device  kernels                     candle-core, cudarc below
 //! ```
 //!
 //! A module imports from rows below it; but `train` takes `config::RunPlan` and `launch::Rank` as values.

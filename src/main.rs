@@ -158,6 +158,7 @@ fn bench(command: &BenchCommand) -> Result<u8> {
     match *command {
         BenchCommand::Adamw { elements, repeats } => bench::adamw(elements.get(), repeats.get())?,
         BenchCommand::Disk { ref dir, bytes, rounds, wait } => bench::disk(dir, bytes, rounds.get(), wait)?,
+        BenchCommand::Gpu { nproc, limit, fail } => return bench_gpu(nproc.get(), limit, fail),
         BenchCommand::Layers { batch, latent, repeats, dtype } => {
             bench::layers(batch.get(), latent, repeats.get(), bench_dtype(dtype))?;
         }
@@ -175,6 +176,24 @@ fn bench(command: &BenchCommand) -> Result<u8> {
         },
     }
     Ok(status::DONE)
+}
+
+#[cfg(feature = "cuda")]
+fn bench_gpu(nproc: usize, limit: usize, fail: bool) -> Result<u8> {
+    if World::from_environment()?.is_none() {
+        let arguments = std::env::args_os().skip(1).collect();
+        return launch::run(&LaunchRequest::this_program(nproc, arguments)?, Output::standard());
+    }
+    let rank = Rank::start(TIMEOUT, None)?;
+    Ok(match bench::gpu(&rank, limit, launch::shares_gpu(), fail) {
+        Ok(()) => status::DONE,
+        Err(error) => launch::report_failure(&error),
+    })
+}
+
+#[cfg(not(feature = "cuda"))]
+fn bench_gpu(_nproc: usize, _limit: usize, _fail: bool) -> Result<u8> {
+    Err(dblaunch::Refusal::error("this build of dblaunch has no GPU support: build it with `--features cuda`"))
 }
 
 fn memory_case(args: &MemoryArgs) -> bench::MemoryCase {

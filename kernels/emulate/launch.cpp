@@ -160,6 +160,16 @@ Registration::Registration(const char* name, Call call, const Kind* kinds, size_
 
 using namespace emulator;
 
+// How many parameters a kernel has, and of what kinds the first `room` are; -1 if there is no such kernel.
+extern "C" __attribute__((visibility("default"))) int emulator_kinds(const char* name, uint32_t* kinds, size_t room) {
+    auto found = kernels().find(name);
+    if (found == kernels().end()) {
+        return -1;
+    }
+    std::copy_n(found->second.kinds, std::min(room, found->second.count), kinds);
+    return int(found->second.count);
+}
+
 // Runs a kernel to its end. 0, or 1 with what went wrong in `message`. `shared_cycles` gets cycles and ideal cycles of
 // the counted reads of shared memory.
 extern "C" __attribute__((visibility("default"))) int

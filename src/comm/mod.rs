@@ -1,9 +1,13 @@
 //! Row 1: collectives. Every rank calls the same ones in the same order; sums are taken in rank order, so results are
 //! the same on every run. Implementations: a world of one ([`Solo`]), and ranks over shared memory on one machine
-//! ([`Shared`]). Knows nothing of segments, tensors or training.
+//! ([`Shared`]). Between GPUs, under the feature `cuda`, there are collectives that the devices do themselves. Knows nothing of segments, tensors or training.
 
 mod call;
 mod meeting;
+#[cfg(feature = "cuda")]
+mod nccl;
+#[cfg(feature = "cuda")]
+mod on_device;
 pub mod probe;
 pub mod process;
 mod reduce;
@@ -13,6 +17,8 @@ mod slice;
 mod solo;
 mod traced;
 mod values;
+#[cfg(any(feature = "cuda", test))]
+pub mod watch;
 mod window;
 
 use std::fmt;
@@ -21,6 +27,10 @@ use anyhow::Result;
 use half::{bf16, f16};
 
 pub use call::{Call, Kind, Scalar};
+#[cfg(feature = "cuda")]
+pub use nccl::Nccl;
+#[cfg(feature = "cuda")]
+pub use on_device::{AloneOnDevice, DeviceCommunicator, Operation};
 pub use rendezvous::Rendezvous;
 pub use shared::Shared;
 pub use solo::Solo;
@@ -65,6 +75,10 @@ pub trait Communicator: Send + Sync {
     fn barrier(&self) -> Result<()>;
     /// Says that this rank has failed and will join no more collectives, so that nobody waits for it.
     fn abort(&self, _message: &str) {}
+    /// Another rank that is known to have failed. Not collective: whoever waits for something beside the collectives asks.
+    fn failed_peer(&self) -> Option<PeerFailure> {
+        None
+    }
 }
 
 /// The error of a rank that is itself sound and was ended by another rank's failure. Who reports failures looks for it

@@ -273,6 +273,19 @@ impl Communicator for Shared {
     fn abort(&self, message: &str) {
         self.window.abort(self.rank, message);
     }
+
+    fn failed_peer(&self) -> Option<PeerFailure> {
+        if let Some((rank, message)) = self.window.aborted() {
+            return (rank != self.rank).then_some(PeerFailure { rank, message });
+        }
+        self.others().find_map(|rank| {
+            let control = self.window.control(rank);
+            // One that left said so before its process ended.
+            let process = control.process().filter(|process| process.pid != std::process::id() && !process.lives())?;
+            let left = control.left.load(Ordering::Acquire) == 1;
+            (!left).then(|| PeerFailure { rank, message: format!("its process ({}) died", process.pid) })
+        })
+    }
 }
 
 impl Drop for Shared {

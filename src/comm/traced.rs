@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use anyhow::Result;
 
-use super::{Communicator, Slice, SliceMut};
+use super::{Communicator, PeerFailure, Slice, SliceMut};
 use crate::device::trace::{Row, Span, span};
 
 /// Every collective of `inner` is a span of the row of collectives, with the bytes of this rank's larger side.
@@ -58,5 +58,9 @@ impl Communicator for Traced {
 
     fn abort(&self, message: &str) {
         self.inner.abort(message);
+    }
+
+    fn failed_peer(&self) -> Option<PeerFailure> {
+        self.inner.failed_peer()
     }
 }

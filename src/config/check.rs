@@ -9,7 +9,7 @@ use anyhow::Result;
 
 use super::document::Document;
 use super::model_folder::{self, ModelFacts};
-use super::{Draft, ModelSource, Resume, RunPlan, Steps};
+use super::{DeviceKind, Draft, ModelSource, Resume, RunPlan, Steps};
 use super::{output_folder, sampling, state_folder};
 use crate::checkpoint::{self, Checkpoint};
 use crate::data::{self, Dataset, DatasetOptions};
@@ -22,6 +22,7 @@ use crate::{Refusal, hub};
 /// What is looked at, in this order, after the configuration itself.
 const INSPECTIONS: &[fn(&mut Inspection)] = &[
     model,
+    device,
     images,
     pictures,
     ranks,
@@ -234,6 +235,19 @@ fn ranks(inspection: &mut Inspection) {
             steps.items, steps.items
         );
         inspection.problem("data", "instance_dir", &what);
+    }
+}
+
+/// A GPU for every rank. One that cannot be used is no problem where the CPU will do, but worth a note.
+fn device(inspection: &mut Inspection) {
+    if inspection.plan.model.device == DeviceKind::Cpu {
+        if let (true, Err(why)) = (cfg!(feature = "cuda"), crate::device::gpu(0)) {
+            inspection.facts.notes.push(format!("computes on the CPU: {why}"));
+        }
+        return;
+    }
+    if let Err(why) = crate::device::gpu(inspection.world_size.saturating_sub(1)) {
+        inspection.problem("model", "device", &why);
     }
 }
 

@@ -86,22 +86,16 @@ impl ModelSource {
 /// "auto" is a GPU if this build can use one and one is there, else the CPU.
 fn device(section: &Reader) -> DeviceKind {
     let asked = section.text("device").unwrap_or_else(|| "auto".to_string());
-    let gpu = || cfg!(feature = "cuda") && candle_core::Device::new_cuda(0).is_ok();
     match asked.as_str() {
-        "auto" if gpu() => DeviceKind::Cuda,
+        "auto" if crate::device::gpu(0).is_ok() => DeviceKind::Cuda,
         "auto" => DeviceKind::Cpu,
-        "cuda" if gpu() => DeviceKind::Cuda,
-        "cuda" if cfg!(feature = "cuda") => {
-            section.reject("device", "no GPU can be used here: see that the driver shows one, or use \"cpu\"");
-            DeviceKind::Cpu
-        }
-        "cuda" => {
-            section.reject(
-                "device",
-                "this build of dblaunch has no GPU support (feature `cuda`): use \"cpu\" or \"auto\"",
-            );
-            DeviceKind::Cpu
-        }
+        "cuda" => match crate::device::gpu(0) {
+            Ok(()) => DeviceKind::Cuda,
+            Err(why) => {
+                section.reject("device", &format!("{why}. \"cpu\" and \"auto\" work everywhere"));
+                DeviceKind::Cpu
+            }
+        },
         _ => section
             .pick(
                 "device",

@@ -4,6 +4,8 @@
 mod allocator;
 mod arena;
 mod buffer;
+#[cfg(any(feature = "cuda", test))]
+pub mod cuda;
 mod dry;
 mod files;
 mod heap;
@@ -31,6 +33,18 @@ pub use queue::{Delays, Pending, Promise, Queue, promise};
 pub use slot::{GradSlot, ParamSlot, WeightRef, WeightView};
 
 use candle_core::{DType, Device};
+
+/// Whether the rank with this place on the machine can compute on a GPU; if not, why and what to do, in one paragraph.
+#[cfg(feature = "cuda")]
+pub fn gpu(local_rank: usize) -> Result<(), String> {
+    cuda::check(local_rank).map(drop)
+}
+
+/// Whether a rank can compute on a GPU: not with this build.
+#[cfg(not(feature = "cuda"))]
+pub fn gpu(_local_rank: usize) -> Result<(), String> {
+    Err("this build of dblaunch has no GPU support (feature `cuda`)".to_string())
+}
 
 /// Where and in what precision a run computes; taken from the configuration by everything that allocates.
 #[derive(Clone, Debug)]

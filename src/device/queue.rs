@@ -17,6 +17,7 @@ pub struct Pending<T>(Kind<T>);
 enum Kind<T> {
     Ready(Result<T>),
     Coming(Receiver<Result<T>>),
+    After(Box<dyn FnOnce() -> Result<T> + Send>),
 }
 
 /// The other end: whoever does the work keeps it.
@@ -40,6 +41,11 @@ impl<T> Pending<T> {
         Pending(Kind::Ready(Ok(value)))
     }
 
+    /// What `wait` gives, which waits for work that something else does: a device.
+    pub fn after(wait: impl FnOnce() -> Result<T> + Send + 'static) -> Self {
+        Pending(Kind::After(Box::new(wait)))
+    }
+
     /// Waits until it is done.
     pub fn wait(self) -> Result<T> {
         self.wait_for("wait")
@@ -49,6 +55,10 @@ impl<T> Pending<T> {
     pub fn wait_for(self, what: impl SpanName) -> Result<T> {
         match self.0 {
             Kind::Ready(result) => result,
+            Kind::After(wait) => {
+                let _span = trace::span(trace::Row::Wait, what);
+                wait()
+            }
             Kind::Coming(receiver) => {
                 let come = receiver.try_recv().or_else(|_| {
                     let _span = trace::span(trace::Row::Wait, what);
@@ -160,6 +170,13 @@ mod tests {
         assert_eq!(*seen.lock().unwrap(), (0..20).collect::<Vec<_>>());
         assert_eq!(results[19].as_ref().unwrap(), &361);
         assert_eq!(results[7].as_ref().unwrap_err().to_string(), "seven");
+    }
+
+    #[test]
+    fn a_wait_for_something_else_runs_when_it_is_waited_for() {
+        let pending = Pending::after(|| Ok(3));
+        assert_eq!(pending.wait().unwrap(), 3);
+        assert!(Pending::<()>::after(|| Err(anyhow!("lost"))).wait().is_err());
     }
 
     #[test]

@@ -8,6 +8,13 @@ pub mod attention;
 pub mod conv2d;
 #[cfg(feature = "emulate")]
 pub mod emulated;
+pub mod glue;
+pub mod norms;
+pub mod optimizer;
+pub mod reduce;
+mod sizes;
+#[cfg(all(test, any(feature = "cuda", feature = "emulate")))]
+pub(crate) mod testing;
 
 use std::any::Any;
 
@@ -108,6 +115,8 @@ pub enum Family {
     Glue,
     Optimizer,
     Reduce,
+    /// What a GPU has to show before it is trusted.
+    Selftest,
 }
 
 /// Where kernels run, in the order in which they are launched.

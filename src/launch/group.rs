@@ -84,6 +84,10 @@ impl Group {
                 command.env(variable::WINDOW, window.file().as_raw_fd().to_string());
                 descriptors.push(window.file());
             }
+            if super::shares_gpu() {
+                // NCCL takes ranks for ranks of different machines then, and not for a mistake.
+                command.env("NCCL_HOSTID", format!("rank-{rank}"));
+            }
             command.envs(request.environment.iter().cloned());
             process::prepare(&mut command, &descriptors, share.cores.as_deref());
             let child =

@@ -12,7 +12,7 @@ mod supervise;
 mod world;
 
 pub use event::{Event, EventSink, Failure};
-pub use rank::{Interrupt, Rank, exit_status, report_failure};
+pub use rank::{Interrupt, Rank, exit_status, report_failure, shares_gpu};
 pub use supervise::{LaunchRequest, Output, run};
 pub use world::{Starter, World};
 
@@ -42,4 +42,6 @@ mod variable {
     pub const RESTART: &str = "DBLAUNCH_RESTART";
     /// 1 if the run had come as far as its first step before they were started again.
     pub const GOES_ON: &str = "DBLAUNCH_GOES_ON";
+    /// Set by whoever wants several ranks on one GPU, as tests do; by mistake it is refused.
+    pub const SHARE_GPU: &str = "DBLAUNCH_SHARE_GPU";
 }

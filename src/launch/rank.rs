@@ -149,6 +149,11 @@ fn communicator(world: &World, timeout: Duration) -> Result<Arc<dyn Communicator
     })
 }
 
+/// Whether the user wants several ranks on one GPU.
+pub fn shares_gpu() -> bool {
+    std::env::var_os(variable::SHARE_GPU).is_some_and(|value| !value.is_empty() && value != "0")
+}
+
 /// The launcher's word; else this rank's share of `total`, or of the cores that it and the others may run on.
 fn threads(world: &World, communicator: &dyn Communicator, total: Option<usize>) -> Result<usize> {
     let given = if world.starter == Starter::Dblaunch { number(variable::THREADS) } else { None };

@@ -16,7 +16,7 @@ mod layer_norm;
 mod linear;
 mod pointwise;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 mod tokens;
 mod transpose;
 mod upsample;

@@ -9,6 +9,7 @@ mod lanes;
 mod level;
 mod loss_scale;
 mod lr_schedule;
+mod on_device;
 mod record;
 mod rounding;
 #[cfg(test)]
@@ -21,5 +22,6 @@ mod x86;
 pub use adamw::{AdamW, Grads, Rounded, Weights};
 pub use loss_scale::{LossScale, Overflow, ScalePolicy, ScaleState};
 pub use lr_schedule::{LrKind, LrSchedule};
+pub use on_device::{DeviceWeights, table_words, tables_at};
 pub use record::{CHUNK, Part, RecordLayout, StateKind};
 pub use rounding::StochasticRounding;

@@ -6,7 +6,7 @@ mod owned;
 mod param_store;
 mod partition;
 mod placement;
-mod reduce;
+pub(crate) mod reduce;
 mod rest;
 mod stage;
 mod tiers;

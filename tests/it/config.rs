@@ -202,11 +202,8 @@ fn what_is_not_there_yet_is_told_with_what_to_use() {
         ("[output]\ndir = \"HOME/o\"\npush_to_hub = true", &["push_to_hub = true", "not there yet"]),
         ("[lr_schedule]\nkind = \"piecewise_constant\"", &["list of steps", "\"linear\""]),
     ]);
-    if !cfg!(feature = "cuda") {
-        each_is_told(&[(
-            "[model]\npath = \"HOME/model\"\ndevice = \"cuda\"",
-            &["device = \"cuda\"", "no GPU support", "\"cpu\""],
-        )]);
+    if let Err(why) = dblaunch::device::gpu(0) {
+        each_is_told(&[("[model]\npath = \"HOME/model\"\ndevice = \"cuda\"", &["device = \"cuda\"", &why, "\"cpu\""])]);
     }
 }
 

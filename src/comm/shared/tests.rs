@@ -263,3 +263,13 @@ fn wrong_arguments_of_one_rank_end_the_others_waits() {
     });
     assert!(errors[0].contains("into 3") && errors[1].contains(&errors[0]), "{errors:?}");
 }
+
+#[test]
+fn a_rank_learns_of_a_failure_without_a_collective() {
+    let ranks = Shared::threads(2, PATIENT).unwrap();
+    assert_eq!(ranks[0].failed_peer(), None);
+    ranks[1].abort("the disk is full");
+    let failure = PeerFailure { rank: 1, message: "the disk is full".into() };
+    assert_eq!(ranks[0].failed_peer(), Some(failure));
+    assert_eq!(ranks[1].failed_peer(), None);
+}

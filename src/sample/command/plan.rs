@@ -166,17 +166,16 @@ fn stage(args: &SampleArgs, world_size: usize) -> Stage {
 }
 
 fn compute(args: &SampleArgs) -> Result<Compute> {
-    let gpu = || if cfg!(feature = "cuda") { Device::new_cuda_with_stream(0).ok() } else { None };
+    let gpu = || {
+        crate::device::gpu(0)?;
+        Device::new_cuda_with_stream(0).map_err(|error| error.to_string())
+    };
     let device = match args.device {
         SampleDevice::Cpu => Device::Cpu,
         SampleDevice::Auto => gpu().unwrap_or(Device::Cpu),
-        SampleDevice::Cuda => gpu().ok_or_else(|| {
-            let why = match cfg!(feature = "cuda") {
-                true => "no GPU can be used here: see that the driver shows one",
-                false => "this build of dblaunch has no GPU support (feature `cuda`)",
-            };
-            Refusal::error(format!("--device cuda: {why}; cpu and auto work everywhere"))
-        })?,
+        SampleDevice::Cuda => {
+            gpu().map_err(|why| Refusal::error(format!("--device cuda: {why}. cpu and auto work everywhere")))?
+        }
     };
     let dtype = match args.dtype {
         SampleDtype::Fp32 => DType::F32,

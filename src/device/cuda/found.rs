@@ -1,0 +1,173 @@
+//! Whether a rank can use the GPU it is to use, from what the driver says of itself and of the GPUs: decisions and their
+//! words only, so that they are tested without either.
+
+/// The oldest generation whose kernels are built: Turing.
+pub const OLDEST: u32 = 75;
+/// The oldest one that candle's own kernels are built for, unless the build says otherwise.
+pub const CANDLES_OLDEST: u32 = 80;
+
+/// What the driver answers.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Found {
+    /// The newest CUDA that the driver knows, as it numbers them: 13.0 is 13000.
+    pub driver: u32,
+    /// Why the driver does not start, as its number for it.
+    pub refuses: Option<u32>,
+    pub cards: Vec<Card>,
+}
+
+/// One GPU.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Card {
+    pub name: String,
+    /// Major and minor, times 10.
+    pub capability: u32,
+    /// Tells GPUs apart, in all processes alike.
+    pub uuid: [u8; 16],
+    /// Bytes of its memory.
+    pub memory: usize,
+}
+
+/// Which of the GPUs that this process sees a rank uses: its place on this machine. Where every rank sees one GPU alone
+/// (Slurm's --gpus-per-task), that one.
+pub fn ordinal(local_rank: usize, cards: usize) -> usize {
+    if cards == 1 { 0 } else { local_rank }
+}
+
+/// The GPU a rank is to use, or in one paragraph why it cannot and what to do. `toolkit` is the CUDA that the program was
+/// built with, as the driver numbers versions.
+pub fn choose(found: &Found, local_rank: usize, toolkit: u32) -> Result<(usize, &Card), String> {
+    if let Some(code) = found.refuses {
+        return Err(refusal(code));
+    }
+    if found.driver < toolkit {
+        return Err(format!(
+            "the NVIDIA driver is too old: it knows CUDA {} and this program was built with {}. Install a driver of series \
+             {} or newer (`nvidia-smi` shows the series), or build with a toolkit that is not newer than the driver",
+            version(found.driver),
+            version(toolkit),
+            series(toolkit)
+        ));
+    }
+    let count = found.cards.len();
+    let ordinal = ordinal(local_rank, count);
+    let Some(card) = found.cards.get(ordinal) else {
+        return Err(match count {
+            0 => no_gpu(),
+            _ => format!(
+                "rank {local_rank} of this machine would use GPU {local_rank}, but there are {count} GPUs (0 to {}): start at \
+                 most {count} ranks on this machine (--nproc {count}), or see that CUDA_VISIBLE_DEVICES names enough",
+                count - 1
+            ),
+        });
+    };
+    if card.capability < OLDEST {
+        return Err(format!(
+            "GPU {ordinal} ({}) has compute capability {}, and the kernels need {} (Turing: RTX 20, T4) or newer",
+            card.name,
+            capability(card.capability),
+            capability(OLDEST)
+        ));
+    }
+    Ok((ordinal, card))
+}
+
+/// A pair of ranks that use one and the same GPU.
+pub fn shared_gpu(uuids: &[[u8; 16]]) -> Option<(usize, usize)> {
+    (1..uuids.len()).find_map(|second| {
+        let first = uuids[..second].iter().position(|uuid| *uuid == uuids[second])?;
+        Some((first, second))
+    })
+}
+
+fn no_gpu() -> String {
+    "the NVIDIA driver shows no GPU: see that `nvidia-smi` lists one and that CUDA_VISIBLE_DEVICES, if it is set, names one \
+     that is there"
+        .to_string()
+}
+
+/// Why `cuInit` failed.
+fn refusal(code: u32) -> String {
+    match code {
+        100 => no_gpu(),
+        35 | 804 => "the NVIDIA driver is too old for this machine's CUDA libraries: install a newer one".to_string(),
+        803 => {
+            "the NVIDIA driver's library and its kernel module are of different versions, as after an update: restart \
+                the machine"
+                .to_string()
+        }
+        _ => format!(
+            "the NVIDIA driver does not start (CUDA error {code}): see whether `nvidia-smi` works; if it does not, restart \
+             the machine or install the driver anew"
+        ),
+    }
+}
+
+/// `13.0`.
+pub fn version(number: u32) -> String {
+    format!("{}.{}", number / 1000, number % 1000 / 10)
+}
+
+/// `8.6`.
+pub fn capability(number: u32) -> String {
+    format!("{}.{}", number / 10, number % 10)
+}
+
+/// The first series of drivers for Linux that comes with a CUDA: NVIDIA's release notes of the toolkit, table 3.
+fn series(toolkit: u32) -> u32 {
+    match toolkit {
+        13010.. => 590,
+        13000.. => 580,
+        12090.. => 575,
+        12080.. => 570,
+        12060.. => 560,
+        12050.. => 555,
+        12040.. => 550,
+        12030.. => 545,
+        12020.. => 535,
+        12010.. => 530,
+        _ => 525,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn card(capability: u32) -> Card {
+        Card { name: "Test".into(), capability, uuid: [1; 16], memory: 8 << 30 }
+    }
+
+    fn problem(found: &Found, local_rank: usize) -> String {
+        choose(found, local_rank, 13000).unwrap_err()
+    }
+
+    #[test]
+    fn each_way_in_which_a_gpu_cannot_be_used_has_its_words() {
+        let good = Found { driver: 13000, refuses: None, cards: vec![card(75), card(90)] };
+        assert_eq!(choose(&good, 1, 13000).unwrap().0, 1);
+        assert!(problem(&good, 2).contains("there are 2 GPUs (0 to 1)"));
+        let old = Found { driver: 12080, ..good.clone() };
+        assert!(problem(&old, 0).contains("it knows CUDA 12.8 and this program was built with 13.0"));
+        assert!(problem(&old, 0).contains("580"));
+        let none = Found { cards: Vec::new(), ..good.clone() };
+        assert!(problem(&none, 0).contains("shows no GPU"));
+        let pascal = Found { cards: vec![card(61)], ..good.clone() };
+        assert!(problem(&pascal, 0).contains("compute capability 6.1"));
+        for (code, word) in [(100, "shows no GPU"), (803, "restart the machine"), (999, "CUDA error 999")] {
+            assert!(problem(&Found { refuses: Some(code), ..good.clone() }, 0).contains(word), "{code}");
+        }
+    }
+
+    #[test]
+    fn a_rank_that_sees_one_gpu_uses_it() {
+        let one = Found { driver: 13000, refuses: None, cards: vec![card(80)] };
+        assert_eq!(choose(&one, 3, 13000).unwrap().0, 0);
+    }
+
+    #[test]
+    fn ranks_on_one_gpu_are_found() {
+        assert_eq!(shared_gpu(&[[1; 16], [2; 16], [1; 16]]), Some((0, 2)));
+        assert_eq!(shared_gpu(&[[1; 16], [2; 16]]), None);
+    }
+}
