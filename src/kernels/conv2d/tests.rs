@@ -1,4 +1,4 @@
-//! Launch configurations for every capability; under the emulator the kernels against `ops::conv2d` in f32.
+//! Launch configurations for every capability; on a device, be it emulated, the kernels against `ops::conv2d` in f32.
 
 use super::*;
 
@@ -47,63 +47,36 @@ fn few_tiles_have_their_sums_cut() {
     assert_eq!(wide.forward_product().cut(DType::BF16, 46), Cut { tile: 128, parts: 1, part: 2880 });
 }
 
-#[cfg(feature = "emulate")]
-mod emulated {
+#[cfg(any(feature = "cuda", feature = "emulate"))]
+mod on_device {
     use candle_core::{Device, Tensor, Var};
-    use half::{bf16, f16};
 
     use super::*;
     use crate::device::WeightRef;
-    use crate::kernels::emulated::{Emulated, Order, Values};
+    use crate::kernels::testing::{DTYPES, Memory, devices};
     use crate::ops;
+    use crate::ops::testing::{f64s, numbers};
 
     /// Numbers in -1..1 that depend on `seed` alone, as this dtype has them.
-    fn numbers(dtype: DType, seed: u64, len: usize) -> Vec<f32> {
-        let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x1234_5678;
-        let mut next = || {
-            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-            (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-        };
-        let round = |x: f32| match dtype {
-            DType::F16 => f16::from_f32(x).to_f32(),
-            DType::BF16 => bf16::from_f32(x).to_f32(),
-            _ => x,
-        };
-        (0..len).map(|_| round(next())).collect()
-    }
-
-    fn bytes(dtype: DType, values: &[f32]) -> Vec<u8> {
-        let bytes = values.iter().flat_map(|&x| match dtype {
-            DType::F16 => f16::from_f32(x).to_bits().to_le_bytes().to_vec(),
-            DType::BF16 => bf16::from_f32(x).to_bits().to_le_bytes().to_vec(),
-            _ => x.to_le_bytes().to_vec(),
-        });
-        bytes.collect()
-    }
-
-    fn floats(dtype: DType, bytes: &[u8]) -> Vec<f32> {
-        let each = bytes.chunks(dtype.size_in_bytes());
-        each.map(|b| match dtype {
-            DType::F16 => f16::from_le_bytes([b[0], b[1]]).to_f32(),
-            DType::BF16 => bf16::from_le_bytes([b[0], b[1]]).to_f32(),
-            _ => f32::from_le_bytes([b[0], b[1], b[2], b[3]]),
-        })
-        .collect()
+    fn rounded(dtype: DType, seed: u64, len: usize) -> Vec<f64> {
+        let numbers = Tensor::from_vec(numbers(seed, len), len, &Device::Cpu).unwrap();
+        f64s(&numbers.to_dtype(dtype).unwrap())
     }
 
     /// |got - want| <= tolerance * (|want| + what numbers are usually like).
-    fn close(got: &[f32], want: &[f32], tolerance: f32, what: &str) {
+    #[track_caller]
+    fn close(got: &[f64], want: &[f64], tolerance: f64, what: &str) {
         assert_eq!(got.len(), want.len(), "{what}");
-        let usual = (want.iter().map(|w| w * w).sum::<f32>() / want.len().max(1) as f32).sqrt();
+        let usual = (want.iter().map(|w| w * w).sum::<f64>() / want.len().max(1) as f64).sqrt();
         for (i, (g, w)) in got.iter().zip(want).enumerate() {
             assert!((g - w).abs() <= tolerance * (w.abs() + usual), "{what}[{i}]: {g}, not {w} (usually {usual})");
         }
     }
 
-    /// An emulated device that counts as one of so many multiprocessors, so that sums are cut.
-    struct Larger(Emulated, u32);
+    /// A device that counts as one of so many multiprocessors: sums are cut on large ones.
+    struct Counted(&'static dyn Launcher, u32);
 
-    impl Launcher for Larger {
+    impl Launcher for Counted {
         fn launch(&self, family: Family, kernel: &str, grid: Grid, args: &[Arg]) -> Result<()> {
             self.0.launch(family, kernel, grid, args)
         }
@@ -122,79 +95,65 @@ mod emulated {
     }
 
     /// y, dx, dw and db by the CPU in f32.
-    fn wanted(conv: &Convolution, x: &[f32], w: &[f32], b: &[f32], dy: &[f32]) -> [Vec<f32>; 4] {
-        let weight =
-            WeightRef::alone("w", &[conv.outputs, conv.inputs, conv.kernel.0, conv.kernel.1], w, true).unwrap();
-        let bias = WeightRef::alone("b", &[conv.outputs], b, true).unwrap();
+    fn wanted(conv: &Convolution, values: &[Vec<f64>; 4]) -> [Vec<f64>; 4] {
+        let floats = |values: &[f64]| values.iter().map(|&x| x as f32).collect::<Vec<f32>>();
+        let [x, w, b, dy] = [0, 1, 2, 3].map(|i| floats(&values[i]));
+        let shape = [conv.outputs, conv.inputs, conv.kernel.0, conv.kernel.1];
+        let weight = WeightRef::alone("w", &shape, &w, true).unwrap();
+        let bias = WeightRef::alone("b", &[conv.outputs], &b, true).unwrap();
         let shape = (conv.images, conv.inputs, conv.input.0, conv.input.1);
-        let x = Var::from_tensor(&Tensor::from_slice(x, shape, &Device::Cpu).unwrap()).unwrap();
+        let x = Var::from_tensor(&Tensor::from_vec(x, shape, &Device::Cpu).unwrap()).unwrap();
         let Convolution { stride, top, bottom, left, right, .. } = *conv;
         let y = ops::conv2d(&x, &weight, Some(&bias), ops::Conv2d { stride, top, bottom, left, right }).unwrap();
         assert_eq!((y.dims()[2], y.dims()[3]), conv.output());
-        let dy = Tensor::from_slice(dy, y.dims(), &Device::Cpu).unwrap();
+        let dy = Tensor::from_vec(dy, y.dims(), &Device::Cpu).unwrap();
         let grads = (&y * dy).unwrap().sum_all().unwrap().backward().unwrap();
-        let flat = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-        [flat(&y), flat(grads.get(&x).unwrap()), weight.grad().to_vec(), bias.grad().to_vec()]
+        let wide = |values: &[f32]| values.iter().map(|&x| f64::from(x)).collect::<Vec<f64>>();
+        [f64s(&y), f64s(grads.get(&x).unwrap()), wide(&weight.grad()), wide(&bias.grad())]
     }
 
     /// With `shift` no vectors are aligned.
-    fn check_on(conv: &Convolution, launcher: &Larger, shift: usize) {
-        let dtype = conv.dtype;
-        let size = dtype.size_in_bytes();
-        let (height, width) = conv.output();
+    fn check_on(conv: &Convolution, launcher: &Counted, shift: usize, rounding: f64) {
+        let (dtype, (height, width)) = (conv.dtype, conv.output());
         let lengths = [
             conv.images * conv.inputs * conv.input.0 * conv.input.1,
             conv.outputs * conv.inputs * conv.taps(),
             conv.outputs,
             conv.images * conv.outputs * height * width,
         ];
-        let values = [0, 1, 2, 3].map(|i| numbers(dtype, i as u64 + 1, lengths[i]));
-        let want = wanted(conv, &values[0], &values[1], &values[2], &values[3]);
-        let held = [0, 1, 2, 3].map(|i| {
-            let all: Vec<f32> = std::iter::repeat_n(0.0, shift).chain(values[i].iter().copied()).collect();
-            Values::new(&bytes(dtype, &all)).unwrap()
-        });
-        let [x, w, b, dy] = [0, 1, 2, 3].map(|i| held[i].address().at(shift * size));
-        let [y, dx] = [3, 0].map(|i| Values::<u8>::unwritten((lengths[i] + shift) * size).unwrap());
+        let values = [0, 1, 2, 3].map(|i| rounded(dtype, i as u64 + 1, lengths[i]));
+        let want = wanted(conv, &values);
+        let held = [0, 1, 2, 3].map(|i| Memory::new(dtype, &values[i], shift));
+        let [x, w, b, dy] = [0, 1, 2, 3].map(|i| held[i].address());
+        let [y, dx] = [3, 0].map(|i| Memory::unwritten(dtype, lengths[i], shift));
         // Gradients are added to what is there.
-        let before = numbers(DType::F32, 9, lengths[1]);
-        let (dw, db) = (Values::new(&before).unwrap(), Values::new(&before[..conv.outputs.min(lengths[1])]).unwrap());
-        conv.forward(launcher, x, w, Some(b), y.address().at(shift * size)).unwrap();
-        conv.input_gradient(launcher, dy, w, dx.address().at(shift * size)).unwrap();
+        let before = [1, 2].map(|i| rounded(DType::F32, 9, lengths[i]));
+        let [dw, db] = [0, 1].map(|i| Memory::new(DType::F32, &before[i], shift));
+        conv.forward(launcher, x, w, Some(b), y.address()).unwrap();
+        conv.input_gradient(launcher, dy, w, dx.address()).unwrap();
         conv.add_weight_gradients(launcher, x, dy, dw.address(), Some(db.address())).unwrap();
-        let rounding = match dtype {
-            DType::F16 => 1.0 / 2000.0,
-            DType::BF16 => 1.0 / 250.0,
-            _ => 1e-5,
-        };
         let what = format!("{conv:?} on {}", launcher.capability());
-        let read = |values: &Values<u8>| floats(dtype, &values.get()[shift * size..]);
-        close(&read(&y), &want[0], rounding, &format!("{what}: y"));
-        close(&read(&dx), &want[1], rounding, &format!("{what}: dx"));
-        let sum = |before: &[f32], added: &[f32]| before.iter().zip(added).map(|(a, b)| a + b).collect::<Vec<f32>>();
-        close(&dw.get(), &sum(&before, &want[2]), 1e-5, &format!("{what}: dw"));
-        close(&db.get(), &sum(&before, &want[3]), 1e-5, &format!("{what}: db"));
+        close(&y.get(), &want[0], rounding, &format!("{what}: y"));
+        close(&dx.get(), &want[1], rounding, &format!("{what}: dx"));
+        let sum = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a + b).collect::<Vec<f64>>();
+        close(&dw.get(), &sum(&before[0], &want[2]), 1e-5, &format!("{what}: dw"));
+        close(&db.get(), &sum(&before[1], &want[3]), 1e-5, &format!("{what}: db"));
         // Without a bias.
-        conv.forward(launcher, x, w, None, y.address().at(shift * size)).unwrap();
-        let plane = height * width;
-        let plain: Vec<f32> = (0..lengths[3]).map(|i| want[0][i] - values[2][i / plane % conv.outputs]).collect();
-        close(&read(&y), &plain, rounding + 1e-6, &format!("{what}: y without bias"));
-        assert_eq!(launcher.0.bank_conflicts(), 1.0, "{what}");
+        conv.forward(launcher, x, w, None, y.address()).unwrap();
+        let plain: Vec<f64> =
+            (0..lengths[3]).map(|i| want[0][i] - values[2][i / (height * width) % conv.outputs]).collect();
+        close(&y.get(), &plain, rounding, &format!("{what}: y without bias"));
     }
 
-    /// In every dtype, by both generations of code, on a device of few and one of many multiprocessors.
+    /// In every dtype, on a device of few multiprocessors and on one of many.
     fn check(conv: Convolution) {
-        for dtype in [DType::F32, DType::F16, DType::BF16] {
-            let conv = Convolution { dtype, ..conv };
-            for (capability, order, multiprocessors, shift) in [
-                (75, Order::Descending, 1, 0),
-                (80, Order::Ascending, 1, 0),
-                (90, Order::Shuffled(5), 100, 1),
-                (75, Order::Shuffled(6), 100, 0),
-            ] {
-                if dtype != DType::BF16 || capability >= 80 {
-                    let launcher = Larger(Emulated::new(capability, order).unwrap(), multiprocessors);
-                    check_on(&conv, &launcher, shift);
+        for device in devices() {
+            for (dtype, rounding) in DTYPES {
+                if dtype == DType::BF16 && device.capability() < 80 {
+                    continue;
+                }
+                for (multiprocessors, shift) in [(1, 0), (100, usize::from(device.capability() > 80))] {
+                    check_on(&Convolution { dtype, ..conv }, &Counted(device, multiprocessors), shift, rounding);
                 }
             }
         }
@@ -211,11 +170,10 @@ mod emulated {
     #[test]
     fn many_channels_and_pixels_follow_the_cpu() {
         // Large tiles, and tails of them; sums in parts.
-        check(convolution(DType::F32, 1, (72, 136), (16, 12)));
+        check(convolution(DType::F32, 1, (72, 136), (12, 12)));
         check(convolution(DType::F32, 2, (130, 66), (9, 8)));
         // So many pixels that the weight is turned for the forward, for which channels are a multiple of eight.
         check(convolution(DType::F32, 1, (8, 9), (32, 33)));
-        check(Convolution { stride: 2, ..convolution(DType::F32, 1, (16, 8), (66, 64)) });
     }
 
     #[test]
@@ -246,11 +204,26 @@ mod emulated {
 
     #[test]
     fn a_convolution_without_images_does_nothing() {
-        let launcher = Emulated::new(80, Order::Ascending).unwrap();
         let conv = convolution(DType::F32, 0, (3, 4), (5, 5));
-        let (nothing, w) = (Address::NULL, Values::new(&vec![0f32; 108]).unwrap());
-        conv.forward(&launcher, nothing, w.address(), None, nothing).unwrap();
-        conv.input_gradient(&launcher, nothing, w.address(), nothing).unwrap();
-        conv.add_weight_gradients(&launcher, nothing, nothing, nothing, None).unwrap();
+        for launcher in devices() {
+            let (nothing, w) = (Address::NULL, Memory::new(DType::F32, &[0.0; 108], 0));
+            conv.forward(launcher, nothing, w.address(), None, nothing).unwrap();
+            conv.input_gradient(launcher, nothing, w.address(), nothing).unwrap();
+            conv.add_weight_gradients(launcher, nothing, nothing, nothing, None).unwrap();
+        }
+    }
+
+    #[cfg(feature = "emulate")]
+    #[test]
+    fn tiles_lie_on_all_banks() {
+        use crate::kernels::emulated::{Emulated, Order};
+        for multiprocessors in [1, 100] {
+            let launcher: &'static Emulated = Box::leak(Box::new(Emulated::new(86, Order::Shuffled(3)).unwrap()));
+            if cfg!(not(feature = "cuda")) {
+                let conv = convolution(DType::F16, 1, (72, 80), (12, 8));
+                check_on(&conv, &Counted(launcher, multiprocessors), 0, 1e-3);
+                assert_eq!(launcher.bank_conflicts(), 1.0);
+            }
+        }
     }
 }
