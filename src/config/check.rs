@@ -98,7 +98,10 @@ fn memory(inspection: &mut Inspection) {
     let decided = Configs::read(&folder).and_then(|configs| {
         crate::plan::command::for_this_machine(&inspection.plan, &folder, &configs, inspection.world_size)
     });
-    inspection.facts.decision = inspection.absorb("memory", "vram", decided);
+    // Whichever was set: a refusal is shown at its line.
+    let memory = &inspection.plan.memory;
+    let key = if memory.vram.is_none() && memory.ram.is_some() { "ram" } else { "vram" };
+    inspection.facts.decision = inspection.absorb("memory", key, decided);
 }
 
 /// What the inspections learnt.
