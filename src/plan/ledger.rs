@@ -104,12 +104,12 @@ impl Terms {
     }
 
     /// Bytes of a parameter in use.
-    fn used(&self) -> usize {
+    pub(super) fn used(&self) -> usize {
         self.compute.size_in_bytes()
     }
 
     /// Bytes of a parameter at rest.
-    fn rest(&self) -> usize {
+    pub(super) fn rest(&self) -> usize {
         if self.master == MasterDtype::Bf16 { 2 } else { self.used() }
     }
 
@@ -118,11 +118,11 @@ impl Terms {
     }
 
     /// Whether fp32 masters are a copy of their own.
-    fn has_master(&self) -> bool {
+    pub(super) fn has_master(&self) -> bool {
         self.master == MasterDtype::F32 && self.compute != DType::F32
     }
 
-    fn grad(&self) -> usize {
+    pub(super) fn grad(&self) -> usize {
         match self.grads {
             GradAccumDtype::F32 => 4,
             GradAccumDtype::Bf16 => 2,
@@ -132,20 +132,20 @@ impl Terms {
 
 /// Sizes of one segment under a choice, in elements.
 #[derive(Clone, Copy, Debug)]
-struct Sizes {
-    full: usize,
-    shard: usize,
+pub(super) struct Sizes {
+    pub full: usize,
+    pub shard: usize,
     /// What this rank's optimizer sees.
-    owned: usize,
-    trains: bool,
+    pub owned: usize,
+    pub trains: bool,
 }
 
 /// Adds up a choice.
 pub struct Ledger<'a> {
     facts: &'a Facts,
-    terms: Terms,
-    choice: &'a Choice,
-    sizes: Vec<Sizes>,
+    pub(super) terms: Terms,
+    pub(super) choice: &'a Choice,
+    pub(super) sizes: Vec<Sizes>,
 }
 
 impl<'a> Ledger<'a> {
@@ -160,16 +160,16 @@ impl<'a> Ledger<'a> {
         Ledger { facts, terms, choice, sizes }
     }
 
-    fn place(&self) -> Placement {
+    pub(super) fn place(&self) -> Placement {
         self.choice.placement
     }
 
-    fn several(&self) -> bool {
+    pub(super) fn several(&self) -> bool {
         self.terms.world_size > 1
     }
 
     /// Whether ops find parameters where they rest.
-    fn resident(&self) -> bool {
+    pub(super) fn resident(&self) -> bool {
         self.place().parameters == Place::Device && !self.terms.rest_differs() && self.choice.stage < 3
     }
 
@@ -179,7 +179,7 @@ impl<'a> Ledger<'a> {
     }
 
     /// Bytes of parameters, masters, gradients and state at rest; of state on the rank that has most.
-    fn at_rest(&self) -> [usize; 4] {
+    pub(super) fn at_rest(&self) -> [usize; 4] {
         let mut rest = [0; 4];
         for sizes in &self.sizes {
             rest[0] += if self.resident() { sizes.full * self.terms.used() } else { sizes.owned * self.terms.rest() };
@@ -378,66 +378,6 @@ impl<'a> Ledger<'a> {
             }
         }
         bytes
-    }
-
-    /// Bytes that travel in a step.
-    fn traffic(&self, profile: &Profile) -> Traffic {
-        let (place, terms, micro) = (self.place(), &self.terms, self.terms.accumulation);
-        let trained = |of: fn(&Sizes) -> usize| -> usize { self.sizes.iter().filter(|s| s.trains).map(of).sum() };
-        let all = |of: fn(&Sizes) -> usize| -> usize { self.sizes.iter().map(of).sum() };
-        let others = |bytes: usize| bytes / terms.world_size * (terms.world_size - 1);
-        let [_, masters, _, state] = self.at_rest();
-        let waiting = micro * profile.moved;
-        let mut traffic = Traffic { to_device: waiting, to_host: waiting, ..Traffic::default() };
-        // Forward and backward of every micro-batch bring the parameters.
-        let brought = 2 * micro * all(|s| s.owned) * terms.rest();
-        match place.parameters {
-            Place::Device => {}
-            Place::Host => traffic.to_device += brought,
-            Place::Nvme => {
-                traffic.read += brought;
-                traffic.to_device += brought;
-            }
-        }
-        let owned = trained(|s| s.owned);
-        let updated_on_host = place.optimizer != Place::Device;
-        let partitioned = if self.choice.stage >= 2 { trained(|s| s.shard) } else { trained(|s| s.full) };
-        if place.gradients == Place::Host {
-            traffic.to_host += 4 * micro * partitioned;
-            traffic.to_device += if self.choice.stage < 2 { terms.grad() * (micro - 1) * partitioned } else { 0 };
-        } else if updated_on_host {
-            traffic.to_host += terms.grad() * owned;
-        }
-        if updated_on_host && place.parameters == Place::Device {
-            traffic.to_device += owned * terms.rest();
-        }
-        if !updated_on_host {
-            traffic.to_device += if place.gradients == Place::Host { terms.grad() * owned } else { 0 };
-            traffic.to_host += if place.parameters == Place::Device { 0 } else { owned * terms.rest() };
-        }
-        if place.optimizer == Place::Nvme {
-            traffic.read += state + masters;
-            traffic.written += state + masters;
-        }
-        if place.parameters == Place::Nvme {
-            traffic.read += if terms.has_master() { 0 } else { owned * terms.rest() };
-            traffic.written += owned * terms.rest();
-        }
-        if self.several() {
-            let gathered = if self.choice.stage >= 3 || (!self.resident() && self.choice.stage >= 1) {
-                2 * micro * all(|s| s.full) * terms.rest()
-            } else {
-                trained(|s| s.full) * terms.used()
-            };
-            let reductions = if self.choice.stage >= 2 { micro } else { 1 };
-            let reduced = reductions * trained(|s| s.full) * if terms.reduce_half { 2 } else { 4 };
-            traffic.between_ranks += others(gathered) + others(reduced);
-            // The optimizer of stage 0 is replicated: nothing to gather, and sums go to everybody.
-            if self.choice.stage == 0 {
-                traffic.between_ranks = 2 * others(reduced);
-            }
-        }
-        traffic
     }
 }
 

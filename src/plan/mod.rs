@@ -16,6 +16,7 @@ mod ledger;
 mod refusal;
 mod table;
 mod time;
+mod traffic;
 
 pub use activations::{Profile, Turn, Wiring};
 pub use cards::{Machine, card_names, memory_bytes};
