@@ -318,21 +318,21 @@ impl<'a> Ledger<'a> {
         for &[weights, next, activations] in &self.facts.encoder.turns {
             let next = if self.terms.prefetch { next } else { 0 };
             let read = if place.parameters == Place::Device { 0 } else { weights + next };
-            turn(&|| "a picture's latents".to_string(), steady(read), none, at_once(activations));
+            turn(&|| "encoding of a picture".to_string(), steady(read), none, at_once(activations));
         }
         let count = self.sizes.len();
         for (i, &activations) in profile.forward.iter().enumerate() {
             let next = if i + 1 < count { i + 1 } else { i };
             turn(&|| self.named("forward", i), self.on_the_way(i, Some(next)), none, activations);
         }
-        turn(&|| "the loss".to_string(), none, none, at_once(profile.objective));
+        turn(&|| "loss".to_string(), none, none, at_once(profile.objective));
         for (i, &activations) in profile.backward.iter().enumerate() {
             turn(&|| self.named("backward", i), self.on_the_way(i, i.checked_sub(1)), self.leaving(i), activations);
         }
         if let Some([decoder, activations]) = self.facts.validation {
             let of = |i: usize| self.on_the_way(i, (i + 1 < count).then_some(i + 1));
             let most = (0..count).map(|i| of(i).begins.max(of(i).goes_on)).max().unwrap_or(0);
-            turn(&|| "a validation picture".to_string(), steady(decoder + most), none, at_once(activations));
+            turn(&|| "making of a validation picture".to_string(), steady(decoder + most), none, at_once(activations));
         }
         // The pipeline at the end is written segment by segment, each whole and in fp32, beside this rank's shard of it.
         let whole = |s: &Sizes| 4 * (s.full + if self.several() { s.shard } else { 0 });

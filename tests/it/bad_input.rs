@@ -33,13 +33,21 @@ fn spoilt(prepare: fn(&Home)) -> (Home, String) {
     (home, config)
 }
 
+/// Without how much room a disk has, which changes while tests run.
+fn timeless(said: &str) -> String {
+    match (said.find(", and "), said.find(" are free")) {
+        (Some(from), Some(to)) if from < to => format!("{}{}", &said[..from], &said[to..]),
+        _ => said.to_string(),
+    }
+}
+
 #[track_caller]
 fn each_is_refused(cases: &[Case]) {
     for case in cases {
         let (home, config) = spoilt(case.prepare);
         let before = listing(&home.path(""));
         let [one, two] = [1, 2].map(|ranks| home.job(&config).sets(case.sets).ranks(ranks).run());
-        assert_eq!(one.stderr, two.stderr, "two ranks say it as one does");
+        assert_eq!(timeless(&one.stderr), timeless(&two.stderr), "two ranks say it as one does");
         two.refused();
         let problems = one.refused();
         assert_eq!(problems.len(), case.told.len(), "{problems:#?}");

@@ -226,7 +226,7 @@ fn a_run_that_does_not_fit_is_refused_and_one_that_does_keeps_its_budget() {
     let told = problems.join(" ");
     assert!(told.contains("no way to run this fits") && told.contains("memory.vram of"), "{told}");
     let problems = home.job(PLAIN).sets(&["memory.ram=1KiB"]).run().refused();
-    assert!(problems.join(" ").contains("memory.ram: no way to run this fits"), "{problems:?}");
+    assert!(problems.join(" ").contains("memory.ram = \"1KiB\": no way to run this fits"), "{problems:?}");
     assert!(!home.out().exists(), "a refused run has written something");
     home.job(PLAIN).sets(&["memory.vram=3MiB", "train.batch_size=1", "train.max_steps=2"]).run().done();
     let told: Value = serde_json::from_slice(&std::fs::read(home.out().join("memory.json")).unwrap()).unwrap();
