@@ -2,6 +2,7 @@
 //! for what will come.
 
 use std::fs;
+use std::io::Write;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -100,21 +101,16 @@ fn nearest_existing(path: &Path) -> &Path {
     there.unwrap_or(Path::new("."))
 }
 
-/// Tries to write in `dir`, or where it would be made, and takes away again what it wrote.
+/// Tries to write in `dir`, or where it would be made, and leaves nothing there.
 pub(crate) fn can_write(dir: &Path) -> Result<()> {
     let there = nearest_existing(dir);
     if !there.is_dir() {
         let there = there.display();
         return Err(Refusal::error(format!("{there} is not a folder: name a folder, or one that can be made")));
     }
-    let probe = there.join(format!(".dblaunch-write-test-{}", std::process::id()));
-    let tried = fs::write(&probe, [0u8; 4096]);
-    // A half-written probe is there after a failure too; one that is gone was another rank's of the same number.
-    let removed = fs::remove_file(&probe).or_else(|error| match error.kind() {
-        std::io::ErrorKind::NotFound => Ok(()),
-        _ => Err(error),
-    });
-    tried.and(removed).map_err(|error| {
+    // A file without a name, so that a run that is killed right here leaves nothing behind.
+    let tried = tempfile::tempfile_in(there).and_then(|mut probe| probe.write_all(&[0; 4096]));
+    tried.map_err(|error| {
         Refusal::error(format!(
             "nothing can be written in {} ({error}): make room or get leave to write there, or name another folder",
             there.display()

@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::io::{BufRead, BufReader, PipeReader, Read};
 use std::net::TcpListener;
 use std::os::fd::AsRawFd;
+use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{self, SyncSender};
 use std::sync::{Arc, Mutex};
@@ -45,6 +46,13 @@ pub(super) struct Ended {
     pub status: ExitStatus,
     /// Whether it had been told to.
     pub told: bool,
+}
+
+impl Ended {
+    /// Whether it ended by the signal that told it to.
+    pub fn by_order(self) -> bool {
+        self.told && self.status.signal() == Some(libc::SIGTERM)
+    }
 }
 
 /// What a rank said.

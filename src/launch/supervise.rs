@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGKILL, SIGTERM};
 use signal_hook::iterator::Signals;
 
-use super::group::{Group, Restart};
+use super::group::{Ended, Group, Restart};
 use super::progress::Display;
 pub use super::progress::Output;
 use super::report::Verdict;
@@ -108,6 +108,7 @@ impl Watch<'_> {
     fn until_the_end(self) -> bool {
         let mut interrupted = false;
         let mut failing = false;
+        let mut alone = false;
         let mut deadline: Option<Instant> = None;
         loop {
             self.group.reap();
@@ -134,6 +135,11 @@ impl Watch<'_> {
                 // Somebody interrupted the rank itself; it has told the others.
                 interrupted = true;
                 deadline = Some(Instant::now() + self.request.grace);
+            } else if !alone && self.somebody_was_too_young() {
+                // The others would wait for it to join them. The second signal ends them at once.
+                alone = true;
+                self.group.signal(SIGTERM);
+                deadline = Some(Instant::now() + MERCY);
             }
             if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
                 deadline = None;
@@ -149,11 +155,15 @@ impl Watch<'_> {
 
     /// Whether a rank ended in another way than by completing its work or leaving after an interrupt.
     fn somebody_failed(&self) -> bool {
-        use std::os::unix::process::ExitStatusExt;
         self.group.members.iter().filter_map(|member| member.ended).any(|ended| match ended.status.code() {
             Some(code) => code != 0 && code != i32::from(status::INTERRUPTED),
-            None => !(ended.told && ended.status.signal() == Some(SIGTERM)),
+            None => !ended.by_order(),
         })
+    }
+
+    /// Whether a rank ended by the signal itself: it came before the rank listened, so there was nothing to save yet.
+    fn somebody_was_too_young(&self) -> bool {
+        self.group.members.iter().filter_map(|member| member.ended).any(Ended::by_order)
     }
 
     fn somebody_left(&self) -> bool {
