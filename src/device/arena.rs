@@ -8,8 +8,9 @@ use std::sync::{Arc, Mutex};
 use anyhow::{Result, bail};
 use candle_core::DType;
 
+use super::accelerator::Accelerator;
 use super::buffer::Mapping;
-use super::{Buffer, heap};
+use super::{Buffer, bulk, heap};
 
 /// A named pool with an optional limit. Cheap to clone; buffers give their bytes back when dropped.
 #[derive(Clone, Debug)]
@@ -25,6 +26,23 @@ struct Inner {
     /// What it hands out was charged to those above it at once, when it was made.
     paid: Option<Charge>,
     spare: Mutex<Spare>,
+    /// Of the topmost arena: the accelerator that goes with it.
+    beside: Option<Beside>,
+}
+
+/// What an arena has to do with an accelerator.
+#[derive(Clone)]
+enum Beside {
+    /// Its buffers are the accelerator's memory.
+    There(Arc<dyn Accelerator>),
+    /// They are the host's, and the accelerator copies from and to them.
+    Here(Arc<dyn Accelerator>),
+}
+
+impl std::fmt::Debug for Beside {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(if matches!(self, Beside::There(_)) { "There" } else { "Here" })
+    }
 }
 
 #[derive(Debug)]
@@ -67,13 +85,23 @@ impl Meter {
 impl Arena {
     /// An arena by itself.
     pub fn new(name: impl Into<String>, limit: Option<usize>) -> Self {
-        Self::with(Meter::new(name.into(), limit), None, false, None)
+        Self::top_with(Meter::new(name.into(), limit), false, None)
     }
 
     /// The device tier where the CPU computes: what it hands out and the activations on the heap share `limit`.
     pub fn with_activations(name: impl Into<String>, limit: Option<usize>) -> Self {
         heap::set_budget(limit);
-        Self::with(Meter::new(name.into(), limit), None, true, None)
+        Self::top_with(Meter::new(name.into(), limit), true, None)
+    }
+
+    /// An accelerator's memory. What kernels and tensors take there beside it counts in the accelerator's own limit.
+    pub fn of_accelerator(name: impl Into<String>, limit: Option<usize>, accelerator: Arc<dyn Accelerator>) -> Self {
+        Self::top_with(Meter::new(name.into(), limit), false, Some(Beside::There(accelerator)))
+    }
+
+    /// The host's memory where an accelerator computes, in pages that its copies find quickly.
+    pub fn beside(name: impl Into<String>, limit: Option<usize>, accelerator: Arc<dyn Accelerator>) -> Self {
+        Self::top_with(Meter::new(name.into(), limit), false, Some(Beside::Here(accelerator)))
     }
 
     /// An arena whose buffers count in this one, too, and are bound by its limit. Those of one name are one.
@@ -84,19 +112,33 @@ impl Arena {
             below.push(Meter::new(name.to_string(), None));
             below[below.len() - 1].clone()
         });
-        Self::with(meter, Some(self.clone()), false, None)
+        Self::under(meter, self, None)
     }
 
     /// An arena of `bytes` that are taken from this one now and given back with it, whatever of them is in use: so what
     /// is held for things that come and go does not depend on when they do. Errors name `what` it is for.
     pub fn reserved(&self, bytes: usize, what: &str) -> Result<Self> {
         let paid = Charge::take(self, bytes, what)?;
-        Ok(Self::with(Meter::new(self.name().to_string(), Some(bytes)), Some(self.clone()), false, Some(paid)))
+        Ok(Self::under(Meter::new(self.name().to_string(), Some(bytes)), self, Some(paid)))
     }
 
-    fn with(meter: Arc<Meter>, above: Option<Arena>, with_activations: bool, paid: Option<Charge>) -> Self {
+    fn top_with(meter: Arc<Meter>, with_activations: bool, beside: Option<Beside>) -> Self {
         let (below, spare) = Default::default();
-        Arena(Arc::new(Inner { meter, above, below, with_activations, paid, spare }))
+        Arena(Arc::new(Inner { meter, above: None, below, with_activations, paid: None, spare, beside }))
+    }
+
+    fn under(meter: Arc<Meter>, above: &Arena, paid: Option<Charge>) -> Self {
+        let (below, spare) = Default::default();
+        let above = Some(above.clone());
+        Arena(Arc::new(Inner { meter, above, below, with_activations: false, paid, spare, beside: None }))
+    }
+
+    /// The accelerator whose memory it hands out.
+    pub fn accelerator(&self) -> Option<&Arc<dyn Accelerator>> {
+        match &self.top().0.beside {
+            Some(Beside::There(accelerator)) => Some(accelerator),
+            Some(Beside::Here(_)) | None => None,
+        }
     }
 
     /// The arena that is charged, too, for what this one hands out.
@@ -108,7 +150,7 @@ impl Arena {
     pub fn alloc(&self, dtype: DType, len: usize, what: &str) -> Result<Buffer> {
         let mut buffer = self.alloc_dirty(dtype, len, what)?;
         if buffer.is_reused() {
-            super::threads::fill_zero_bytes(buffer.bytes_mut());
+            bulk::zero(&mut buffer)?;
         }
         Ok(buffer)
     }
@@ -117,7 +159,7 @@ impl Arena {
     pub fn alloc_dirty(&self, dtype: DType, len: usize, what: &str) -> Result<Buffer> {
         let bytes = len * dtype.size_in_bytes();
         let charge = Charge::take(self, bytes, what)?;
-        Buffer::new(dtype, len, Some(charge))
+        Buffer::new(dtype, len, Some(charge), what)
     }
 
     pub fn name(&self) -> &str {
@@ -204,6 +246,19 @@ fn give(arena: &Arena, bytes: usize) {
 }
 
 impl Charge {
+    /// The accelerator whose memory is charged.
+    pub(super) fn far(&self) -> Option<&Arc<dyn Accelerator>> {
+        self.arena.accelerator()
+    }
+
+    /// The accelerator that copies from and to what is charged.
+    pub(super) fn copies_to(&self) -> Option<&Arc<dyn Accelerator>> {
+        match &self.arena.top().0.beside {
+            Some(Beside::Here(accelerator)) => Some(accelerator),
+            Some(Beside::There(_)) | None => None,
+        }
+    }
+
     /// Spare memory of at least `bytes`, the smallest there is. If all is smaller, the largest is given up, since what
     /// is about to be mapped serves in its place from now on: so an arena keeps no more pieces than were ever in use at
     /// once.

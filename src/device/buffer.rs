@@ -1,11 +1,14 @@
 //! Flat memory of one dtype, zeroed, aligned for SIMD and for direct I/O, in huge pages where it is large.
 
+use std::any::Any;
 use std::ptr::NonNull;
+use std::sync::Arc;
 
 use anyhow::{Result, bail};
 use candle_core::DType;
 use half::{bf16, f16};
 
+use super::accelerator::{Accelerator, Far};
 use super::arena::Charge;
 use crate::kernels::Address;
 
@@ -49,7 +52,8 @@ impl Element for f16 {
     }
 }
 
-/// Host memory, aligned to a page from [`PAGE`] bytes on, so that a drive can read into it; else to 64 bytes.
+/// The host's memory, aligned to a page from [`PAGE`] bytes on, so that a drive can read into it, else to 64 bytes; or an
+/// accelerator's, which only kernels and copies reach ([`super::bulk`]).
 #[derive(Debug)]
 pub struct Buffer {
     memory: Memory,
@@ -65,6 +69,8 @@ enum Memory {
     Small(NonNull<u8>),
     /// From the system; may be larger than the buffer.
     Large(Option<Mapping>),
+    /// An accelerator's.
+    Far(Far),
 }
 
 /// Pages of the system's, given back when dropped.
@@ -72,6 +78,17 @@ enum Memory {
 pub(super) struct Mapping {
     ptr: NonNull<u8>,
     bytes: usize,
+    /// Keeps the pages where they are, for an accelerator's copies. Dropped before they are unmapped.
+    locked: Option<Locked>,
+}
+
+/// Pages that stay where they are.
+struct Locked(#[allow(dead_code, reason = "held for its drop")] Box<dyn Any + Send + Sync>);
+
+impl std::fmt::Debug for Locked {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Locked")
+    }
 }
 
 // SAFETY: a `Mapping` owns its pages alone.
@@ -80,6 +97,16 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
+    /// Fresh zero pages; locked for the copies of an accelerator, if there is one.
+    fn new(bytes: usize, copies_to: Option<&Arc<dyn Accelerator>>) -> Result<Self> {
+        let mut mapping = Mapping { ptr: map(bytes)?, bytes, locked: None };
+        if let Some(accelerator) = copies_to {
+            // SAFETY: unmapped after the lock is dropped. Pages that cannot be locked are copied all the same, slower.
+            mapping.locked = unsafe { accelerator.lock(mapping.ptr.as_ptr(), bytes) }.ok().map(Locked);
+        }
+        Ok(mapping)
+    }
+
     pub(super) fn bytes(&self) -> usize {
         self.bytes
     }
@@ -87,6 +114,7 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
+        drop(self.locked.take());
         // SAFETY: `ptr` came from `mmap` with this length and nothing borrows it any more.
         unsafe { libc::munmap(self.ptr.as_ptr().cast(), self.bytes) };
     }
@@ -103,11 +131,16 @@ pub(super) const PAGE: usize = 4096;
 const LARGE_BYTES: usize = 1 << 20;
 
 impl Buffer {
-    pub(super) fn new(dtype: DType, len: usize, charge: Option<Charge>) -> Result<Self> {
+    /// `what` it is for is for errors.
+    pub(super) fn new(dtype: DType, len: usize, charge: Option<Charge>, what: &str) -> Result<Self> {
         if !matches!(dtype, DType::F32 | DType::BF16 | DType::F16 | DType::U8) {
             bail!("a parameter buffer cannot hold {dtype:?}");
         }
         let bytes = len * dtype.size_in_bytes();
+        if let Some(accelerator) = charge.as_ref().and_then(Charge::far) {
+            let memory = Memory::Far(Far::take(accelerator, bytes, what)?);
+            return Ok(Buffer { memory, len, dtype, reused: true, charge });
+        }
         if bytes < LARGE_BYTES {
             return Ok(Buffer { memory: Memory::Small(allocate(bytes)?), len, dtype, reused: false, charge });
         }
@@ -115,7 +148,7 @@ impl Buffer {
         let reused = spare.is_some();
         let mapping = match spare {
             Some(mapping) => mapping,
-            None => Mapping { ptr: map(bytes)?, bytes },
+            None => Mapping::new(bytes, charge.as_ref().and_then(Charge::copies_to))?,
         };
         Ok(Buffer { memory: Memory::Large(Some(mapping)), len, dtype, reused, charge })
     }
@@ -130,12 +163,14 @@ impl Buffer {
             Memory::Small(ptr) => *ptr,
             // Only `drop` takes the mapping out.
             Memory::Large(mapping) => mapping.as_ref().map_or(NonNull::dangling(), |m| m.ptr),
+            // Our own mistake, never the user's.
+            Memory::Far(_) => panic!("the processor was to look into an accelerator's memory"),
         }
     }
 
     /// A buffer outside every arena, for scratch and tests.
     pub fn unbudgeted(dtype: DType, len: usize) -> Result<Self> {
-        Self::new(dtype, len, None)
+        Self::new(dtype, len, None, "scratch")
     }
 
     pub fn len(&self) -> usize {
@@ -150,13 +185,42 @@ impl Buffer {
         self.dtype
     }
 
-    fn byte_len(&self) -> usize {
+    pub fn byte_len(&self) -> usize {
         self.len * self.dtype.size_in_bytes()
+    }
+
+    /// Its memory on an accelerator, if it is there.
+    pub(super) fn far(&self) -> Option<&Far> {
+        match &self.memory {
+            Memory::Far(far) => Some(far),
+            Memory::Small(_) | Memory::Large(_) => None,
+        }
+    }
+
+    pub(super) fn far_mut(&mut self) -> Option<&mut Far> {
+        match &mut self.memory {
+            Memory::Far(far) => Some(far),
+            Memory::Small(_) | Memory::Large(_) => None,
+        }
+    }
+
+    /// The accelerator whose memory it is.
+    pub fn accelerator(&self) -> Option<&Arc<dyn Accelerator>> {
+        self.far().map(|far| &far.on)
+    }
+
+    /// No kernel is launched on it from now on until somebody asks for its address: copies to the host need not wait for
+    /// what is launched later.
+    pub fn note_last_use(&self) -> Result<()> {
+        self.far().map_or(Ok(()), Far::note)
     }
 
     /// For kernels that read it while it lives.
     pub fn address(&self) -> Address {
-        Address(self.ptr().as_ptr() as u64)
+        match &self.memory {
+            Memory::Far(far) => far.address(),
+            Memory::Small(_) | Memory::Large(_) => Address(self.ptr().as_ptr() as u64),
+        }
     }
 
     /// For kernels that change it while it lives.
@@ -196,7 +260,7 @@ impl Drop for Buffer {
                 // SAFETY: `ptr` came from `aligned_alloc` and nothing borrows it any more.
                 unsafe { libc::free(ptr.as_ptr().cast()) };
             }
-            Memory::Small(_) => {}
+            Memory::Small(_) | Memory::Far(_) => {}
             Memory::Large(mapping) => {
                 if let (Some(charge), Some(mapping)) = (&self.charge, mapping.take()) {
                     charge.keep(mapping);

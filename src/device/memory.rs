@@ -1,7 +1,9 @@
 //! The memory of a rank: a device tier and a host tier, each with its budget. Where the CPU computes, the device tier is
 //! the process's own memory, activations included, and the host tier a second arena beside it.
 
-use super::{Arena, Place, Usage, activations, device_peak};
+use std::sync::Arc;
+
+use super::{Accelerator, Arena, Place, Usage, activations, device_peak};
 
 /// The two tiers that are memory; the third is a file.
 #[derive(Clone, Debug)]
@@ -28,6 +30,15 @@ impl Memory {
     /// Limits in bytes: of the device tier (arenas and activations together), and of the host tier's arenas.
     pub fn new(device: Option<usize>, host: Option<usize>) -> Self {
         Memory { device: Arena::with_activations("device", device), host: Arena::new("host", host) }
+    }
+
+    /// The same where an accelerator computes: the device tier is its memory, whose own limit tensors and scratch share,
+    /// and the host tier is in pages that its copies find quickly.
+    pub fn beside(accelerator: Arc<dyn Accelerator>, device: Option<usize>, host: Option<usize>) -> Self {
+        Memory {
+            device: Arena::of_accelerator("device", device, accelerator.clone()),
+            host: Arena::beside("host", host, accelerator),
+        }
     }
 
     /// The arena for what is called `name` and rests in `place`. What rests in a file passes through the host's memory.

@@ -1,12 +1,16 @@
 //! Row 0: memory and threads. Parameters, gradients and optimizer state live in buffers handed out by budgeted
 //! arenas; ops see them through [`WeightRef`]s into a segment's slots. Knows nothing of layers, ranks or training.
 
+mod accelerator;
 mod allocator;
 mod arena;
 mod buffer;
+pub mod bulk;
 #[cfg(any(feature = "cuda", test))]
 pub mod cuda;
 mod dry;
+#[cfg(feature = "emulate")]
+mod emulated;
 mod files;
 mod heap;
 mod layout;
@@ -19,6 +23,7 @@ mod team;
 pub mod threads;
 pub mod trace;
 
+pub use accelerator::{Accelerator, Moment, Taken};
 pub use allocator::Keeping;
 pub use arena::{Arena, Usage};
 pub use buffer::{Buffer, Element};

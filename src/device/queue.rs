@@ -41,6 +41,11 @@ impl<T> Pending<T> {
         Pending(Kind::Ready(Ok(value)))
     }
 
+    /// What is done already, well or not.
+    pub fn done(result: Result<T>) -> Self {
+        Pending(Kind::Ready(result))
+    }
+
     /// What `wait` gives, which waits for work that something else does: a device.
     pub fn after(wait: impl FnOnce() -> Result<T> + Send + 'static) -> Self {
         Pending(Kind::After(Box::new(wait)))

@@ -42,7 +42,7 @@ impl Fresh {
     }
 }
 
-#[cfg(all(test, feature = "emulate"))]
+#[cfg(feature = "emulate")]
 pub(crate) mod emulated {
     use std::cell::RefCell;
     use std::sync::Arc;
@@ -55,19 +55,19 @@ pub(crate) mod emulated {
     }
 
     /// Runs `work` with the emulated device in the processor's place: ops on this thread launch kernels there.
-    pub(crate) fn compute_on<R>(device: Emulated, work: impl FnOnce() -> R) -> R {
-        COMPUTES.set(Some(Arc::new(device)));
+    pub fn compute_on<R>(device: impl Into<Arc<Emulated>>, work: impl FnOnce() -> R) -> R {
+        COMPUTES.set(Some(device.into()));
         let result = work();
         COMPUTES.set(None);
         result
     }
 
-    pub(super) fn computing() -> Option<Arc<dyn Launcher>> {
+    pub(in crate::ops) fn computing() -> Option<Arc<dyn Launcher>> {
         COMPUTES.with_borrow(|device| device.clone().map(|device| device as Arc<dyn Launcher>))
     }
 }
 
-#[cfg(not(all(test, feature = "emulate")))]
+#[cfg(not(feature = "emulate"))]
 mod emulated {
     use std::sync::Arc;
 

@@ -34,5 +34,5 @@ pub use linear::{linear, linear_op};
 pub use tokens::{image_from_tokens, tokens_from_image};
 pub use upsample::upsample_nearest;
 
-#[cfg(all(test, feature = "emulate"))]
-pub(crate) use gpu::emulated::compute_on;
+#[cfg(feature = "emulate")]
+pub use gpu::emulated::compute_on;

@@ -15,6 +15,7 @@ mod scores;
 mod setup;
 pub mod step;
 mod trainer;
+mod update;
 mod validation;
 
 pub use run::run;

@@ -12,13 +12,14 @@ use anyhow::{Context, Result, bail};
 use candle_core::DType;
 
 use super::step::Group;
+use super::update::{OnAccelerator, Step, update_here};
 use crate::checkpoint::OptimizerState;
 use crate::device::trace::{self, Row};
 use crate::device::{Arena, Buffer, Pending, Promise, promise};
-use crate::optim::{self, RecordLayout, Rounded, StateKind, StochasticRounding};
+use crate::optim::{RecordLayout, StateKind, StochasticRounding};
 use crate::zero::{
-    AHEAD, BEHIND, Coming, GradReducer, Grads, IN_FLIGHT, OwnedComing, OwnedGrads, OwnedPiece, OwnedWeights,
-    ParamStore, Piece, Rest, Start, Tiers, Weights, pieces,
+    AHEAD, BEHIND, Coming, GradReducer, IN_FLIGHT, OwnedComing, OwnedGrads, OwnedPiece, OwnedWeights, ParamStore,
+    Piece, Rest, Staging, Start, Tiers, pieces,
 };
 
 /// What every segment of a step has in common.
@@ -73,10 +74,11 @@ impl Optimizer {
         };
         let segments = (0..store.len()).map(segment).collect::<Result<Vec<_>>>()?;
         let (jobs, todo) = channel();
-        let staging = Staging::reserve(tiers, segments.iter().flatten())?;
+        let sides = Sides::reserve(tiers, segments.iter().flatten())?;
+        let far = OnAccelerator::new(&tiers.optimizer_states().optimizer, kind, segments.len())?;
         let thread = std::thread::Builder::new()
             .name("optimizer".into())
-            .spawn(move || Pipeline::new(todo, staging).run())
+            .spawn(move || Pipeline::new(todo, sides, far).run())
             .context("starting the optimizer's thread")?;
         Ok(Optimizer { kind, segments, jobs: Some(jobs), thread: Some(thread) })
     }
@@ -129,7 +131,7 @@ impl Record<'_> {
     pub fn read<R>(&self, read: impl FnOnce(&[u8]) -> R) -> Result<R> {
         let Chunk { record, .. } = self.0;
         let all = 0..record.len();
-        let mut piece = record.begin(all.clone(), &Arena::new("checkpoint", None), "optimizer state")?.wait()?;
+        let mut piece = record.begin(all.clone(), &Staging::on_host("checkpoint"), "optimizer state")?.wait()?;
         Ok(record.with(all, &mut piece, |bytes, _| read(bytes.bytes())))
     }
 
@@ -137,34 +139,40 @@ impl Record<'_> {
     pub fn write<R>(&self, fill: impl FnOnce(&mut [u8]) -> R) -> Result<R> {
         let Chunk { record, layout, .. } = self.0;
         let all = 0..record.len();
-        let mut piece = record.blank(all.clone(), &Arena::new("checkpoint", None), "optimizer state")?.wait()?;
+        let side = Staging::on_host("checkpoint");
+        let mut piece = record.blank(all.clone(), &side, "optimizer state")?.wait()?;
         let result = record.with(all.clone(), &mut piece, |bytes, _| {
             layout.initialise(bytes.bytes_mut());
             fill(bytes.bytes_mut())
         });
-        record.end(all, piece).map_or(Ok(()), |written| written.wait().map(drop))?;
+        record.end(all, piece, &side).map_or(Ok(()), |written| written.wait().map(drop))?;
         Ok(result)
     }
 }
 
-/// Memory for pieces that rest on a drive, reserved for as long as the optimizer lives.
-struct Staging {
-    weights: Arena,
-    records: Arena,
+/// Memory for pieces that do not rest where the optimizer computes, reserved for as long as it lives.
+struct Sides {
+    weights: Staging,
+    records: Staging,
+    grads: Staging,
 }
 
-impl Staging {
+impl Sides {
     fn reserve<'s>(tiers: &Tiers, segments: impl Iterator<Item = &'s Arc<Segment>>) -> Result<Self> {
-        let of = |segment: &'s Arc<Segment>| segment.chunks.iter().map(move |chunk| segment.staged_bytes(chunk));
-        let (mut count, mut most) = (0, [0; 2]);
+        let here = tiers.optimizer_states();
+        let side = tiers.staging(here.optimizer.clone());
+        let of = |segment: &'s Arc<Segment>| segment.chunks.iter().map(|chunk| segment.staged_bytes(chunk, &side));
+        let (mut count, mut most) = (0, [0; 3]);
         for staged in segments.flat_map(of) {
             count += 1;
-            most = [most[0].max(staged[0]), most[1].max(staged[1])];
+            most = std::array::from_fn(|i| most[i].max(staged[i]));
         }
-        let [weights, records] = most.map(|bytes| bytes * IN_FLIGHT.min(count));
-        Ok(Staging {
-            weights: tiers.host.parameters.reserved(weights, "weights on their way through the optimizer")?,
-            records: tiers.host.optimizer.reserved(records, "optimizer state on its way")?,
+        let [weights, records, grads] = most.map(|bytes| bytes * IN_FLIGHT.min(count));
+        let reserved = |arena: &Arena, bytes, what| arena.reserved(bytes, what).map(|arena| tiers.staging(arena));
+        Ok(Sides {
+            weights: reserved(&here.parameters, weights, "weights on their way through the optimizer")?,
+            records: reserved(&here.optimizer, records, "optimizer state on its way")?,
+            grads: reserved(&here.gradients, grads, "gradients on their way to the optimizer")?,
         })
     }
 }
@@ -186,9 +194,14 @@ impl Segment {
         Ok(Segment { index: i as u64, weights, grads, chunks, seed })
     }
 
-    /// Bytes of a piece's weights and record in memory beside where they rest.
-    fn staged_bytes(&self, chunk: &Chunk) -> [usize; 2] {
-        [self.weights.staged_bytes(chunk.range.len()), chunk.record.staged_bytes(chunk.record.len())]
+    /// Bytes of a piece's weights, record and gradients in memory beside where they rest.
+    fn staged_bytes(&self, chunk: &Chunk, side: &Staging) -> [usize; 3] {
+        let elements = chunk.range.len();
+        [
+            self.weights.staged_bytes(elements, side),
+            chunk.record.staged_bytes(chunk.record.len(), side),
+            self.grads.staged_bytes(elements, side),
+        ]
     }
 
     fn rounding(&self, scale: StepScale, chunk: &Chunk) -> StochasticRounding {
@@ -196,42 +209,27 @@ impl Segment {
         StochasticRounding { seed: self.seed, step: scale.step, bucket: self.index, start }
     }
 
-    /// Computes one piece's update in memory.
-    fn update(&self, chunk: &Chunk, scale: StepScale, group: Group, near: &mut Near) -> Result<()> {
-        let rounding = self.rounding(scale, chunk);
-        let Near { weights: near_weights, record: near_record } = near;
+    /// Computes one piece's update, or launches it.
+    fn update(&self, chunk: &Chunk, job: &Job, near: &mut Near, far: Option<&OnAccelerator>) -> Result<()> {
         let Chunk { range, layout, record } = chunk;
-        let all = 0..record.len();
-        let finite = record.with(all, near_record, |record, _| {
-            self.grads.with(range.clone(), |grads| {
-                let grads = match grads {
-                    Grads::F32(values) => optim::Grads::F32(values),
-                    Grads::BF16(values) => optim::Grads::Bf16(values),
-                };
-                self.weights.change(range.clone(), near_weights, |weights| {
-                    let (weights, rounded) = match weights {
-                        Weights::F32(values) => (optim::Weights::F32(values), Rounded::None),
-                        Weights::BF16(values) => (optim::Weights::Bf16 { values, rounding }, Rounded::None),
-                        Weights::WithBf16 { master, rounded } => (optim::Weights::F32(master), Rounded::Bf16(rounded)),
-                        Weights::WithF16 { master, rounded } => (optim::Weights::F32(master), Rounded::F16(rounded)),
-                    };
-                    let StepScale { step, grad_scale } = scale;
-                    let bytes = record.bytes_mut();
-                    group.adamw.update_chunk(step, group.rate, grad_scale, layout, bytes, weights, rounded, grads)
+        let step = Step { scale: job.scale, group: job.group, layout, rounding: self.rounding(job.scale, chunk) };
+        let Near { weights, record: near_record, grads } = near;
+        record.with(0..record.len(), near_record, |record, _| {
+            self.grads.with(range.clone(), grads, |grads, from| {
+                self.weights.change(range.clone(), weights, |weights| match far {
+                    Some(far) => far.launch(self.index, &step, record, weights, (grads, from)),
+                    None => update_here(&step, record, weights, (grads, from)),
                 })
             })
-        })??;
-        if !finite {
-            bail!("a gradient of {} is not finite", self.weights.name());
-        }
-        Ok(())
+        })??
     }
 }
 
-/// A piece's weights and record in memory for a moment.
+/// A piece where the optimizer computes, for a moment.
 struct Near {
     weights: OwnedPiece,
     record: Piece,
+    grads: Piece,
 }
 
 /// A piece on its way to memory.
@@ -240,6 +238,7 @@ struct Reading {
     chunk: usize,
     weights: OwnedComing,
     record: Coming,
+    grads: Coming,
 }
 
 /// A piece on its way back.
@@ -252,7 +251,9 @@ struct Writing {
 /// The thread's state.
 struct Pipeline {
     jobs: Receiver<Job>,
-    staging: Staging,
+    sides: Sides,
+    /// Where kernels do the work.
+    far: Option<OnAccelerator>,
     /// The job whose pieces are being begun, and the next piece.
     current: Option<(Arc<Job>, usize)>,
     reading: VecDeque<Reading>,
@@ -260,8 +261,8 @@ struct Pipeline {
 }
 
 impl Pipeline {
-    fn new(jobs: Receiver<Job>, staging: Staging) -> Self {
-        Pipeline { jobs, staging, current: None, reading: VecDeque::new(), writing: VecDeque::new() }
+    fn new(jobs: Receiver<Job>, sides: Sides, far: Option<OnAccelerator>) -> Self {
+        Pipeline { jobs, sides, far, current: None, reading: VecDeque::new(), writing: VecDeque::new() }
     }
 
     fn run(mut self) {
@@ -305,12 +306,13 @@ impl Pipeline {
         };
         let begun = || {
             let name = segment.weights.name();
-            let weights = segment.weights.begin(part.range.clone(), &self.staging.weights)?;
-            Ok((weights, part.record.begin(0..part.record.len(), &self.staging.records, name)?))
+            let weights = segment.weights.begin(part.range.clone(), &self.sides.weights)?;
+            let record = part.record.begin(0..part.record.len(), &self.sides.records, name)?;
+            Ok((weights, record, segment.grads.begin(part.range.clone(), &self.sides.grads)?))
         };
         match begun() {
-            Ok((weights, record)) => {
-                self.reading.push_back(Reading { job: job.clone(), chunk, weights, record });
+            Ok((weights, record, grads)) => {
+                self.reading.push_back(Reading { job: job.clone(), chunk, weights, record, grads });
                 if chunk + 1 < segment.chunks.len() {
                     self.current = Some((job, chunk + 1));
                 }
@@ -320,18 +322,22 @@ impl Pipeline {
     }
 
     fn compute(&mut self, reading: Reading) {
-        let Reading { job, chunk, weights, record } = reading;
+        let Reading { job, chunk, weights, record, grads } = reading;
         let (segment, part) = (&job.segment, &job.segment.chunks[chunk]);
         let updated = || {
-            let mut near = Near { weights: weights.wait()?, record: record.wait()? };
+            let mut near = Near { weights: weights.wait()?, record: record.wait()?, grads: grads.wait()? };
             let _span = trace::span(Row::Optimizer, || format!("update {}", segment.weights.name()));
-            segment.update(part, job.scale, job.group, &mut near)?;
+            if let Some(far) = self.far.as_ref().filter(|_| chunk == 0) {
+                far.begin(segment.index)?;
+            }
+            let updated = segment.update(part, &job, &mut near, self.far.as_ref());
+            updated.with_context(|| format!("updating {}", segment.weights.name()))?;
             Ok(near)
         };
         match updated() {
-            Ok(Near { weights, record }) => {
-                let mut writes = segment.weights.end(part.range.clone(), weights);
-                writes.extend(part.record.end(0..part.record.len(), record));
+            Ok(Near { weights, record, .. }) => {
+                let mut writes = segment.weights.end(part.range.clone(), weights, &self.sides.weights);
+                writes.extend(part.record.end(0..part.record.len(), record, &self.sides.records));
                 let last = chunk + 1 == segment.chunks.len();
                 self.writing.push_back(Writing { job: job.clone(), last, writes });
             }
@@ -339,14 +345,24 @@ impl Pipeline {
         }
     }
 
-    /// Waits for the oldest piece that is being written.
+    /// Waits for the oldest piece that is on its way back.
     fn end(&mut self) {
         let Some(Writing { job, last, writes }) = self.writing.pop_front() else { return };
-        let written = writes.into_iter().try_for_each(|write| write.wait_for("drive").map(drop));
+        let written = writes.into_iter().try_for_each(|write| write.wait_for("piece").map(drop));
         match written {
             Err(error) => job.done(Err(error.context("writing what the optimizer changed"))),
-            Ok(()) if last => job.done(Ok(())),
+            Ok(()) if last => job.done(self.verdict(&job.segment)),
             Ok(()) => {}
+        }
+    }
+
+    /// What kernels have to say once they have run.
+    fn verdict(&self, segment: &Segment) -> Result<()> {
+        match &self.far {
+            Some(far) if !far.was_finite(segment.index)? => {
+                bail!("a gradient of {} is not finite", segment.weights.name())
+            }
+            _ => Ok(()),
         }
     }
 }

@@ -4,11 +4,11 @@ use anyhow::{Context, Result};
 use candle_core::DType;
 
 use super::Ranks;
+use super::collect::gather;
 use super::param_store::{At, Stored, read_range};
-use super::rest::{Rest, cast, round};
+use super::rest::Rest;
 use super::{Tiers, WeightSource};
-use crate::comm::{Slice, SliceMut};
-use crate::device::threads::fill_zero_bytes;
+use crate::device::bulk::{cast, cast_range, round, zero};
 use crate::device::trace::{Row, span};
 use crate::device::{Arena, BucketLayout, Buffer};
 
@@ -50,11 +50,11 @@ impl Space {
     pub fn bring(self, ranks: &Ranks, stored: &Stored) -> Result<Landed> {
         let Space { mut bucket, resting, shard } = self;
         let name = stored.slot.name();
-        let _span = span(Row::Copy, || format!("bring {name}")).bytes(bucket.bytes().len());
+        let _span = span(Row::Copy, || format!("bring {name}")).bytes(bucket.byte_len());
         let rest = match &stored.at {
             At::Rest(rest) => rest,
             At::Files(source) => {
-                fill_zero_bytes(bucket.bytes_mut());
+                zero(&mut bucket)?;
                 read_rounded(stored.slot.layout(), &mut bucket, &**source)?;
                 return Ok(Landed { bucket, _way: [None, None] });
             }
@@ -62,7 +62,7 @@ impl Space {
         };
         let whole = rest.len() == stored.padded_len;
         if whole && let Some(memory) = rest.memory() {
-            cast(&memory, &mut bucket);
+            cast(&memory, &mut bucket)?;
             return Ok(Landed { bucket, _way: [None, None] });
         }
         let Some(resting) = resting else {
@@ -70,7 +70,7 @@ impl Space {
             return Ok(Landed { bucket, _way: [None, shard] });
         };
         let (resting, shard) = collect(ranks, rest, resting, shard)?;
-        cast(&resting, &mut bucket);
+        cast(&resting, &mut bucket)?;
         Ok(Landed { bucket, _way: [Some(resting), shard] })
     }
 }
@@ -91,22 +91,13 @@ fn collect(ranks: &Ranks, rest: &Rest, whole: Buffer, shard: Option<Buffer>) -> 
     Ok((whole, Some(shard)))
 }
 
-fn gather(ranks: &Ranks, shard: &Buffer, whole: &mut Buffer) -> Result<()> {
-    match whole.dtype() {
-        DType::BF16 => ranks.comm.all_gather(Slice::BF16(shard.as_slice()), SliceMut::BF16(whole.as_mut_slice())),
-        DType::F16 => ranks.comm.all_gather(Slice::F16(shard.as_slice()), SliceMut::F16(whole.as_mut_slice())),
-        _ => ranks.comm.all_gather(Slice::F32(shard.as_slice()), SliceMut::F32(whole.as_mut_slice())),
-    }
-}
-
 /// Makes what the owners changed visible in every rank's resident copy.
 pub(super) fn publish(ranks: &Ranks, tiers: &Tiers, stored: &Stored) -> Result<()> {
     let _span = span(Row::Copy, || format!("publish {}", stored.slot.name()));
     let range = ranks.partition().shard(stored.padded_len);
     let gathered = stored.slot.update(|whole| {
         let mut shard = tiers.device.parameters.alloc_dirty(whole.dtype(), range.len(), stored.slot.name())?;
-        let size = whole.dtype().size_in_bytes();
-        shard.bytes_mut().copy_from_slice(&whole.bytes()[range.start * size..range.end * size]);
+        cast_range(whole, range.clone(), &mut shard, 0..range.len())?;
         gather(ranks, &shard, whole)
     })?;
     gathered.context("publishing what the optimizer changed")
@@ -114,7 +105,7 @@ pub(super) fn publish(ranks: &Ranks, tiers: &Tiers, stored: &Stored) -> Result<(
 
 /// Reads a whole bucket and rounds it to the buffer's dtype; padding stays zero.
 pub(super) fn read_rounded(layout: &BucketLayout, buffer: &mut Buffer, source: &dyn WeightSource) -> Result<()> {
-    if buffer.dtype() == DType::F32 {
+    if buffer.dtype() == DType::F32 && buffer.accelerator().is_none() {
         return read_range(layout, 0, buffer.as_mut_slice(), source);
     }
     // In pieces, so that no fp32 copy of the whole bucket is ever needed.
@@ -125,7 +116,7 @@ pub(super) fn read_rounded(layout: &BucketLayout, buffer: &mut Buffer, source: &
         let values = &mut piece[..end - start];
         values.fill(0.0);
         read_range(layout, start, values, source)?;
-        round(values, buffer, start..end);
+        round(values, buffer, start..end)?;
     }
     Ok(())
 }

@@ -5,16 +5,15 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use candle_core::DType;
-use half::bf16;
 
 use super::param_store::locked;
-use super::reduce::{Room, sum_of_squares};
-use super::rest::{cast, widen};
+use super::reduce::Room;
+use super::rest::{Coming, Piece, Staging};
 use super::{ParamStore, Ranks, Tiers};
 use crate::comm::{Slice, SliceMut};
-use crate::device::threads::{add, fill_zero, for_parts};
+use crate::device::bulk::{self, accumulate, cast, cast_range, widen};
 use crate::device::trace::{Row, span};
 use crate::device::{Buffer, GradSlot, Pending, Place};
 
@@ -44,8 +43,8 @@ struct Summed {
     sum: Mutex<Option<Buffer>>,
     /// Nothing was added in this step yet: what is in memory is the last step's.
     fresh: AtomicBool,
-    /// Of this rank's shard, once its last micro-batch is in.
-    squares: Mutex<f64>,
+    /// Of this rank's shard, once its last micro-batch is in: eight bytes, where the shard rests.
+    squares: Mutex<Buffer>,
 }
 
 /// A segment's summed gradients, as its optimizer sees them.
@@ -54,12 +53,6 @@ pub struct OwnedGrads {
     summed: Arc<Summed>,
     /// Where the optimizer's range begins in what rests here.
     start: usize,
-}
-
-/// A piece of them.
-pub enum Grads<'a> {
-    F32(&'a [f32]),
-    BF16(&'a [bf16]),
 }
 
 impl GradReducer {
@@ -79,7 +72,12 @@ impl GradReducer {
                 false => padded_len,
             };
             let sum = Mutex::new(Some(arena.alloc(tiers.gradients, len, &name)?));
-            let (fresh, squares) = (AtomicBool::new(true), Mutex::new(0.0));
+            let squares = match arena.accelerator() {
+                Some(_) => arena.alloc(DType::U8, size_of::<f64>(), &name)?,
+                None => Buffer::unbudgeted(DType::U8, size_of::<f64>())?,
+            };
+            let squares = Mutex::new(squares);
+            let fresh = AtomicBool::new(true);
             Ok(Some(Arc::new(Summed { slot: slot.clone(), name, padded_len, sum, fresh, squares })))
         };
         let segments = slots.enumerate().map(summed).collect::<Result<_>>()?;
@@ -101,7 +99,7 @@ impl GradReducer {
             let bucket = locked(&segment.sum).take();
             let mut bucket = bucket.with_context(|| format!("{}: its gradient bucket is open", segment.name))?;
             if segment.fresh.swap(false, Relaxed) {
-                fill_zero(bucket.as_mut_slice());
+                bulk::zero(&mut bucket)?;
             }
             segment.slot.fill(bucket);
             return Ok(());
@@ -113,7 +111,7 @@ impl GradReducer {
             true => {
                 let mut bucket = arena.alloc_dirty(DType::F32, segment.padded_len, &segment.name)?;
                 if let Some(sum) = &*locked(&segment.sum) {
-                    cast(sum, &mut bucket);
+                    cast(sum, &mut bucket)?;
                 }
                 bucket
             }
@@ -131,15 +129,16 @@ impl GradReducer {
         let Some(segment) = self.segments[i].clone() else { return Ok(()) };
         let bucket =
             segment.slot.empty().with_context(|| format!("{}: its gradient bucket is not open", segment.name))?;
+        bucket.note_last_use()?;
         let ranks = self.ranks.clone();
         let mut room = self.room(&segment, last)?;
         let work = move || {
-            let storing = span(Row::Copy, || format!("gradients of {}", segment.name)).bytes(bucket.bytes().len());
+            let storing = span(Row::Copy, || format!("gradients of {}", segment.name)).bytes(bucket.byte_len());
             let left = segment.store(&ranks, &mut room, bucket, last)?;
             drop(storing);
             if last {
                 let _span = span(Row::Optimizer, || format!("norm of {}", segment.name));
-                segment.measure(&ranks);
+                segment.measure(&ranks)?;
             }
             then.into_iter().for_each(|then| then());
             Ok((left, room))
@@ -182,7 +181,7 @@ impl GradReducer {
         let Some(segment) = &self.segments[i] else { return Ok(None) };
         let mut shard = vec![0f32; self.ranks.partition().shard(segment.padded_len).len()];
         if let Some(sum) = &*locked(&segment.sum) {
-            widen(sum, segment.shard_here(&self.ranks, sum.len()), &mut shard);
+            widen(sum, segment.shard_here(&self.ranks, sum.len()), &mut shard)?;
         }
         let mut whole = vec![0f32; segment.padded_len];
         self.ranks.comm.all_gather(Slice::F32(&shard), SliceMut::F32(&mut whole))?;
@@ -203,8 +202,11 @@ impl GradReducer {
     /// The sum of squares of every bucket's reduced gradients, from every rank's shard, in fp64. The same on all ranks;
     /// a collective.
     pub fn squares(&self) -> Result<Vec<f64>> {
-        let of = |segment: &Option<Arc<Summed>>| segment.as_ref().map_or(0.0, |s| *locked(&s.squares));
-        let mut squares: Vec<f64> = self.segments.iter().map(of).collect();
+        let of = |segment: &Option<Arc<Summed>>| match segment {
+            Some(segment) => segment.squares(),
+            None => Ok(0.0),
+        };
+        let mut squares = self.segments.iter().map(of).collect::<Result<Vec<f64>>>()?;
         self.ranks.comm.all_reduce(SliceMut::F64(&mut squares))?;
         Ok(squares)
     }
@@ -219,16 +221,16 @@ impl Summed {
         if ranks.stage.partitions_gradients() {
             let sum = sum.as_mut().context("sums of shards stay where they are")?;
             let mine = match ranks.alone() {
-                true => bucket.as_slice(),
+                true => &bucket,
                 false => room.reduce_scatter(ranks, &bucket).with_context(what)?,
             };
-            accumulate(sum, mine, self.fresh.swap(false, Relaxed));
+            accumulate(sum, mine, self.fresh.swap(false, Relaxed))?;
             return Ok(Some(bucket));
         }
         if last && !ranks.alone() {
             if ranks.stage.partitions_optimizer() {
                 let mine = room.reduce_scatter(ranks, &bucket).with_context(what)?;
-                bucket.as_mut_slice::<f32>()[ranks.partition().shard(self.padded_len)].copy_from_slice(mine);
+                cast_range(mine, 0..mine.len(), &mut bucket, ranks.partition().shard(self.padded_len))?;
             } else {
                 room.all_reduce(ranks, &mut bucket).with_context(what)?;
             }
@@ -238,7 +240,7 @@ impl Summed {
             *sum = Some(bucket);
             return Ok(None);
         };
-        cast(&bucket, sum);
+        cast(&bucket, sum)?;
         Ok(Some(bucket))
     }
 
@@ -248,42 +250,65 @@ impl Summed {
         if len == self.padded_len { shard } else { 0..len }
     }
 
-    fn measure(&self, ranks: &Ranks) {
+    fn measure(&self, ranks: &Ranks) -> Result<()> {
         let sum = locked(&self.sum);
-        let squares = sum.as_ref().map_or(0.0, |sum| sum_of_squares(sum, self.shard_here(ranks, sum.len())));
-        *locked(&self.squares) = squares;
+        let sum = sum.as_ref().with_context(|| format!("{}: its gradients are in use", self.name))?;
+        bulk::sum_of_squares(sum, self.shard_here(ranks, sum.len()), &mut locked(&self.squares))
     }
-}
 
-/// `sum += values`; `fresh`: the sum was nothing.
-fn accumulate(sum: &mut Buffer, values: &[f32], fresh: bool) {
-    if sum.dtype() == DType::F32 {
-        let sum = sum.as_mut_slice::<f32>();
-        if fresh {
-            fill_zero(sum);
-        }
-        return add(sum, values);
+    fn squares(&self) -> Result<f64> {
+        let mut bytes = [0; size_of::<f64>()];
+        bulk::read_bytes(&locked(&self.squares), 0, &mut bytes)?;
+        Ok(f64::from_le_bytes(bytes))
     }
-    const PART: usize = 1 << 16;
-    let cost = values.len();
-    let parts = sum.as_mut_slice::<bf16>().chunks_mut(PART).zip(values.chunks(PART)).collect();
-    for_parts(parts, cost, |_, (sum, values): (&mut [bf16], &[f32])| {
-        for (sum, value) in sum.iter_mut().zip(values) {
-            let before = if fresh { 0.0 } else { sum.to_f32() };
-            *sum = bf16::from_f32(before + value);
-        }
-    });
 }
 
 impl OwnedGrads {
-    /// Hands elements `range`, counted from the optimizer's first one, to `read`.
-    pub fn with<R>(&self, range: Range<usize>, read: impl FnOnce(Grads) -> R) -> Result<R> {
+    fn here(&self, range: Range<usize>) -> Range<usize> {
+        self.start + range.start..self.start + range.end
+    }
+
+    /// Bytes that a piece of so many elements takes in memory beside where it rests, for an optimizer on that `side`.
+    pub fn staged_bytes(&self, elements: usize, side: &Staging) -> usize {
+        match &*locked(&self.summed.sum) {
+            Some(sum) if side.is_across(sum) => elements * sum.dtype().size_in_bytes(),
+            _ => 0,
+        }
+    }
+
+    /// Begins to bring elements `range`, counted from the optimizer's first one, to its side.
+    pub fn begin(&self, range: Range<usize>, side: &Staging) -> Result<Coming> {
+        let summed = self.summed.clone();
+        let (dtype, across) = match &*locked(&summed.sum) {
+            Some(sum) => (sum.dtype(), side.is_across(sum)),
+            None => bail!("{}: its gradients are in use", summed.name),
+        };
+        if !across {
+            return Ok(Coming::nothing());
+        }
+        let mut buffer = side.arena.alloc_dirty(dtype, range.len(), &summed.name)?;
+        let range = self.here(range);
+        Ok(Coming::from(side.reading(move || {
+            let sum = locked(&summed.sum);
+            let sum = sum.as_ref().with_context(|| format!("{}: its gradients are in use", summed.name))?;
+            let len = buffer.len();
+            cast_range(sum, range, &mut buffer, 0..len)?;
+            Ok(buffer)
+        })))
+    }
+
+    /// Hands `read` the memory that holds elements `range` now, and where in it they are.
+    pub fn with<R>(
+        &self,
+        range: Range<usize>,
+        piece: &Piece,
+        read: impl FnOnce(&Buffer, Range<usize>) -> R,
+    ) -> Result<R> {
+        if let Some(buffer) = piece.buffer() {
+            return Ok(read(buffer, 0..range.len()));
+        }
         let sum = locked(&self.summed.sum);
         let sum = sum.as_ref().with_context(|| format!("{}: its gradients are in use", self.summed.name))?;
-        let range = self.start + range.start..self.start + range.end;
-        Ok(read(match sum.dtype() {
-            DType::BF16 => Grads::BF16(&sum.as_slice()[range]),
-            _ => Grads::F32(&sum.as_slice()[range]),
-        }))
+        Ok(read(sum, self.here(range)))
     }
 }

@@ -2,6 +2,7 @@
 //! travel. Knows segments by index and parameters by name and shape, never layers.
 
 mod bring;
+mod collect;
 mod grad_reducer;
 mod owned;
 mod param_store;
@@ -12,11 +13,11 @@ mod rest;
 mod stage;
 mod tiers;
 
-pub use grad_reducer::{GradReducer, Grads, OwnedGrads, Start};
+pub use grad_reducer::{GradReducer, OwnedGrads, Start};
 pub use owned::{OwnedComing, OwnedPiece, OwnedWeights, Weights};
 pub use param_store::{Fetched, ParamStore, Ranks, Walk, WeightSource};
 pub use partition::Partition;
 pub use placement::Placement;
-pub use rest::{AHEAD, BEHIND, Coming, IN_FLIGHT, PIECE, Piece, Rest, pieces};
+pub use rest::{AHEAD, BEHIND, Coming, Copies, IN_FLIGHT, PIECE, Piece, Rest, Staging, pieces};
 pub use stage::Stage;
 pub use tiers::{States, Tiers};

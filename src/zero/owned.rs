@@ -5,20 +5,19 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use candle_core::DType;
-use half::{bf16, f16};
 
 use super::ParamStore;
 use super::param_store::{At, Stored, read_range};
-use super::rest::{Coming, Piece, Rest, widen};
+use super::rest::{Coming, Piece, Staging};
 use crate::comm::{Slice, SliceMut};
-use crate::device::{Arena, Buffer, Pending};
+use crate::device::bulk::{cast_range, widen};
+use crate::device::{Buffer, Pending};
 
 /// The weights of a piece: what the optimizer computes with, and the rounded copy that ops read if that is another one.
-pub enum Weights<'a> {
-    F32(&'a mut [f32]),
-    BF16(&'a mut [bf16]),
-    WithBf16 { master: &'a mut [f32], rounded: &'a mut [bf16] },
-    WithF16 { master: &'a mut [f32], rounded: &'a mut [f16] },
+pub struct Weights<'a> {
+    pub values: &'a mut Buffer,
+    pub at: Range<usize>,
+    pub rounded: Option<(&'a mut Buffer, Range<usize>)>,
 }
 
 /// A segment's parameters as its optimizer sees them. Cheap to clone; used by one thread at a time.
@@ -56,7 +55,7 @@ impl ParamStore {
         match (&stored.master, &stored.at) {
             (Some(master), _) => master.read(own, into),
             (None, At::Rest(rest)) => rest.read(own, into),
-            (None, At::Slot) => Ok(stored.slot.update(|buffer| widen(buffer, range, into))?),
+            (None, At::Slot) => stored.slot.update(|buffer| widen(buffer, range, into))?,
             (None, At::Files(source)) => read_range(stored.slot.layout(), range.start, into, &**source),
         }
     }
@@ -84,31 +83,56 @@ impl OwnedWeights {
         self.range.clone()
     }
 
-    /// Bytes that a piece of so many elements takes in memory beside where it rests.
-    pub fn staged_bytes(&self, elements: usize) -> usize {
-        let rest = match &self.stored.at {
-            At::Rest(rest) => rest.staged_bytes(elements),
+    /// Bytes that a piece of so many elements takes in memory beside where it rests, for an optimizer on that `side`.
+    pub fn staged_bytes(&self, elements: usize, side: &Staging) -> usize {
+        let stored = &self.stored;
+        let rest = match &stored.at {
+            At::Rest(rest) => rest.staged_bytes(elements, side),
+            At::Slot if self.slot_is_across(side) => {
+                elements * stored.slot.get().map_or(0, |b| b.dtype().size_in_bytes())
+            }
             At::Slot | At::Files(_) => 0,
         };
-        rest + self.stored.master.as_ref().map_or(0, |master| master.staged_bytes(elements))
+        rest + stored.master.as_ref().map_or(0, |master| master.staged_bytes(elements, side))
+    }
+
+    fn slot_is_across(&self, side: &Staging) -> bool {
+        matches!(self.stored.at, At::Slot) && self.stored.slot.get().is_ok_and(|buffer| side.is_across(&buffer))
     }
 
     /// Begins to bring elements `range`, counted from the first owned one, which starts at a multiple of
-    /// [`super::PIECE`]; into memory of `arena`, if they rest on a drive.
-    pub fn begin(&self, range: Range<usize>, arena: &Arena) -> Result<OwnedComing> {
-        let bring = |rest: &Rest| rest.begin(range.clone(), arena, self.name());
-        Ok(match (&self.stored.at, &self.stored.master) {
-            (At::Slot | At::Files(_), None) => OwnedComing { weights: Coming::nothing(), master: None },
-            (At::Slot | At::Files(_), Some(master)) => {
-                OwnedComing { weights: Coming::nothing(), master: Some(bring(master)?) }
-            }
-            (At::Rest(rest), None) => OwnedComing { weights: bring(rest)?, master: None },
-            (At::Rest(rest), Some(master)) => {
-                // Only written: rounded anew from the masters.
-                let weights = rest.blank(range.clone(), arena, self.name())?;
-                OwnedComing { weights, master: Some(bring(master)?) }
-            }
-        })
+    /// [`super::PIECE`], to the optimizer's side.
+    pub fn begin(&self, range: Range<usize>, side: &Staging) -> Result<OwnedComing> {
+        let stored = &self.stored;
+        let master = stored.master.as_ref().map(|master| master.begin(range.clone(), side, self.name())).transpose()?;
+        let weights = match &stored.at {
+            // Only written where there are masters: rounded anew from them.
+            At::Rest(rest) if master.is_some() => rest.blank(range, side, self.name())?,
+            At::Rest(rest) => rest.begin(range, side, self.name())?,
+            At::Slot if self.slot_is_across(side) => self.begin_resident(range, side, master.is_none())?,
+            At::Slot | At::Files(_) => Coming::nothing(),
+        };
+        Ok(OwnedComing { weights, master })
+    }
+
+    /// A piece of resident parameters that lie on the other side: copied if they are `read`, too.
+    fn begin_resident(&self, range: Range<usize>, side: &Staging, read: bool) -> Result<Coming> {
+        let dtype = self.stored.slot.get()?.dtype();
+        let mut near = side.arena.alloc_dirty(dtype, range.len(), self.name())?;
+        if !read {
+            return Ok(Pending::ready(near).into());
+        }
+        let (stored, range) = (self.stored.clone(), self.in_bucket(range));
+        let copied = move || {
+            let len = near.len();
+            stored.slot.update(|buffer| cast_range(buffer, range, &mut near, 0..len))??;
+            Ok(near)
+        };
+        Ok(side.reading(copied).into())
+    }
+
+    fn in_bucket(&self, range: Range<usize>) -> Range<usize> {
+        self.range.start + range.start..self.range.start + range.end
     }
 
     /// Hands the piece's weights to `change`.
@@ -118,23 +142,13 @@ impl OwnedWeights {
         piece: &mut OwnedPiece,
         change: impl FnOnce(Weights) -> R,
     ) -> Result<R> {
-        let stored = &self.stored;
-        let (Some(master), Some(master_piece)) = (&stored.master, &mut piece.master) else {
-            return self.with_parameters(range, &mut piece.weights, |buffer, range| {
-                change(match buffer.dtype() {
-                    DType::BF16 => Weights::BF16(&mut buffer.as_mut_slice()[range]),
-                    _ => Weights::F32(&mut buffer.as_mut_slice()[range]),
-                })
-            });
+        let OwnedPiece { weights, master } = piece;
+        let (Some(masters), Some(master)) = (&self.stored.master, master) else {
+            return self.with_parameters(range, weights, |values, at| change(Weights { values, at, rounded: None }));
         };
-        let weights = &mut piece.weights;
-        master.with(range.clone(), master_piece, |masters, at| {
-            let master = &mut masters.as_mut_slice::<f32>()[at];
-            self.with_parameters(range, weights, |buffer, range| {
-                change(match buffer.dtype() {
-                    DType::BF16 => Weights::WithBf16 { master, rounded: &mut buffer.as_mut_slice()[range] },
-                    _ => Weights::WithF16 { master, rounded: &mut buffer.as_mut_slice()[range] },
-                })
+        masters.with(range.clone(), master, |values, at| {
+            self.with_parameters(range, weights, |rounded, to| {
+                change(Weights { values, at, rounded: Some((rounded, to)) })
             })
         })
     }
@@ -146,21 +160,28 @@ impl OwnedWeights {
         change: impl FnOnce(&mut Buffer, Range<usize>) -> R,
     ) -> Result<R> {
         match &self.stored.at {
-            At::Slot | At::Files(_) => {
-                let start = self.range.start;
-                Ok(self.stored.slot.update(|buffer| change(buffer, start + range.start..start + range.end))?)
-            }
             At::Rest(rest) => Ok(rest.with(range, piece, change)),
+            At::Slot | At::Files(_) => match piece.buffer_mut() {
+                Some(buffer) => Ok(change(buffer, 0..range.len())),
+                None => Ok(self.stored.slot.update(|buffer| change(buffer, self.in_bucket(range)))?),
+            },
         }
     }
 
     /// Begins to write the changed piece back to where it rests.
-    pub fn end(&self, range: Range<usize>, piece: OwnedPiece) -> Vec<Pending<Buffer>> {
-        let weights = match &self.stored.at {
-            At::Rest(rest) => rest.end(range.clone(), piece.weights),
-            At::Slot | At::Files(_) => None,
+    pub fn end(&self, range: Range<usize>, piece: OwnedPiece, side: &Staging) -> Vec<Pending<Buffer>> {
+        let weights = match (&self.stored.at, piece.weights) {
+            (At::Rest(rest), piece) => rest.end(range.clone(), piece, side),
+            (At::Slot | At::Files(_), piece) => piece.into_buffer().map(|near| {
+                let (stored, to) = (self.stored.clone(), self.in_bucket(range.clone()));
+                side.writing(move || {
+                    stored.slot.update(|buffer| cast_range(&near, 0..near.len(), buffer, to))??;
+                    Ok(near)
+                })
+            }),
         };
-        let master = self.stored.master.as_ref().zip(piece.master).and_then(|(rest, piece)| rest.end(range, piece));
+        let masters = self.stored.master.as_ref().zip(piece.master);
+        let master = masters.and_then(|(rest, piece)| rest.end(range, piece, side));
         weights.into_iter().chain(master).collect()
     }
 }

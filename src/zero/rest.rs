@@ -1,16 +1,17 @@
 //! Values at rest: in an arena's memory, or in the run's file on a drive.
 
+use std::collections::VecDeque;
 use std::ops::Range;
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use anyhow::{Context, Result};
 use candle_core::DType;
-use half::{bf16, f16};
 
 use super::Tiers;
+use super::param_store::locked;
 use super::tiers::States;
-use crate::device::threads::for_parts;
-use crate::device::{Arena, Buffer, Element, Pending, Place, Region};
+use crate::device::bulk::{cast, cast_range, round, widen};
+use crate::device::{Arena, Buffer, Delays, Pending, Place, Queue, Region};
 
 /// Pieces in which values on a drive are read and written; parts of them begin at multiples of this many elements.
 pub const PIECE: usize = 1 << 20;
@@ -28,11 +29,62 @@ pub struct Rest {
 }
 
 enum At {
-    Memory(Mutex<Buffer>),
+    Memory(Arc<Mutex<Buffer>>),
     File(Region),
 }
 
-/// A piece on its way from where it rests; nothing has to travel where that is memory.
+/// The optimizer's side: where it computes, and memory there for pieces that rest elsewhere.
+pub struct Staging {
+    pub arena: Arena,
+    /// Between the host's memory and an accelerator's, in both directions at once.
+    copies: Option<Arc<Copies>>,
+}
+
+/// The ways between the host's memory and an accelerator's, for the optimizer's pieces.
+pub struct Copies {
+    reads: Queue,
+    writes: Queue,
+}
+
+impl Copies {
+    pub fn new(delays: Option<Arc<Delays>>) -> Result<Self> {
+        Ok(Copies { reads: Queue::late("pieces in", delays.clone())?, writes: Queue::late("pieces out", delays)? })
+    }
+}
+
+impl Staging {
+    pub fn new(arena: Arena, copies: Option<Arc<Copies>>) -> Self {
+        Staging { arena, copies }
+    }
+
+    /// The host's memory without a limit, nothing going on beside: for who looks at one thing after another.
+    pub fn on_host(name: &str) -> Self {
+        Staging { arena: Arena::new(name, None), copies: None }
+    }
+
+    /// Whether what is in `memory` must be copied to be on this side.
+    pub(super) fn is_across(&self, memory: &Buffer) -> bool {
+        memory.accelerator().is_some() != self.arena.accelerator().is_some()
+    }
+
+    /// A copy towards this side.
+    pub(super) fn reading(&self, work: impl FnOnce() -> Result<Buffer> + Send + 'static) -> Pending<Buffer> {
+        match &self.copies {
+            Some(copies) => copies.reads.submit(work),
+            None => Pending::done(work()),
+        }
+    }
+
+    /// A copy back.
+    pub(super) fn writing(&self, work: impl FnOnce() -> Result<Buffer> + Send + 'static) -> Pending<Buffer> {
+        match &self.copies {
+            Some(copies) => copies.writes.submit(work),
+            None => Pending::done(work()),
+        }
+    }
+}
+
+/// A piece on its way from where it rests; nothing has to travel where that is memory on the optimizer's side.
 pub struct Coming(Option<Pending<Buffer>>);
 
 /// A piece in memory for a moment.
@@ -49,7 +101,9 @@ impl Rest {
         what: &str,
     ) -> Result<Self> {
         let at = match place {
-            Place::Device | Place::Host => At::Memory(Mutex::new(arena(tiers.states(place)).alloc(dtype, len, what)?)),
+            Place::Device | Place::Host => {
+                At::Memory(Arc::new(Mutex::new(arena(tiers.states(place)).alloc(dtype, len, what)?)))
+            }
             Place::Nvme => At::File(tiers.drive()?.allocate(len * dtype.size_in_bytes(), what)?),
         };
         Ok(Rest { dtype, len, at })
@@ -70,7 +124,7 @@ impl Rest {
     /// The memory, where it rests in memory.
     pub fn memory(&self) -> Option<MutexGuard<'_, Buffer>> {
         match &self.at {
-            At::Memory(memory) => Some(memory.lock().unwrap_or_else(|e| e.into_inner())),
+            At::Memory(memory) => Some(locked(memory)),
             At::File(_) => None,
         }
     }
@@ -79,25 +133,52 @@ impl Rest {
         elements * self.dtype.size_in_bytes()
     }
 
-    /// Bytes that so many elements take in memory beside where they rest.
-    pub fn staged_bytes(&self, elements: usize) -> usize {
-        match &self.at {
-            At::Memory(_) => 0,
-            At::File(_) => self.bytes(elements),
+    /// Whether it rests in memory of the other side.
+    fn is_across(&self, side: &Staging) -> bool {
+        self.memory().is_some_and(|memory| side.is_across(&memory))
+    }
+
+    /// Bytes that so many elements take in memory beside where they rest, for an optimizer on that `side`.
+    pub fn staged_bytes(&self, elements: usize, side: &Staging) -> usize {
+        let is_staged = matches!(self.at, At::File(_)) || self.is_across(side);
+        if is_staged { self.bytes(elements) } else { 0 }
+    }
+
+    /// Begins to bring elements `range`, which starts at a multiple of [`PIECE`], to the optimizer's side.
+    pub fn begin(&self, range: Range<usize>, side: &Staging, what: &str) -> Result<Coming> {
+        let take = || side.arena.alloc_dirty(self.dtype, range.len(), what);
+        Ok(match &self.at {
+            At::File(region) if side.arena.accelerator().is_none() => {
+                Coming(Some(region.read(self.bytes(range.start), self.bytes(range.len()), take()?)))
+            }
+            At::File(region) => {
+                // Through the host's memory.
+                let (from, bytes, len, mut near) =
+                    (self.bytes(range.start), self.bytes(range.len()), range.len(), take()?);
+                let coming = region.read(from, bytes, Buffer::unbudgeted(self.dtype, len)?);
+                Coming(Some(side.reading(move || {
+                    cast(&coming.wait_for("drive")?, &mut near)?;
+                    Ok(near)
+                })))
+            }
+            At::Memory(memory) if self.is_across(side) => {
+                let (memory, mut near) = (memory.clone(), take()?);
+                Coming(Some(side.reading(move || {
+                    let len = near.len();
+                    cast_range(&locked(&memory), range, &mut near, 0..len)?;
+                    Ok(near)
+                })))
+            }
+            At::Memory(_) => Coming(None),
+        })
+    }
+
+    /// A place on the optimizer's side for elements `range` that are about to be written whole.
+    pub fn blank(&self, range: Range<usize>, side: &Staging, what: &str) -> Result<Coming> {
+        if self.staged_bytes(range.len(), side) == 0 {
+            return Ok(Coming(None));
         }
-    }
-
-    /// Begins to bring elements `range`, which starts at a multiple of [`PIECE`], near the optimizer.
-    pub fn begin(&self, range: Range<usize>, staging: &Arena, what: &str) -> Result<Coming> {
-        let At::File(region) = &self.at else { return Ok(Coming(None)) };
-        let buffer = staging.alloc_dirty(self.dtype, range.len(), what)?;
-        Ok(Coming(Some(region.read(self.bytes(range.start), self.bytes(range.len()), buffer))))
-    }
-
-    /// A place for elements `range` that are about to be written whole.
-    pub fn blank(&self, range: Range<usize>, staging: &Arena, what: &str) -> Result<Coming> {
-        let At::File(_) = &self.at else { return Ok(Coming(None)) };
-        Ok(Coming(Some(Pending::ready(staging.alloc_dirty(self.dtype, range.len(), what)?))))
+        Ok(Coming(Some(Pending::ready(side.arena.alloc_dirty(self.dtype, range.len(), what)?))))
     }
 
     /// Hands `change` the memory that holds elements `range` now, and where in it they are.
@@ -107,17 +188,37 @@ impl Rest {
         piece: &mut Piece,
         change: impl FnOnce(&mut Buffer, Range<usize>) -> R,
     ) -> R {
-        match (&mut piece.0, self.memory()) {
-            (_, Some(mut memory)) => change(&mut memory, range),
-            (Some(buffer), None) => change(buffer, 0..range.len()),
-            (None, None) => unreachable!("a piece of a file is in memory before it is changed"),
+        if let Some(buffer) = &mut piece.0 {
+            return change(buffer, 0..range.len());
+        }
+        match &self.at {
+            At::Memory(memory) => change(&mut locked(memory), range),
+            At::File(_) => unreachable!("a piece of a file is in memory before it is changed"),
         }
     }
 
     /// Begins to write a changed piece back.
-    pub fn end(&self, range: Range<usize>, piece: Piece) -> Option<Pending<Buffer>> {
-        let (At::File(region), Some(buffer)) = (&self.at, piece.0) else { return None };
-        Some(region.write(self.bytes(range.start), self.bytes(range.len()), buffer))
+    pub fn end(&self, range: Range<usize>, piece: Piece, side: &Staging) -> Option<Pending<Buffer>> {
+        let buffer = piece.0?;
+        let (at, bytes) = (self.bytes(range.start), self.bytes(range.len()));
+        Some(match &self.at {
+            At::File(region) if buffer.accelerator().is_none() => region.write(at, bytes, buffer),
+            At::File(region) => {
+                let region = region.clone();
+                side.writing(move || {
+                    let mut here = Buffer::unbudgeted(buffer.dtype(), buffer.len())?;
+                    cast(&buffer, &mut here)?;
+                    region.write(at, bytes, here).wait_for("drive")
+                })
+            }
+            At::Memory(memory) => {
+                let memory = memory.clone();
+                side.writing(move || {
+                    cast_range(&buffer, 0..range.len(), &mut locked(&memory), range)?;
+                    Ok(buffer)
+                })
+            }
+        })
     }
 
     /// All of it into a buffer of its dtype and length.
@@ -125,19 +226,44 @@ impl Rest {
         match &self.at {
             At::Memory(_) => {
                 if let Some(memory) = self.memory() {
-                    cast(&memory, &mut into);
+                    cast(&memory, &mut into)?;
                 }
                 Ok(into)
             }
-            At::File(region) => region.read(0, self.bytes(self.len), into).wait_for("drive"),
+            At::File(region) if into.accelerator().is_none() => {
+                region.read(0, self.bytes(self.len), into).wait_for("drive")
+            }
+            At::File(region) => {
+                self.read_through_host(region, &mut into)?;
+                Ok(into)
+            }
+        }
+    }
+
+    /// From the drive to an accelerator's memory, piece by piece, [`AHEAD`] of them on their way while one is copied.
+    fn read_through_host(&self, region: &Region, into: &mut Buffer) -> Result<()> {
+        let begin = |piece: Range<usize>| -> Result<_> {
+            let buffer = Buffer::unbudgeted(self.dtype, piece.len())?;
+            Ok((region.read(self.bytes(piece.start), self.bytes(piece.len()), buffer), piece))
+        };
+        let mut todo = pieces(self.len);
+        let mut coming = VecDeque::new();
+        loop {
+            while coming.len() <= AHEAD
+                && let Some(piece) = todo.next()
+            {
+                coming.push_back(begin(piece)?);
+            }
+            let Some((reading, piece)) = coming.pop_front() else { return Ok(()) };
+            let here = reading.wait_for("drive")?;
+            cast_range(&here, 0..here.len(), into, piece)?;
         }
     }
 
     /// Elements `range` as fp32.
     pub fn read(&self, range: Range<usize>, into: &mut [f32]) -> Result<()> {
         if let Some(memory) = self.memory() {
-            widen(&memory, range, into);
-            return Ok(());
+            return widen(&memory, range, into);
         }
         let At::File(region) = &self.at else { return Ok(()) };
         for piece in pieces(self.len).filter(|p| p.start < range.end && p.end > range.start) {
@@ -145,7 +271,7 @@ impl Rest {
             let buffer = region.read(self.bytes(piece.start), self.bytes(piece.len()), buffer).wait()?;
             let (from, to) = (piece.start.max(range.start), piece.end.min(range.end));
             let part = &mut into[from - range.start..to - range.start];
-            widen(&buffer, from - piece.start..to - piece.start, part);
+            widen(&buffer, from - piece.start..to - piece.start, part)?;
         }
         Ok(())
     }
@@ -160,14 +286,35 @@ impl Rest {
             match (&self.at, self.memory()) {
                 (At::File(region), _) => {
                     let mut buffer = Buffer::unbudgeted(self.dtype, piece.len())?;
-                    round(values, &mut buffer, 0..piece.len());
+                    round(values, &mut buffer, 0..piece.len())?;
                     region.write(self.bytes(piece.start), self.bytes(piece.len()), buffer).wait()?;
                 }
-                (_, Some(mut memory)) => round(values, &mut memory, piece),
+                (_, Some(mut memory)) => round(values, &mut memory, piece)?,
                 _ => {}
             }
         }
         Ok(())
+    }
+}
+
+impl From<Pending<Buffer>> for Coming {
+    fn from(pending: Pending<Buffer>) -> Self {
+        Coming(Some(pending))
+    }
+}
+
+impl Piece {
+    /// Its own memory, if it has been brought.
+    pub fn buffer(&self) -> Option<&Buffer> {
+        self.0.as_ref()
+    }
+
+    pub(super) fn into_buffer(self) -> Option<Buffer> {
+        self.0
+    }
+
+    pub fn buffer_mut(&mut self) -> Option<&mut Buffer> {
+        self.0.as_mut()
     }
 }
 
@@ -177,56 +324,13 @@ impl Coming {
     }
 
     pub fn wait(self) -> Result<Piece> {
-        Ok(Piece(self.0.map(|coming| coming.wait_for("drive")).transpose().context("reading what rests on the drive")?))
+        Ok(Piece(
+            self.0.map(|coming| coming.wait_for("piece")).transpose().context("bringing what the optimizer needs")?,
+        ))
     }
 }
 
 /// The pieces of a run of `len` values.
 pub fn pieces(len: usize) -> impl Iterator<Item = Range<usize>> {
     (0..len.div_ceil(PIECE)).map(move |k| k * PIECE..((k + 1) * PIECE).min(len))
-}
-
-/// Elements `range` of `from` as fp32.
-pub fn widen(from: &Buffer, range: Range<usize>, into: &mut [f32]) {
-    match from.dtype() {
-        DType::F32 => convert(&from.as_slice::<f32>()[range], into),
-        DType::BF16 => convert(&from.as_slice::<bf16>()[range], into),
-        _ => convert(&from.as_slice::<f16>()[range], into),
-    }
-}
-
-/// `values`, rounded to nearest, as elements `range` of `into`.
-pub fn round(values: &[f32], into: &mut Buffer, range: Range<usize>) {
-    match into.dtype() {
-        DType::F32 => convert(values, &mut into.as_mut_slice::<f32>()[range]),
-        DType::BF16 => convert(values, &mut into.as_mut_slice::<bf16>()[range]),
-        _ => convert(values, &mut into.as_mut_slice::<f16>()[range]),
-    }
-}
-
-/// A whole buffer into another one of the same length and any dtype.
-pub fn cast(from: &Buffer, into: &mut Buffer) {
-    match from.dtype() {
-        DType::F32 => round(from.as_slice(), into, 0..from.len()),
-        DType::BF16 => cast_half::<bf16>(from.as_slice(), into),
-        _ => cast_half::<f16>(from.as_slice(), into),
-    }
-}
-
-fn cast_half<A: Element>(from: &[A], into: &mut Buffer) {
-    match into.dtype() {
-        DType::F32 => convert(from, into.as_mut_slice::<f32>()),
-        DType::BF16 => convert(from, into.as_mut_slice::<bf16>()),
-        _ => convert(from, into.as_mut_slice::<f16>()),
-    }
-}
-
-fn convert<A: Element, B: Element>(from: &[A], into: &mut [B]) {
-    const PART: usize = 1 << 18;
-    assert_eq!(from.len(), into.len(), "conversion between different lengths");
-    let cost = from.len();
-    let parts = into.chunks_mut(PART).zip(from.chunks(PART)).collect();
-    for_parts(parts, cost, |_, (into, from): (&mut [B], &[A])| {
-        into.iter_mut().zip(from).for_each(|(to, from)| *to = B::from_f32(from.to_f32()));
-    });
 }

@@ -6,6 +6,7 @@ use anyhow::{Context, Result};
 use candle_core::DType;
 
 use super::Placement;
+use super::rest::{Copies, Staging};
 use crate::device::{Arena, Delays, Memory, Place, Queue, StateFile, Usage};
 
 /// The arenas of the three states that ZeRO partitions, in one tier. What a stage's collectives and copies hold for a
@@ -50,6 +51,8 @@ pub struct Tiers {
     pub drive: Option<Arc<StateFile>>,
     /// Copies and collectives, in the order in which they were asked for.
     pub traffic: Arc<Queue>,
+    /// Of the optimizer's pieces, where the device's memory is not the host's.
+    pub copies: Option<Arc<Copies>>,
 }
 
 impl Tiers {
@@ -74,12 +77,16 @@ impl Tiers {
         Ok(Tiers {
             device: States::within(&memory.device),
             host: States::within(&memory.host),
-            memory,
             placement,
             master: DType::F32,
             gradients: DType::F32,
             prefetch: true,
             drive,
+            copies: match memory.device.accelerator() {
+                Some(_) => Some(Arc::new(Copies::new(delays.clone())?)),
+                None => None,
+            },
+            memory,
             traffic: Arc::new(Queue::late("traffic", delays)?),
         })
     }
@@ -95,6 +102,16 @@ impl Tiers {
             Place::Device => &self.device,
             Place::Host | Place::Nvme => &self.host,
         }
+    }
+
+    /// Where the optimizer computes: where its state rests, but for what is on a drive, which it finds on the host.
+    pub fn optimizer_states(&self) -> &States {
+        self.states(self.placement.optimizer)
+    }
+
+    /// A side for the optimizer's pieces, in this memory.
+    pub fn staging(&self, arena: Arena) -> Staging {
+        Staging::new(arena, self.copies.clone())
     }
 
     pub fn drive(&self) -> Result<&Arc<StateFile>> {

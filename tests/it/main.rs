@@ -1,5 +1,7 @@
 //! One integration binary; modules are named by behaviour.
 
+#[cfg(feature = "emulate")]
+mod accelerator;
 mod bad_input;
 mod bad_runs;
 mod captions;

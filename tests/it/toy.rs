@@ -10,7 +10,7 @@ use anyhow::Result;
 use candle_core::{D, DType, Device, Tensor, Var};
 use dblaunch::comm::Communicator;
 use dblaunch::device::threads::with_threads;
-use dblaunch::device::{Delays, StateFile, StateFileOptions, WeightRef};
+use dblaunch::device::{Arena, Delays, Memory, StateFile, StateFileOptions, WeightRef};
 use dblaunch::ops::{Activation, activation, layer_norm, linear};
 use dblaunch::optim::{AdamW, StateKind};
 use dblaunch::segment::{GraphBuilder, Keep, Params, Segment, SegmentGraph, SlotId};
@@ -157,6 +157,9 @@ pub struct Storage {
     pub delays: bool,
     /// For what rests on a drive.
     pub folder: Option<PathBuf>,
+    /// The device is the emulated one, with a memory of its own, instead of the processor.
+    #[cfg(feature = "emulate")]
+    pub accelerator: Option<Arc<dblaunch::kernels::emulated::Emulated>>,
 }
 
 impl Storage {
@@ -169,7 +172,17 @@ impl Storage {
             prefetch: true,
             delays: false,
             folder: None,
+            #[cfg(feature = "emulate")]
+            accelerator: None,
         }
+    }
+
+    fn memory(&self) -> Memory {
+        #[cfg(feature = "emulate")]
+        if let Some(accelerator) = &self.accelerator {
+            return Memory::beside(accelerator.clone(), None, None);
+        }
+        Memory { device: Arena::new("device", None), host: Arena::new("host", None) }
     }
 
     fn tiers(&self, rank: usize, bytes: u64) -> Tiers {
@@ -179,7 +192,7 @@ impl Storage {
             let options = StateFileOptions { dir, rank, bytes, delays: delays(100), direct: None, ring: None };
             StateFile::create(options).unwrap()
         });
-        let tiers = Tiers::unlimited(self.placement, drive, delays(0)).unwrap();
+        let tiers = Tiers::within(self.memory(), self.placement, drive, delays(0)).unwrap();
         Tiers { master: self.master, gradients: self.gradients, prefetch: self.prefetch, ..tiers }
     }
 }
@@ -215,6 +228,10 @@ pub fn network(ranks: &Ranks, run: &Run, source: &dyn WeightSource) -> (Toy, Net
 
 /// One rank's part of `run`.
 pub fn train(comm: Arc<dyn Communicator>, run: &Run) -> Outcome {
+    #[cfg(feature = "emulate")]
+    if let Some(accelerator) = run.storage.accelerator.clone() {
+        return dblaunch::ops::compute_on(accelerator, || train_here(comm, run));
+    }
     match run.threads {
         Some(threads) => with_threads(threads, || train_here(comm, run)),
         None => train_here(comm, run),

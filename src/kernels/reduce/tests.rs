@@ -4,9 +4,9 @@ use candle_core::DType;
 
 use super::*;
 use crate::device::Buffer;
+use crate::device::bulk::sum_of_squares as on_the_cpu;
 use crate::kernels::testing::{Memory, devices};
 use crate::ops::testing::numbers;
-use crate::zero::reduce::sum_of_squares as on_the_cpu;
 
 /// Numbers of many sizes.
 fn values(len: usize) -> Vec<f32> {
@@ -29,7 +29,9 @@ fn sums_of_squares_are_the_cpus_to_the_bit() {
                 }
                 let total = crate::kernels::testing::Values::<f64>::unwritten(1);
                 sum_of_squares(device, dtype, memory.address(), len, total.address()).unwrap();
-                let want = on_the_cpu(&buffer, 0..len);
+                let mut sum = Buffer::unbudgeted(DType::U8, 8).unwrap();
+                on_the_cpu(&buffer, 0..len, &mut sum).unwrap();
+                let want = f64::from_le_bytes(sum.bytes().try_into().unwrap());
                 assert_eq!(total.get()[0].to_bits(), want.abs().to_bits(), "{dtype:?} {len} {skip}");
             }
         }
