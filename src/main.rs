@@ -63,9 +63,14 @@ fn say(what: &dyn std::fmt::Display) {
     let _ = writeln!(std::io::stdout(), "{what}");
 }
 
-/// Without --nproc: one rank (one per GPU once there are GPUs).
+/// Without --nproc: one rank for each GPU that this process sees, or one where the run computes on the CPU.
 fn ranks(request: &RequestArgs) -> usize {
-    request.nproc.map_or(1, |n| n.get())
+    let on_gpus = || {
+        // What is wrong with the configuration is told by who checks it.
+        let plan = config::load(config_path(request), &request.overrides, 1).ok()?;
+        (plan.model.device == config::DeviceKind::Cuda).then(dblaunch::device::gpus)
+    };
+    request.nproc.map(NonZeroUsize::get).or_else(on_gpus).unwrap_or(1).max(1)
 }
 
 fn config_path(request: &RequestArgs) -> &std::path::Path {

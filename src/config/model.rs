@@ -90,7 +90,7 @@ fn device(section: &Reader) -> DeviceKind {
         "auto" if crate::device::gpu(0).is_ok() => DeviceKind::Cuda,
         "auto" => DeviceKind::Cpu,
         "cuda" => match crate::device::gpu(0) {
-            Ok(()) => DeviceKind::Cuda,
+            Ok(_) => DeviceKind::Cuda,
             Err(why) => {
                 section.reject("device", &format!("{why}. \"cpu\" and \"auto\" work everywhere"));
                 DeviceKind::Cpu

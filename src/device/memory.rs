@@ -50,14 +50,22 @@ impl Memory {
     }
 
     pub fn held(&self) -> Held {
-        let (device, activations) = (self.device.usage(), activations());
+        let device = self.device.usage();
+        let accelerator = self.device.accelerator();
+        // An accelerator's tensors are not on the heap.
+        let activations = activations().filter(|_| accelerator.is_none());
+        // A driver that does not say leaves the arenas' own count.
+        let counted = accelerator.and_then(|accelerator| accelerator.peak().ok().flatten());
         Held {
             device,
             device_parts: self.device.parts(),
             host: self.host.usage(),
             host_parts: self.host.parts(),
             activations,
-            device_peak: if activations.is_some() { device_peak() } else { device.peak },
+            device_peak: match activations {
+                Some(_) => device_peak(),
+                None => counted.unwrap_or(device.peak),
+            },
         }
     }
 
@@ -66,6 +74,10 @@ impl Memory {
         self.device.reset_peak();
         self.host.reset_peak();
         super::count_activations_from_here();
+        if let Some(accelerator) = self.device.accelerator() {
+            // A peak that goes on counting from before is too high, never too low.
+            let _ = accelerator.reset_peak();
+        }
     }
 }
 

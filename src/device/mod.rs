@@ -12,6 +12,7 @@ mod dry;
 #[cfg(feature = "emulate")]
 mod emulated;
 mod files;
+mod hardware;
 mod heap;
 mod layout;
 mod memory;
@@ -29,6 +30,7 @@ pub use arena::{Arena, Usage};
 pub use buffer::{Buffer, Element};
 pub use dry::{Tally, dry, forget_peak, is_dry, note_flops, note_kept_scratch, tally, touch_scratch};
 pub use files::{free_disk_bytes, map_file, peak_rss_bytes};
+pub use hardware::Hardware;
 pub use heap::{activations, count_activations_from_here, device_peak, within_budget};
 pub use layout::{BLOCK, BucketLayout, Entry, LARGE};
 pub use memory::{Held, Memory};
@@ -39,20 +41,37 @@ pub use slot::{GradSlot, ParamSlot, WeightAt, WeightRef, WeightView};
 
 use candle_core::{DType, Device};
 
-/// Whether the rank with this place on the machine can compute on a GPU; if not, why and what to do, in one paragraph.
+/// A GPU as far as the planner cares.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FoundGpu {
+    /// As its driver calls it.
+    pub name: String,
+    /// Bytes.
+    pub memory: u64,
+}
+
+/// The GPU that the rank with this place on the machine would compute on; if there is none, why and what to do, in one
+/// paragraph.
 #[cfg(feature = "cuda")]
-pub fn gpu(local_rank: usize) -> Result<(), String> {
+pub fn gpu(local_rank: usize) -> Result<FoundGpu, String> {
     let card = cuda::check(local_rank)?;
-    Err(format!(
-        "networks do not compute on GPUs yet ({} could be used): what is there is their memory, copies, collectives and \
-         kernels, which `dblaunch bench gpu` tries. Set model.device to \"cpu\" or \"auto\"",
-        card.name
-    ))
+    Ok(FoundGpu { name: card.name, memory: card.memory as u64 })
+}
+
+/// How many GPUs this process sees.
+#[cfg(feature = "cuda")]
+pub fn gpus() -> usize {
+    cuda::count()
+}
+
+#[cfg(not(feature = "cuda"))]
+pub fn gpus() -> usize {
+    0
 }
 
 /// Whether a rank can compute on a GPU: not with this build.
 #[cfg(not(feature = "cuda"))]
-pub fn gpu(_local_rank: usize) -> Result<(), String> {
+pub fn gpu(_local_rank: usize) -> Result<FoundGpu, String> {
     Err("this build of dblaunch has no GPU support (feature `cuda`)".to_string())
 }
 

@@ -1,6 +1,7 @@
 //! Cards by name, and this machine: sizes and bandwidths as their makers state them. Nothing is measured.
 
-use crate::device::Place;
+use crate::config::DeviceKind;
+use crate::device::{FoundGpu, Place};
 
 /// What a run computes and stores with, as far as the planner cares. Bytes, bytes a second, operations a second.
 #[derive(Clone, Debug, PartialEq)]
@@ -108,8 +109,31 @@ impl Machine {
         }
     }
 
+    /// What this machine computes on: its GPU, if `on` says so and there is one, or its cores.
+    pub fn this(on: DeviceKind) -> Machine {
+        match (on, crate::device::gpu(0)) {
+            (DeviceKind::Cuda, Ok(gpu)) => Machine::of_gpu(&gpu, memory_bytes()),
+            _ => Machine::without_card(),
+        }
+    }
+
+    /// A machine with this GPU and `host` bytes of memory: as the card of its name, or the nearest one, with the memory that
+    /// its driver says it has.
+    pub fn of_gpu(gpu: &FoundGpu, host: u64) -> Machine {
+        let said: String = gpu.name.to_lowercase().chars().filter(|c| c.is_ascii_alphanumeric()).collect();
+        let model = |card: &Card| card.name.split('-').next().unwrap_or_default();
+        let off = |card: &Card| (card.gib << 30).abs_diff(gpu.memory);
+        // The longest name, since "rtx4060" is in "rtx4060ti"; of those, the nearest memory.
+        let known = CARDS.iter().filter(|card| said.contains(model(card)));
+        let like = known.min_by_key(|card| (usize::MAX - model(card).len(), off(card)));
+        let like = like.or_else(|| CARDS.iter().min_by_key(|card| off(card))).map_or("rtx3060-12gb", |card| card.name);
+        let device = gpu.memory.saturating_sub(DRIVER);
+        let machine = Machine::named(like, host).unwrap_or_else(Machine::without_card);
+        Machine { name: gpu.name.clone(), device, ..machine }
+    }
+
     /// This machine without a card.
-    pub fn this() -> Machine {
+    fn without_card() -> Machine {
         let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
         Machine::of_cores(cores, memory_bytes())
     }
@@ -148,6 +172,25 @@ mod tests {
         let card = Machine::named("rtx3060-12gb", 32 << 30).unwrap();
         assert!(card.device > 11 << 30 && card.device < 12 << 30 && !card.shared);
         assert!(Machine::named("rtx9999", 1).is_none());
-        assert!(Machine::this().shared && memory_bytes() > 1 << 28);
+        assert!(Machine::this(DeviceKind::Cpu).shared && memory_bytes() > 1 << 28);
+    }
+
+    #[test]
+    fn a_gpu_is_planned_for_as_the_card_of_its_name() {
+        let gpu = |name: &str, gib: u64| Machine::of_gpu(&FoundGpu { name: name.to_string(), memory: gib << 30 }, 1);
+        let like = |name: &str| Machine::named(name, 1).unwrap();
+        let same = |a: Machine, b: Machine| assert_eq!((a.flops, a.bus, a.device), (b.flops, b.bus, b.device));
+        same(gpu("NVIDIA GeForce RTX 4060 Ti", 16), like("rtx4060ti-16gb"));
+        same(gpu("NVIDIA GeForce RTX 4060 Laptop GPU", 8), like("rtx4060-8gb"));
+        same(gpu("NVIDIA H200", 141), like("h200-141gb"));
+        same(gpu("NVIDIA A100-SXM4-80GB", 80), like("a100-80gb"));
+        let unknown = gpu("NVIDIA Something 9", 25);
+        assert_eq!((unknown.name.as_str(), unknown.shared), ("NVIDIA Something 9", false));
+        assert!(unknown.device > 24 << 30 && unknown.flops > 1e12);
+    }
+
+    #[test]
+    fn machines_have_memory() {
+        assert!(Machine::without_card().host > 1 << 28);
     }
 }

@@ -62,7 +62,7 @@ pub fn plan(asked: &Asked) -> Result<String> {
 
 /// The named card with as much memory as `[memory] ram` says or this machine has; or this machine.
 fn machine(plan: &RunPlan, card: Option<&str>) -> Result<Machine> {
-    let Some(name) = card else { return Ok(Machine::this()) };
+    let Some(name) = card else { return Ok(Machine::this(plan.model.device)) };
     Machine::named(name, plan.memory.ram.unwrap_or_else(memory_bytes)).ok_or_else(|| {
         let known: Vec<&str> = card_names().collect();
         Refusal::error(format!("--card {name}: there is no such card in the list; it has {}", known.join(", ")))
@@ -160,5 +160,5 @@ pub fn decide(
 pub fn for_this_machine(plan: &RunPlan, model_dir: &Path, configs: &Configs, world_size: usize) -> Result<Decision> {
     let around = Surroundings::of(plan, tokens(plan, model_dir, configs), world_size);
     let facts = Facts::of(plan, configs, around)?;
-    Decision::of(plan, &facts, world_size, &Machine::this())
+    Decision::of(plan, &facts, world_size, &Machine::this(plan.model.device))
 }

@@ -20,7 +20,7 @@ use super::setup;
 use crate::comm::{Communicator, CommunicatorExt, SliceMut};
 use crate::config::{PriorPlan, RunPlan};
 use crate::data::{self, ClipTokenizer};
-use crate::device::Memory;
+use crate::device::Hardware;
 use crate::diffusion::sampler::SamplerConfig;
 use crate::launch::{Event, Rank};
 use crate::model;
@@ -37,7 +37,13 @@ const QUALITY: u8 = 95;
 const ASIDE: &str = ".writing-";
 
 /// Makes the class images that are missing, if any. A collective.
-pub fn complete(plan: &RunPlan, decision: &Decision, model_dir: &Path, rank: &Rank) -> Result<Ending> {
+pub fn complete(
+    plan: &RunPlan,
+    decision: &Decision,
+    model_dir: &Path,
+    rank: &Rank,
+    hardware: &Hardware,
+) -> Result<Ending> {
     let Some(prior) = &plan.prior else { return Ok(Ending::Done) };
     let comm = &*rank.communicator;
     let missing = agree_on_missing(prior, comm)?;
@@ -47,7 +53,7 @@ pub fn complete(plan: &RunPlan, decision: &Decision, model_dir: &Path, rank: &Ra
     let dir = prior.class_dir.display();
     let said = format!("making {} pictures of {:?} in {dir}", missing.len(), prior.class_prompt);
     rank.events.send(&Event::Message(said));
-    let ending = make(plan, decision, &missing, model_dir, rank).context("making the class images")?;
+    let ending = make(plan, decision, &missing, model_dir, rank, hardware).context("making the class images")?;
     if ending == Ending::Done {
         // What a rank of a killed run may still have begun meanwhile.
         let cleared = if comm.rank() == 0 { clear_aside(&prior.class_dir) } else { Ok(()) };
@@ -107,25 +113,32 @@ fn number(path: &Path) -> Option<u64> {
     is_hash.then(|| number.parse().ok()).flatten()
 }
 
-fn make(plan: &RunPlan, decision: &Decision, missing: &[u64], model_dir: &Path, rank: &Rank) -> Result<Ending> {
+fn make(
+    plan: &RunPlan,
+    decision: &Decision,
+    missing: &[u64],
+    model_dir: &Path,
+    rank: &Rank,
+    hardware: &Hardware,
+) -> Result<Ending> {
     let Some(prior) = &plan.prior else { return Ok(Ending::Done) };
     let configs = Configs::read(model_dir)?;
     let weights = PipelineWeights::open(model_dir, plan.model.variant.as_deref().unwrap_or(""))?;
-    let compute = setup::compute(plan)?;
+    let compute = setup::compute(plan, hardware);
     let scheduler = SamplerConfig::read(&model_dir.join("scheduler/scheduler_config.json"))?;
     let prompts = {
         let tokenizer = ClipTokenizer::open(&model_dir.join("tokenizer"), None)?;
         let tokens = vec![tokenizer.encode(&prior.class_prompt)?, tokenizer.encode("")?];
         let encoder = model::text_encoder(&configs.text, false, DType::F32);
-        let frozen = Frozen::load(encoder.graph, DType::F32, &Tiers::on_device()?, &weights)?;
+        let frozen = Frozen::load(encoder.graph, DType::F32, &Tiers::on(hardware)?, &weights)?;
         Prompts::encode(&frozen, &encoder.slots, &tokens, &compute)?
     };
     let denoiser = model::denoiser(&configs.unet, None, false, compute.dtype);
     let ranks = Ranks { comm: rank.communicator.clone(), stage: decision.zero_stage(), reduce_dtype: DType::F32 };
     let segments = denoiser.graph.nodes.iter().map(|n| (&n.params, None));
-    let tiers = tiers(plan, decision, &denoiser.graph, &ranks, compute.dtype);
+    let tiers = tiers(plan, decision, &denoiser.graph, &ranks, compute.dtype, hardware);
     let store = ParamStore::load(&ranks, compute.dtype, &rank.communicator.agree(tiers)?, segments, &weights)?;
-    let mut decoder = Decoder::load(&configs.vae, &weights, &compute, Tiers::on_device()?, Tiling::Auto)?;
+    let mut decoder = Decoder::load(&configs.vae, &weights, &compute, Tiers::on(hardware)?, Tiling::Auto)?;
     let kind = match prior.sampler {
         Some(kind) => kind,
         None => scheduler.default_kind()?,
@@ -153,10 +166,17 @@ fn make(plan: &RunPlan, decision: &Decision, missing: &[u64], model_dir: &Path, 
 }
 
 /// Parameters rest where the training's will.
-fn tiers(plan: &RunPlan, decision: &Decision, graph: &SegmentGraph, ranks: &Ranks, compute: DType) -> Result<Tiers> {
+fn tiers(
+    plan: &RunPlan,
+    decision: &Decision,
+    graph: &SegmentGraph,
+    ranks: &Ranks,
+    compute: DType,
+    hardware: &Hardware,
+) -> Result<Tiers> {
     let placement = Placement { parameters: decision.placement.parameters, ..Placement::DEVICE };
     let limit = |bytes: Option<u64>| bytes.map(|bytes| bytes as usize);
-    let memory = Memory::new(limit(decision.device_limit), limit(decision.host_limit));
+    let memory = hardware.memory(limit(decision.device_limit), limit(decision.host_limit));
     let formats = Formats { compute, master: DType::F32, gradients: DType::F32, state: StateKind::F32 };
     arrange::tiers(graph, ranks, placement, formats, &memory, plan.zero.nvme_dir.as_deref())
 }

@@ -27,10 +27,11 @@ use crate::track::Profiler;
 pub fn run(plan: &RunPlan, model_dir: &Path, rank: &Rank, profile: Option<NonZeroU32>) -> Result<Ending> {
     let configs = Configs::read(model_dir)?;
     let decision = decide(plan, model_dir, &configs, &*rank.communicator)?;
-    if class_images::complete(plan, &decision, model_dir, rank)? == sample::Ending::Interrupted {
+    let hardware = rank.communicator.agree(setup::hardware(plan, &decision, rank))?;
+    if class_images::complete(plan, &decision, model_dir, rank, &hardware)? == sample::Ending::Interrupted {
         return Ok(Ending::Interrupted);
     }
-    let mut trainer = setup::build(plan, decision, model_dir, configs, rank)?;
+    let mut trainer = setup::build(plan, decision, model_dir, configs, rank, &hardware)?;
     trainer.profiler = Profiler::new(profile);
     trainer.comm.agree(prepare_output(&trainer))?;
     let begun = trainer.begin();

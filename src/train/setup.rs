@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Result;
-use candle_core::{DType, Device};
+use candle_core::DType;
 
 use super::arrange::{self, Formats};
 use super::items::Sampler;
@@ -18,7 +18,7 @@ use crate::checkpoint::{self, Checkpoint, Position, SegmentRecord};
 use crate::comm::{Communicator, CommunicatorExt, SliceMut, Traced};
 use crate::config::{DeviceKind, LrKind as PlannedKind, ReduceDtype, Resume, RunPlan, Steps, Toggle};
 use crate::data::Dataset;
-use crate::device::{Compute, Memory, Place};
+use crate::device::{Compute, Hardware, Memory, Place};
 use crate::diffusion::sampler::SamplerConfig;
 use crate::diffusion::{Draws, NoiseSchedule, Record};
 use crate::launch::{Event, Rank};
@@ -37,6 +37,7 @@ pub fn build<'a>(
     model_dir: &Path,
     configs: Configs,
     rank: &'a Rank,
+    hardware: &Hardware,
 ) -> Result<Trainer<'a>> {
     let comm: Arc<dyn Communicator> = Arc::new(Traced::new(rank.communicator.clone()));
     let resumed = match resume_folder(plan)? {
@@ -48,10 +49,10 @@ pub fn build<'a>(
     let dataset = Dataset::open(&plan.dataset_options(false))?;
     let schedule = NoiseSchedule::from_json(&model_dir.join("scheduler").join("scheduler_config.json"))?;
     let limit = |bytes: Option<u64>| bytes.map(|bytes| bytes as usize);
-    let memory = Memory::new(limit(decision.device_limit), limit(decision.host_limit));
+    let memory = hardware.memory(limit(decision.device_limit), limit(decision.host_limit));
     let frozen = Tiers::within(memory.clone(), Placement::DEVICE, None, None)?;
     let frozen = Tiers { prefetch: plan.zero.prefetch, ..frozen };
-    let compute = compute(plan)?;
+    let compute = compute(plan, hardware);
 
     // First, so that a text encoder that does not train is gone before the network comes.
     let Texts { prompts, numbers, of_validation } =
@@ -123,12 +124,16 @@ pub fn build<'a>(
 }
 
 /// Where and in what precision the plan computes.
-pub(super) fn compute(plan: &RunPlan) -> Result<Compute> {
-    let device = match plan.model.device {
-        DeviceKind::Cpu => Device::Cpu,
-        DeviceKind::Cuda => Device::new_cuda_with_stream(0)?,
-    };
-    Ok(Compute { device, dtype: arrange::compute_dtype(plan) })
+pub(super) fn compute(plan: &RunPlan, hardware: &Hardware) -> Compute {
+    Compute { device: hardware.device().clone(), dtype: arrange::compute_dtype(plan) }
+}
+
+/// Opens what this rank computes on, with the plan's limit.
+pub(super) fn hardware(plan: &RunPlan, decision: &Decision, rank: &Rank) -> Result<Hardware> {
+    match plan.model.device {
+        DeviceKind::Cpu => Ok(Hardware::cpu()),
+        DeviceKind::Cuda => Hardware::gpu(rank.world.local_rank, decision.device_limit.map(|bytes| bytes as usize)),
+    }
 }
 
 /// Which components train.

@@ -7,7 +7,7 @@ use candle_core::DType;
 
 use super::Placement;
 use super::rest::{Copies, Staging};
-use crate::device::{Arena, Delays, Memory, Place, Queue, StateFile, Usage};
+use crate::device::{Arena, Delays, Hardware, Memory, Place, Queue, StateFile, Usage};
 
 /// The arenas of the three states that ZeRO partitions, in one tier. What a stage's collectives and copies hold for a
 /// moment is charged to the arena of what they carry.
@@ -56,9 +56,14 @@ pub struct Tiers {
 }
 
 impl Tiers {
-    /// Everything in the device's memory, without limits.
+    /// Everything in the processor's memory, without limits.
     pub fn on_device() -> Result<Self> {
         Self::unlimited(Placement::DEVICE, None, None)
+    }
+
+    /// Everything in the device's memory, without limits.
+    pub fn on(hardware: &Hardware) -> Result<Self> {
+        Self::within(hardware.memory(None, None), Placement::DEVICE, None, None)
     }
 
     /// Without limits. `delays`: copies and collectives are late now and then.

@@ -55,6 +55,14 @@ pub fn check(local_rank: usize) -> Result<Card, String> {
     Ok(card.clone())
 }
 
+/// How many GPUs this process sees; none where they cannot be used.
+pub fn count() -> usize {
+    match libraries::load(libraries::DRIVER) {
+        Ok(()) => probe().map_or(0, |found| found.cards.len()),
+        Err(_) => 0,
+    }
+}
+
 /// What the driver says of itself and its GPUs.
 fn probe() -> Result<Found> {
     if let Err(error) = result::init() {

@@ -48,7 +48,7 @@ pub(crate) mod tests;
 #[cfg(feature = "cuda")]
 pub use event::Mark;
 #[cfg(feature = "cuda")]
-pub use gpu::{Gpu, check};
+pub use gpu::{Gpu, check, count};
 #[cfg(feature = "cuda")]
 pub use memory::DeviceMemory;
 #[cfg(feature = "cuda")]

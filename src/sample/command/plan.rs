@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use anyhow::Result;
-use candle_core::{DType, Device};
+use candle_core::DType;
 
 use super::latents;
 use super::model::{Model, Opened};
@@ -11,8 +11,8 @@ use super::output;
 use super::prompts::Prompts;
 use crate::Refusal;
 use crate::cli::{SampleArgs, SampleDevice, SampleDtype, VaeTiling};
+use crate::config::DeviceKind;
 use crate::data::Tokens;
-use crate::device::Compute;
 use crate::sample::{GivenNoise, Settings, Tiling};
 use crate::zero::Stage;
 
@@ -30,7 +30,9 @@ pub struct Plan {
     /// In place of drawn numbers.
     pub given: Option<GivenNoise>,
     latents: Option<PathBuf>,
-    pub compute: Compute,
+    pub device: DeviceKind,
+    /// What the networks compute in.
+    pub dtype: DType,
     pub stage: Stage,
     pub tiling: Tiling,
     pub out: PathBuf,
@@ -50,7 +52,7 @@ impl Plan {
         refuse_alone(args)?;
         let prompts = Prompts::read(args)?;
         output::check(&args.out, args.overwrite)?;
-        let compute = compute(args)?;
+        let (device, dtype) = (device(args)?, dtype(args));
         let model = Model::find(&args.model, args.variant.as_deref(), args.revision.as_deref())?;
         let opened = model.open()?;
         let (settings, size) = settings(args, &opened)?;
@@ -74,7 +76,8 @@ impl Plan {
             seed: args.seed,
             given,
             latents: args.latents.clone(),
-            compute,
+            device,
+            dtype,
             stage: stage(args, world_size),
             tiling: match args.vae_tiling {
                 VaeTiling::Auto => Tiling::Auto,
@@ -95,7 +98,7 @@ impl Plan {
     }
 
     pub fn dtype_name(&self) -> &'static str {
-        match self.compute.dtype {
+        match self.dtype {
             DType::BF16 => "bf16",
             DType::F16 => "fp16",
             _ => "fp32",
@@ -165,22 +168,20 @@ fn stage(args: &SampleArgs, world_size: usize) -> Stage {
     args.stage.and_then(Stage::from_number).unwrap_or(default)
 }
 
-fn compute(args: &SampleArgs) -> Result<Compute> {
-    let gpu = || {
-        crate::device::gpu(0)?;
-        Device::new_cuda_with_stream(0).map_err(|error| error.to_string())
-    };
-    let device = match args.device {
-        SampleDevice::Cpu => Device::Cpu,
-        SampleDevice::Auto => gpu().unwrap_or(Device::Cpu),
-        SampleDevice::Cuda => {
-            gpu().map_err(|why| Refusal::error(format!("--device cuda: {why}. cpu and auto work everywhere")))?
+fn device(args: &SampleArgs) -> Result<DeviceKind> {
+    Ok(match (args.device, crate::device::gpu(0)) {
+        (SampleDevice::Cpu, _) | (SampleDevice::Auto, Err(_)) => DeviceKind::Cpu,
+        (SampleDevice::Auto | SampleDevice::Cuda, Ok(_)) => DeviceKind::Cuda,
+        (SampleDevice::Cuda, Err(why)) => {
+            return Err(Refusal::error(format!("--device cuda: {why}. cpu and auto work everywhere")));
         }
-    };
-    let dtype = match args.dtype {
+    })
+}
+
+fn dtype(args: &SampleArgs) -> DType {
+    match args.dtype {
         SampleDtype::Fp32 => DType::F32,
         SampleDtype::Bf16 => DType::BF16,
         SampleDtype::Fp16 => DType::F16,
-    };
-    Ok(Compute { device, dtype })
+    }
 }

@@ -10,6 +10,8 @@ use super::latents;
 use super::output;
 use super::plan::Plan;
 use crate::comm::{Communicator, CommunicatorExt, SliceMut};
+use crate::config::DeviceKind;
+use crate::device::{Compute, Hardware};
 use crate::launch::{Event, Rank};
 use crate::model;
 use crate::pipeline::{Frozen, Prompts};
@@ -27,13 +29,18 @@ pub fn run(plan: &Plan, rank: &Rank) -> Result<Ending> {
     };
     comm.agree(made)?;
     let opened = &plan.opened;
-    let prompts = encode(plan)?;
-    let denoiser = model::denoiser(&opened.configs.unet, None, false, plan.compute.dtype);
+    let hardware = comm.agree(match plan.device {
+        DeviceKind::Cpu => Ok(Hardware::cpu()),
+        DeviceKind::Cuda => Hardware::gpu(rank.world.local_rank, None),
+    })?;
+    let compute = Compute { device: hardware.device().clone(), dtype: plan.dtype };
+    let prompts = encode(plan, &hardware, &compute)?;
+    let denoiser = model::denoiser(&opened.configs.unet, None, false, compute.dtype);
     let ranks = Ranks { comm: rank.communicator.clone(), stage: plan.stage, reduce_dtype: DType::F32 };
     let segments = denoiser.graph.nodes.iter().map(|n| (&n.params, None));
-    let tiers = Tiers::on_device()?;
-    let store = ParamStore::load(&ranks, plan.compute.dtype, &tiers, segments, &opened.weights)?;
-    let mut decoder = Decoder::load(&opened.configs.vae, &opened.weights.pipeline, &plan.compute, tiers, plan.tiling)?;
+    let tiers = Tiers::on(&hardware)?;
+    let store = ParamStore::load(&ranks, compute.dtype, &tiers, segments, &opened.weights)?;
+    let mut decoder = Decoder::load(&opened.configs.vae, &opened.weights.pipeline, &compute, tiers, plan.tiling)?;
     let noise = match &plan.given {
         Some(given) => Noise::Given(given.clone()),
         None => Noise::from_seed(seed),
@@ -45,7 +52,7 @@ pub fn run(plan: &Plan, rank: &Rank) -> Result<Ending> {
         store: &store,
         slots: denoiser.slots,
         unet: &opened.configs.unet,
-        compute: &plan.compute,
+        compute: &compute,
         scheduler: &opened.scheduler,
         rank,
     };
@@ -76,12 +83,12 @@ fn agree_on_seed(asked: Option<u64>, comm: &dyn Communicator) -> Result<u64> {
 }
 
 /// The prompts as a text encoder in fp32 has them; it is dropped afterwards unless there are very many.
-fn encode(plan: &Plan) -> Result<Prompts> {
+fn encode(plan: &Plan, hardware: &Hardware, compute: &Compute) -> Result<Prompts> {
     let opened = &plan.opened;
     let encoder = model::text_encoder(&opened.configs.text, false, DType::F32);
-    let frozen = Frozen::load(encoder.graph, DType::F32, &Tiers::on_device()?, &opened.weights)?;
+    let frozen = Frozen::load(encoder.graph, DType::F32, &Tiers::on(hardware)?, &opened.weights)?;
     let width = opened.configs.text.hidden_size;
-    Prompts::frozen(frozen, encoder.slots, width, plan.tokens.clone(), &plan.compute)
+    Prompts::frozen(frozen, encoder.slots, width, plan.tokens.clone(), compute)
 }
 
 /// The files that hold all pictures, written by rank 0. A collective.

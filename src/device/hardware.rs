@@ -1,0 +1,48 @@
+//! What a rank computes on: the processor, or its GPU. Opened once, before anything is allocated there.
+
+use std::sync::Arc;
+
+use anyhow::Result;
+use candle_core::Device;
+
+use super::{Accelerator, Memory};
+
+/// A compute device, opened. Cheap to clone; stays open as long as a clone or memory of it is there.
+#[derive(Clone)]
+pub struct Hardware {
+    device: Device,
+    accelerator: Option<Arc<dyn Accelerator>>,
+}
+
+impl Hardware {
+    pub fn cpu() -> Hardware {
+        Hardware { device: Device::Cpu, accelerator: None }
+    }
+
+    /// The GPU of the rank with this place on the machine; `limit` bytes of its memory may be used for everything but
+    /// what the driver takes itself. A [`crate::Refusal`] where there is none that can be used.
+    #[cfg(feature = "cuda")]
+    pub fn gpu(local_rank: usize, limit: Option<usize>) -> Result<Hardware> {
+        let gpu = super::cuda::Gpu::open(local_rank, limit)?;
+        Ok(Hardware { device: gpu.device().clone(), accelerator: Some(gpu) })
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    pub fn gpu(local_rank: usize, _limit: Option<usize>) -> Result<Hardware> {
+        super::gpu(local_rank).map_err(crate::Refusal::error)?;
+        anyhow::bail!("this build of dblaunch has no GPU support")
+    }
+
+    /// candle's device.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// The two tiers of its memory, with limits in bytes.
+    pub fn memory(&self, device: Option<usize>, host: Option<usize>) -> Memory {
+        match &self.accelerator {
+            Some(accelerator) => Memory::beside(accelerator.clone(), device, host),
+            None => Memory::new(device, host),
+        }
+    }
+}
