@@ -3,11 +3,14 @@
 //! ([`Shared`]). Between GPUs, under the feature `cuda`, there are collectives that the devices do themselves. Knows nothing of segments, tensors or training.
 
 mod call;
+mod far;
 mod meeting;
 #[cfg(feature = "cuda")]
 mod nccl;
 #[cfg(feature = "cuda")]
 mod on_device;
+#[cfg(feature = "cuda")]
+mod paired;
 pub mod probe;
 pub mod process;
 mod reduce;
@@ -27,10 +30,13 @@ use anyhow::Result;
 use half::{bf16, f16};
 
 pub use call::{Call, Kind, Scalar};
+pub use far::{Far, Operation};
 #[cfg(feature = "cuda")]
 pub use nccl::Nccl;
 #[cfg(feature = "cuda")]
-pub use on_device::{AloneOnDevice, DeviceCommunicator, Operation};
+pub use on_device::{AloneOnDevice, DeviceCommunicator};
+#[cfg(feature = "cuda")]
+pub use paired::Paired;
 pub use rendezvous::Rendezvous;
 pub use shared::Shared;
 pub use solo::Solo;
@@ -77,6 +83,10 @@ pub trait Communicator: Send + Sync {
     fn abort(&self, _message: &str) {}
     /// Another rank that is known to have failed. Not collective: whoever waits for something beside the collectives asks.
     fn failed_peer(&self) -> Option<PeerFailure> {
+        None
+    }
+    /// The same ranks' collectives over the memory of their accelerators, where these do them themselves.
+    fn far(&self) -> Option<&dyn Far> {
         None
     }
 }

@@ -14,9 +14,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow};
 
 use self::library::{Library, unique_id};
-use super::on_device::{DeviceCommunicator, Operation};
+use super::on_device::DeviceCommunicator;
 use super::watch::{Flight, Point, Trouble, Watch};
-use super::{Communicator, CommunicatorExt, PeerFailure};
+use super::{Communicator, CommunicatorExt, Operation, PeerFailure};
 use crate::Refusal;
 use crate::device::cuda::{Gpu, Mark, Stream, found, libraries};
 

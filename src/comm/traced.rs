@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use anyhow::Result;
 
-use super::{Communicator, PeerFailure, Slice, SliceMut};
+use super::{Communicator, Far, PeerFailure, Slice, SliceMut};
 use crate::device::trace::{Row, Span, span};
 
 /// Every collective of `inner` is a span of the row of collectives, with the bytes of this rank's larger side.
@@ -62,5 +62,9 @@ impl Communicator for Traced {
 
     fn failed_peer(&self) -> Option<PeerFailure> {
         self.inner.failed_peer()
+    }
+
+    fn far(&self) -> Option<&dyn Far> {
+        self.inner.far()
     }
 }

@@ -105,6 +105,12 @@ impl Far {
         noted.map_or_else(|| self.on.moment(), Ok)
     }
 
+    /// For what does not go through the row, has ended before anything else is launched on this memory, and waits for the
+    /// moment: a collective.
+    pub fn beside(&self) -> Result<(Address, Moment)> {
+        Ok((self.taken.address, self.ready()?))
+    }
+
     /// Copies `bytes` to where `at` bytes have gone by; the caller has checked that they fit.
     pub fn upload(&mut self, bytes: &[u8], at: usize) -> Result<()> {
         let after = self.ready()?;

@@ -8,7 +8,7 @@ use anyhow::{Result, bail};
 use candle_core::DType;
 use half::{bf16, f16};
 
-use super::accelerator::{Accelerator, Far};
+use super::accelerator::{Accelerator, Far, Moment};
 use super::arena::Charge;
 use crate::kernels::Address;
 
@@ -226,6 +226,12 @@ impl Buffer {
     /// For kernels that change it while it lives.
     pub fn address_mut(&mut self) -> Address {
         self.address()
+    }
+
+    /// On an accelerator: where it is, and what must be over before something beside the accelerator's row may use it. That
+    /// has ended before anything else is asked of this buffer.
+    pub fn beside(&self) -> Result<Option<(Address, Moment)>> {
+        self.far().map(Far::beside).transpose()
     }
 
     pub fn bytes(&self) -> &[u8] {

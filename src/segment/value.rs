@@ -19,6 +19,10 @@ impl Value {
             Value::Device(tensor) => Ok(tensor.clone()),
             Value::Host { values, shape, device } => {
                 let _span = span(Row::Copy, "activations").bytes(values.bytes().len());
+                #[cfg(feature = "cuda")]
+                if let Device::Cuda(device) = device {
+                    return crate::device::cuda::upload(values.bytes(), shape, values.dtype(), device);
+                }
                 match values.dtype() {
                     DType::F32 => Tensor::from_slice(values.as_slice::<f32>(), shape, device),
                     DType::BF16 => Tensor::from_slice(values.as_slice::<bf16>(), shape, device),
@@ -51,6 +55,8 @@ fn copied<T: Element>(tensor: &Tensor, arena: &Arena, what: &str) -> Result<Buff
         (Storage::Cpu(storage), Some((from, to))) => {
             values.as_mut_slice::<T>().copy_from_slice(&T::cpu_storage_as_slice(storage)?[from..to]);
         }
+        #[cfg(feature = "cuda")]
+        (Storage::Cuda(storage), Some(_)) => crate::device::cuda::download(storage, layout, values.bytes_mut())?,
         (_, Some(_)) => values.as_mut_slice::<T>().copy_from_slice(&tensor.flatten_all()?.to_vec1::<T>()?),
         (_, None) => bail!("{what}: a contiguous tensor is not contiguous"),
     }

@@ -1,5 +1,6 @@
-//! Collectives over buffers, wherever they lie. An accelerator's memory goes through the host's, piece by piece: the same
-//! sums, taken in the same order, as if it were the host's own.
+//! Collectives over buffers, wherever they lie. Where the accelerators of a group do them themselves, that is their way.
+//! Else their memory goes through the host's, piece by piece: the same sums, taken in the same order, as if it were the
+//! host's own.
 
 use std::ops::Range;
 
@@ -7,9 +8,9 @@ use anyhow::Result;
 use candle_core::DType;
 
 use super::Ranks;
-use crate::comm::{Slice, SliceMut};
+use crate::comm::{Operation, Scalar, Slice, SliceMut};
 use crate::device::Buffer;
-use crate::device::bulk::{read_bytes, write_bytes};
+use crate::device::bulk::{cast_range, read_bytes, write_bytes};
 
 /// Elements of a rank that pass through the host at a time.
 const PIECE: usize = 1 << 18;
@@ -20,6 +21,20 @@ pub(super) fn gather(ranks: &Ranks, shard: &Buffer, whole: &mut Buffer) -> Resul
         return ranks.comm.all_gather(slice(shard), slice_mut(whole));
     }
     let (len, size, dtype) = (shard.len(), shard.dtype().size_in_bytes(), shard.dtype());
+    if let Some(far) = ranks.comm.far()
+        && let Some((to, free)) = whole.beside()?
+    {
+        let (from, ready) = match shard.beside()? {
+            Some(there) => there,
+            // Into its place first.
+            None => {
+                let at = ranks.comm.rank() * len;
+                cast_range(shard, 0..len, whole, at..at + len)?;
+                (to.at(at * size), free.clone())
+            }
+        };
+        return far.collect(Operation::all_gather(scalar(dtype), len, from, to), &[&ready, &free], "parameters");
+    }
     for piece in pieces(len) {
         let mut mine = Buffer::unbudgeted(dtype, piece.len())?;
         let mut all = Buffer::unbudgeted(dtype, piece.len() * ranks.comm.world_size())?;
@@ -38,6 +53,11 @@ pub(super) fn reduce_scatter(ranks: &Ranks, whole: &Buffer, part: &mut Buffer) -
         return ranks.comm.reduce_scatter(slice(whole), slice_mut(part));
     }
     let (len, size, dtype) = (part.len(), part.dtype().size_in_bytes(), part.dtype());
+    if let Some(far) = ranks.comm.far()
+        && let (Some((from, ready)), Some((to, free))) = (whole.beside()?, part.beside()?)
+    {
+        return far.collect(Operation::reduce_scatter(scalar(dtype), len, from, to), &[&ready, &free], "gradients");
+    }
     for piece in pieces(len) {
         let mut all = Buffer::unbudgeted(dtype, piece.len() * ranks.comm.world_size())?;
         let mut mine = Buffer::unbudgeted(dtype, piece.len())?;
@@ -55,6 +75,12 @@ pub(super) fn all_reduce(ranks: &Ranks, data: &mut Buffer) -> Result<()> {
     if data.accelerator().is_none() {
         return ranks.comm.all_reduce(slice_mut(data));
     }
+    if let Some(far) = ranks.comm.far()
+        && let Some((at, ready)) = data.beside()?
+    {
+        let operation = Operation::all_reduce(scalar(data.dtype()), data.len(), at);
+        return far.collect(operation, &[&ready], "gradients");
+    }
     let size = data.dtype().size_in_bytes();
     for piece in pieces(data.len()) {
         let mut here = Buffer::unbudgeted(data.dtype(), piece.len())?;
@@ -67,6 +93,14 @@ pub(super) fn all_reduce(ranks: &Ranks, data: &mut Buffer) -> Result<()> {
 
 fn pieces(len: usize) -> impl Iterator<Item = Range<usize>> {
     (0..len.div_ceil(PIECE)).map(move |k| k * PIECE..((k + 1) * PIECE).min(len))
+}
+
+fn scalar(dtype: DType) -> Scalar {
+    match dtype {
+        DType::BF16 => Scalar::BF16,
+        DType::F16 => Scalar::F16,
+        _ => Scalar::F32,
+    }
 }
 
 fn slice(buffer: &Buffer) -> Slice<'_> {

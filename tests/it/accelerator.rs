@@ -1,22 +1,47 @@
-//! Training where the device's memory is not the host's, on the emulated device: whoever looks into its memory from the
-//! host, or forgets a copy, is caught. Wherever states rest, the bits are those of the run that keeps everything there;
-//! and that run is the processor's but for rounding.
-
-use std::sync::Arc;
+//! Training where the device's memory is not the host's: on a GPU (feature `cuda`, where there is one or a stand-in), else
+//! on the emulated device. Whoever looks into its memory from the host, or forgets a copy or a wait, is caught. Wherever
+//! states rest, the bits are those of the run that keeps everything there; and that run is the processor's but for
+//! rounding.
 
 use candle_core::DType;
 use dblaunch::device::Place::{Device, Host, Nvme};
-use dblaunch::kernels::emulated::{Emulated, Order};
 use dblaunch::optim::StateKind;
 use dblaunch::segment::Keep;
 use dblaunch::zero::{Placement, Stage};
 
 use crate::equivalence::{STAGES, accumulation, distance, run, steps, together};
-use crate::toy::{Outcome, Run, Storage};
+use crate::toy::{Beside, Outcome, Run, Storage};
 
-fn accelerated(base: &Run) -> Run {
-    let accelerator = Some(Arc::new(Emulated::new(80, Order::Shuffled(5)).unwrap()));
-    Run { storage: Storage { accelerator, ..base.storage.clone() }, ..base.clone() }
+/// The GPU of all tests of this process; none, which is said, where there is none, unless DBLAUNCH_TEST_GPU is set.
+#[cfg(feature = "cuda")]
+fn accelerator() -> Option<Beside> {
+    use std::sync::{Arc, OnceLock};
+
+    use dblaunch::device::cuda::Gpu;
+
+    static GPU: OnceLock<Option<Arc<Gpu>>> = OnceLock::new();
+    let open = || match Gpu::open(0, Some(4 << 30)) {
+        Ok(gpu) => Some(gpu),
+        Err(error) if std::env::var_os("DBLAUNCH_TEST_GPU").is_some() => panic!("{error:#}"),
+        Err(error) => {
+            eprintln!("skipped, there is no GPU: {error:#}");
+            None
+        }
+    };
+    GPU.get_or_init(open).clone().map(Beside::Gpu)
+}
+
+#[cfg(not(feature = "cuda"))]
+fn accelerator() -> Option<Beside> {
+    use dblaunch::kernels::emulated::{Emulated, Order};
+
+    Some(Beside::Emulated(Emulated::new(80, Order::Shuffled(5)).unwrap().into()))
+}
+
+/// The run on the accelerator, if there is one.
+fn accelerated(base: &Run) -> Option<Run> {
+    let accelerator = Some(accelerator()?);
+    Some(Run { storage: Storage { accelerator, ..base.storage.clone() }, ..base.clone() })
 }
 
 fn placements() -> impl Iterator<Item = Placement> {
@@ -25,17 +50,17 @@ fn placements() -> impl Iterator<Item = Placement> {
     places.into_iter().flat_map(move |p| places.into_iter().flat_map(move |o| of(p, o)))
 }
 
-/// Every placement gives the bits of the all-on-device run, which are returned.
-fn same_everywhere(world_size: usize, base: &Run) -> Outcome {
+/// Every placement gives the bits of the all-on-device run, which are returned; none without an accelerator.
+fn same_everywhere(world_size: usize, base: &Run) -> Option<Outcome> {
     let home = tempfile::tempdir().unwrap();
-    let base = accelerated(base);
+    let base = accelerated(base)?;
     let want = together(world_size, &base, false);
     for placement in placements() {
         let storage = Storage { placement, folder: Some(home.path().to_path_buf()), ..base.storage.clone() };
         let got = together(world_size, &Run { storage, ..base.clone() }, false);
         assert!(got == want, "{world_size} ranks, {:?}, {placement:?}, {:?}", base.stage, base.keep);
     }
-    want
+    Some(want)
 }
 
 fn near(got: &Outcome, want: &Outcome, bound: f64) {
@@ -53,7 +78,8 @@ fn every_tier_gives_the_bits_of_the_device_which_are_near_the_processors() {
         for stage in STAGES {
             for (keep, micro_batches) in [(Keep::Inputs, 1), (Keep::Graph, 3), (Keep::Host, 3)] {
                 let base = run(stage, keep, accumulation(micro_batches));
-                near(&same_everywhere(world_size, &base), &together(world_size, &base, false), 1e-5);
+                let Some(got) = same_everywhere(world_size, &base) else { return };
+                near(&got, &together(world_size, &base, false), 1e-5);
             }
         }
     }
@@ -71,8 +97,8 @@ fn updates_that_begin_at_once_are_the_same() {
     for stage in [Stage::Replicated, Stage::Parameters] {
         let late = Run { max_norm: 1e30, ..run(stage, Keep::Inputs, accumulation(3)) };
         let at_once = Run { max_norm: 0.0, ..late.clone() };
-        let want = together(1, &accelerated(&late), false);
-        assert!(same_everywhere(1, &at_once) == want, "{stage:?}");
+        let Some(late) = accelerated(&late) else { return };
+        assert!(same_everywhere(1, &at_once) == Some(together(1, &late, false)), "{stage:?}");
     }
 }
 
@@ -89,7 +115,8 @@ fn half_precision_8_bit_state_and_bf16_masters_and_sums_rest_anywhere() {
             let base = run(stage, Keep::Inputs, accumulation(3));
             let storage = Storage { state, master, gradients, ..base.storage.clone() };
             let base = Run { dtype, reduce_dtype: dtype, storage, ..base };
-            near(&same_everywhere(world_size, &base), &together(world_size, &base, false), 0.05);
+            let Some(got) = same_everywhere(world_size, &base) else { return };
+            near(&got, &together(world_size, &base, false), 0.05);
         }
     }
 }
@@ -98,9 +125,9 @@ fn half_precision_8_bit_state_and_bf16_masters_and_sums_rest_anywhere() {
 fn late_copies_change_nothing() {
     for stage in [Stage::Replicated, Stage::Gradients] {
         let base = run(stage, Keep::Host, accumulation(3));
-        let want = together(2, &accelerated(&base), false);
+        let Some(quick) = accelerated(&base) else { return };
         let late = Run { storage: Storage { delays: true, ..base.storage.clone() }, ..base };
-        assert!(same_everywhere(2, &late) == want, "{stage:?}");
+        assert!(same_everywhere(2, &late) == Some(together(2, &quick, false)), "{stage:?}");
     }
 }
 
@@ -108,4 +135,59 @@ fn late_copies_change_nothing() {
 fn segments_of_many_pieces() {
     let base = Run { width: 1200, ..run(Stage::Replicated, Keep::Inputs, accumulation(1)) };
     same_everywhere(1, &Run { steps: base.steps[..2].to_vec(), ..base });
+}
+
+/// Ranks whose collectives over the GPU's memory are done by NCCL, or what stands for it: the real one does not let several
+/// ranks of a process share a GPU.
+#[cfg(feature = "cuda")]
+fn together_over_nccl(world_size: usize, run: &Run) -> Outcome {
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    use dblaunch::comm::{Communicator, DeviceCommunicator, Nccl, Paired, Shared};
+
+    use crate::toy::train;
+
+    let Some(Beside::Gpu(gpu)) = &run.storage.accelerator else { unreachable!("only on a GPU") };
+    let timeout = Duration::from_secs(60);
+    let rank = |comm: Shared| {
+        let host: Arc<dyn Communicator> = Arc::new(comm);
+        let device = Arc::new(Nccl::join(gpu, host.clone(), timeout, true).unwrap());
+        let outcome = train(Arc::new(Paired::new(host, device.clone())), run);
+        device.close().unwrap();
+        outcome
+    };
+    let outcomes: Vec<_> = std::thread::scope(|scope| {
+        let comms = Shared::threads(world_size, timeout).unwrap();
+        let ranks: Vec<_> = comms.into_iter().map(|comm| scope.spawn(|| rank(comm))).collect();
+        ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+    });
+    assert!(outcomes.iter().all(|o| *o == outcomes[0]), "ranks disagree");
+    outcomes[0].clone()
+}
+
+#[cfg(feature = "cuda")]
+#[test]
+fn collectives_of_the_gpus_sum_as_the_hosts() {
+    if std::env::var_os("STAND_IN_KERNELS").is_none() {
+        return eprintln!("skipped, there is no NCCL with which the ranks of a process share a GPU");
+    }
+    let home = tempfile::tempdir().unwrap();
+    for stage in STAGES {
+        for (world_size, dtype) in [(2, DType::F32), (3, DType::F32), (2, DType::BF16)] {
+            let base = Run { dtype, reduce_dtype: dtype, ..run(stage, Keep::Inputs, accumulation(3)) };
+            let Some(base) = accelerated(&base) else { return };
+            let want = together(world_size, &base, false);
+            for placement in placements() {
+                let storage = Storage { placement, folder: Some(home.path().to_path_buf()), ..base.storage.clone() };
+                let got = together_over_nccl(world_size, &Run { storage, ..base.clone() });
+                // Sums of two are the same in any order.
+                match (world_size, dtype) {
+                    (2, DType::F32) => assert!(got == want, "{stage:?}, {placement:?}"),
+                    (_, DType::F32) => near(&got, &want, 1e-5),
+                    _ => near(&got, &want, 0.05),
+                }
+            }
+        }
+    }
 }

@@ -1,6 +1,6 @@
 //! One integration binary; modules are named by behaviour.
 
-#[cfg(feature = "emulate")]
+#[cfg(any(feature = "cuda", feature = "emulate"))]
 mod accelerator;
 mod bad_input;
 mod bad_runs;

@@ -121,10 +121,10 @@ fn item(i: usize) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
     (wave(FEATURES, 0.71), wave(CONDITION, 1.3), wave(OUT, 0.23))
 }
 
-fn stack(rows: Vec<Vec<f32>>) -> Tensor {
+fn stack(rows: Vec<Vec<f32>>, device: &Device) -> Tensor {
     let n = rows.len();
     let width = rows.first().map_or(0, Vec::len);
-    Tensor::from_vec(rows.concat(), (n, width), &Device::Cpu).unwrap()
+    Tensor::from_vec(rows.concat(), (n, width), device).unwrap()
 }
 
 /// A training run: which items each micro-batch has, and how it is shared.
@@ -157,9 +157,50 @@ pub struct Storage {
     pub delays: bool,
     /// For what rests on a drive.
     pub folder: Option<PathBuf>,
-    /// The device is the emulated one, with a memory of its own, instead of the processor.
+    /// The device in the processor's place, with a memory of its own.
+    pub accelerator: Option<Beside>,
+}
+
+/// A device that is not the processor.
+#[derive(Clone)]
+pub enum Beside {
+    /// Its tensors are the processor's.
     #[cfg(feature = "emulate")]
-    pub accelerator: Option<Arc<dblaunch::kernels::emulated::Emulated>>,
+    Emulated(Arc<dblaunch::kernels::emulated::Emulated>),
+    #[cfg(feature = "cuda")]
+    Gpu(Arc<dblaunch::device::cuda::Gpu>),
+}
+
+impl Beside {
+    fn memory(&self) -> Memory {
+        match self {
+            #[cfg(feature = "emulate")]
+            Beside::Emulated(emulated) => Memory::beside(emulated.clone(), None, None),
+            #[cfg(feature = "cuda")]
+            Beside::Gpu(gpu) => Memory::beside(gpu.clone(), None, None),
+            #[allow(unreachable_patterns, reason = "there is none without these features")]
+            _ => unreachable!(),
+        }
+    }
+
+    /// Where candle's tensors are.
+    fn device(&self) -> Device {
+        match self {
+            #[cfg(feature = "cuda")]
+            Beside::Gpu(gpu) => gpu.device().clone(),
+            #[allow(unreachable_patterns, reason = "all others are not candle's")]
+            _ => Device::Cpu,
+        }
+    }
+
+    fn compute<R>(&self, work: impl FnOnce() -> R) -> R {
+        match self {
+            #[cfg(feature = "emulate")]
+            Beside::Emulated(emulated) => dblaunch::ops::compute_on(emulated.clone(), work),
+            #[allow(unreachable_patterns, reason = "all others compute where their tensors are")]
+            _ => work(),
+        }
+    }
 }
 
 impl Storage {
@@ -172,17 +213,17 @@ impl Storage {
             prefetch: true,
             delays: false,
             folder: None,
-            #[cfg(feature = "emulate")]
             accelerator: None,
         }
     }
 
     fn memory(&self) -> Memory {
-        #[cfg(feature = "emulate")]
-        if let Some(accelerator) = &self.accelerator {
-            return Memory::beside(accelerator.clone(), None, None);
-        }
-        Memory { device: Arena::new("device", None), host: Arena::new("host", None) }
+        let here = || Memory { device: Arena::new("device", None), host: Arena::new("host", None) };
+        self.accelerator.as_ref().map_or_else(here, Beside::memory)
+    }
+
+    fn device(&self) -> Device {
+        self.accelerator.as_ref().map_or(Device::Cpu, Beside::device)
     }
 
     fn tiers(&self, rank: usize, bytes: u64) -> Tiers {
@@ -228,9 +269,8 @@ pub fn network(ranks: &Ranks, run: &Run, source: &dyn WeightSource) -> (Toy, Net
 
 /// One rank's part of `run`.
 pub fn train(comm: Arc<dyn Communicator>, run: &Run) -> Outcome {
-    #[cfg(feature = "emulate")]
-    if let Some(accelerator) = run.storage.accelerator.clone() {
-        return dblaunch::ops::compute_on(accelerator, || train_here(comm, run));
+    if let Some(accelerator) = &run.storage.accelerator {
+        return accelerator.compute(|| train_here(comm, run));
     }
     match run.threads {
         Some(threads) => with_threads(threads, || train_here(comm, run)),
@@ -243,6 +283,8 @@ fn train_here(comm: Arc<dyn Communicator>, run: &Run) -> Outcome {
     let partition = Partition::new(ranks.comm.rank(), ranks.comm.world_size());
     let (toy, mut network) = network(&ranks, run, &Made);
     let mut outcome = Outcome::default();
+    let device = run.storage.device();
+    let stack = |rows: Vec<Vec<f32>>| stack(rows, &device);
     let group = |_: &str| Group { adamw: ADAMW, rate: RATE };
     for (s, micro_batches) in run.steps.iter().enumerate() {
         for (m, items) in micro_batches.iter().enumerate() {
@@ -262,10 +304,10 @@ fn train_here(comm: Arc<dyn Communicator>, run: &Run) -> Outcome {
                 prediction: toy.prediction,
             });
             let mut part = [0f64];
-            let target = stack(mine.into_iter().map(|m| m.2).collect());
+            let targets: Vec<_> = mine.into_iter().map(|m| m.2).collect();
             network
                 .forward_backward(inputs, then, |prediction| {
-                    let difference = (prediction.to_dtype(DType::F32)? - target)?;
+                    let difference = (prediction.to_dtype(DType::F32)? - stack(targets.clone()))?;
                     let squares = difference.sqr()?.sum_all()?.to_scalar::<f32>()?;
                     part[0] = f64::from(squares) / (OUT * items.len()) as f64;
                     let scale = 2.0 / (OUT * items.len() * micro_batches.len()) as f64;
@@ -315,6 +357,7 @@ pub fn reference(steps: &[Vec<Vec<usize>>]) -> Outcome {
         let y = x.matmul(&get(&format!("{name}.weight")).t().unwrap()).unwrap();
         y.broadcast_add(get(&format!("{name}.bias"))).unwrap()
     };
+    let stack = |rows: Vec<Vec<f32>>| stack(rows, &Device::Cpu);
     let n: usize = layouts.iter().map(|e| e.len).sum();
     let (mut m, mut v) = (vec![0f64; n], vec![0f64; n]);
     let mut outcome = Outcome::default();

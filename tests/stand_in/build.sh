@@ -7,9 +7,14 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 mkdir -p "$1"
 folder=$(cd "$1" && pwd)
-compile() { c++ -std=c++20 -O1 -g -Wall -Wextra -fPIC -shared -fvisibility=hidden "$here/$1" -o "$folder/$2" -ldl -lpthread -lrt; }
-compile cuda.cpp libcuda.so.1
-compile nccl.cpp libnccl.so.2
-compile libraries.cpp libcublas.so.13
+# compile LIBRARY SOURCE...
+compile() {
+    local library=$1
+    shift
+    c++ -std=c++20 -O1 -g -Wall -Wextra -fPIC -shared -fvisibility=hidden "${@/#/$here/}" -o "$folder/$library" -ldl -lpthread -lrt
+}
+compile libcuda.so.1 cuda.cpp candle.cpp
+compile libnccl.so.2 nccl.cpp
+compile libcublas.so.13 libraries.cpp
 cp "$folder/libcublas.so.13" "$folder/libcurand.so.10"
 printf 'export LD_LIBRARY_PATH=%q STAND_IN_KERNELS=%q\n' "$folder" "$(realpath "$2")"

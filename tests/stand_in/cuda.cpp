@@ -1,10 +1,12 @@
 // A stand-in for NVIDIA's driver (libcuda.so.1) on a machine without a GPU: streams are threads that work through what
 // they were given, late now and then; memory is the host's and is handed out again as soon as the stream that freed it
 // asks, whatever others still do with it; kernels run in the emulator. So a wait that is missing between streams shows as
-// wrong bytes, as on a GPU, and calls with wrong arguments fail. It computes nothing that is not in kernels/.
+// wrong bytes, as on a GPU, and calls with wrong arguments fail. It computes nothing that is not in kernels/ or candle.cpp.
 //
 // STAND_IN_KERNELS names the emulator's library (build/emulate.rs). STAND_IN_DELAY_US: at most so late. STAND_IN_DRIVER,
 // STAND_IN_CAPABILITY, STAND_IN_GPUS: what it says of itself. Only what dblaunch and candle call is here.
+#include "candle.h"
+
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -533,43 +535,71 @@ CALL cuMemcpyDtoDAsync_v2(uintptr_t to, uintptr_t from, size_t bytes, void* on) 
 
 // ---- Kernels ----
 
-CALL cuModuleLoadData(void** module, const void* image) {
+struct Module {
+    // candle's, which come as text; none: ours.
+    std::string text;
+};
+struct Function {
+    std::string name;
+    bool candles;
+};
+CALL cuModuleLoadData(Module** module, const void* image) {
     uint32_t magic;
     memcpy(&magic, image, 4);
-    // Fat binaries only: nobody here compiles PTX.
-    static char loaded;
-    return *module = &loaded, magic == 0xba55ed50 ? SUCCESS : NOT_FOUND;
+    if (magic == 0xba55ed50) {
+        return *module = new Module, SUCCESS;
+    }
+    std::string text(static_cast<const char*>(image));
+    if (text.find(".target sm_") == std::string::npos) {
+        return NOT_FOUND;
+    }
+    return *module = new Module{std::move(text)}, SUCCESS;
 }
-CALL cuModuleUnload(void*) { return SUCCESS; }
-CALL cuModuleGetFunction(void** function, void*, const char* name) {
+CALL cuModuleUnload(Module* module) { return delete module, SUCCESS; }
+CALL cuModuleGetFunction(Function** function, Module* module, const char* name) {
+    if (!module->text.empty()) {
+        bool compiled = module->text.find(std::string(".entry ") + name + "(") != std::string::npos;
+        if (!compiled || !candle::knows(name)) {
+            fprintf(stderr, "stand-in: candle's kernel %s is not %s\n", name, compiled ? "known here" : "in its module");
+            return NOT_FOUND;
+        }
+        return *function = new Function{name, true}, SUCCESS;
+    }
     auto kinds = emulator<KindsFunction>("emulator_kinds");
     if (!kinds || kinds(name, nullptr, 0) < 0) {
         return NOT_FOUND;
     }
-    return *function = new std::string(name), SUCCESS;
+    return *function = new Function{name, false}, SUCCESS;
 }
 CALL cuFuncSetAttribute(void*, int, int) { return SUCCESS; }
-CALL cuLaunchKernel(std::string* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned, unsigned,
+CALL cuLaunchKernel(Function* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned, unsigned,
                     unsigned shared, void* on, void** parameters, void**) {
     auto which = stream(on);
+    if (!which || !x || !y || !z || !threads || threads > 1024) {
+        return INVALID;
+    }
+    if (function->candles) {
+        auto work = candle::launch(function->name, parameters, threads, within);
+        return work ? which->put(std::move(work)), SUCCESS : INVALID;
+    }
     auto kinds = emulator<KindsFunction>("emulator_kinds");
     auto launch = emulator<LaunchFunction>("emulator_launch");
-    if (!which || !kinds || !launch) {
+    if (!kinds || !launch) {
         return INVALID;
     }
     uint32_t kind[64];
-    int count = kinds(function->c_str(), kind, 64);
+    int count = kinds(function->name.c_str(), kind, 64);
     std::vector<Argument> arguments(std::max(count, 0));
     for (size_t i = 0; i < arguments.size(); i++) {
         // Addresses and 64-bit integers, or 32 bits.
         arguments[i].kind = kind[i];
         memcpy(&arguments[i].bits, parameters[i], kind[i] == 0 || kind[i] == 3 || kind[i] == 4 ? 8 : 4);
     }
-    which->put([=] {
+    which->put([=, name = function->name] {
         Launch what{{x, y, z}, threads, shared, 0, 2, uint32_t(arguments.size()), arguments.data()};
         uint64_t cycles[2];
         char message[2048];
-        if (launch(function->c_str(), &what, cycles, message, sizeof message)) {
+        if (launch(name.c_str(), &what, cycles, message, sizeof message)) {
             fprintf(stderr, "stand-in: %s\n", message);
             sticky = LAUNCH_FAILED;
         }

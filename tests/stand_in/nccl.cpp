@@ -178,7 +178,8 @@ void later(std::chrono::microseconds delay) { std::this_thread::sleep_for(delay)
 
 CALL ncclGetUniqueId(Id* id) {
     memset(id, 0, sizeof *id);
-    snprintf(id->name, sizeof id->name, "/stand-in-nccl-%d-%ld", getpid(), long(time(nullptr)));
+    static std::atomic<int> groups{0};
+    snprintf(id->name, sizeof id->name, "/stand-in-nccl-%d-%d-%ld", getpid(), groups++, long(time(nullptr)));
     int file = shm_open(id->name, O_RDWR | O_CREAT | O_EXCL, 0600);
     bool made = file >= 0 && ftruncate(file, sizeof(Meeting)) == 0;
     close(file);

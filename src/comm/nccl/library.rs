@@ -10,7 +10,7 @@ use cudarc::nccl::sys::ncclResult_t as Status;
 use cudarc::nccl::{result, sys};
 
 use crate::comm::call::{Kind, Scalar};
-use crate::comm::on_device::Operation;
+use crate::comm::Operation;
 use crate::device::cuda::Stream;
 
 /// Bytes of what the ranks of one group have in common.

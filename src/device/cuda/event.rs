@@ -78,10 +78,15 @@ impl Mark {
     /// Waits until it is reached. Errors are those of the work before it, or that the run has gone wrong elsewhere.
     pub fn wait(&self) -> Result<()> {
         self.faults.check()?;
+        self.reach()?;
+        self.faults.check()
+    }
+
+    /// Waits until it is reached, also if the run has gone wrong elsewhere: for who must not go on before.
+    pub(super) fn reach(&self) -> Result<()> {
         self.event.context.bind_to_thread().attempt("waiting for an event")?;
         // SAFETY: the handle is alive.
-        unsafe { sys::cuEventSynchronize(self.event.raw) }.result().attempt("what was put on a stream")?;
-        self.faults.check()
+        unsafe { sys::cuEventSynchronize(self.event.raw) }.result().attempt("what was put on a stream")
     }
 
     /// `value` once this is reached.

@@ -37,6 +37,9 @@ pub struct Gpu {
     device: Device,
     candle: CudaDevice,
     computing: Stream,
+    /// From the host and to it, beside the computation.
+    uploads: Stream,
+    downloads: Stream,
     pool: Arc<Pool>,
     faults: Faults,
     modules: Modules,
@@ -115,6 +118,11 @@ impl Gpu {
         let pool = Arc::new(Pool::install(&context, limit, found.driver)?);
         let faults = Faults::default();
         let computing = Stream::over("computing", raw, pool.clone(), faults.clone());
+        let beside = |name: &str| -> Result<Stream> {
+            let raw = context.new_stream().attempt("making a stream")?;
+            Ok(Stream::over(name, raw, pool.clone(), faults.clone()))
+        };
+        let (uploads, downloads) = (beside("uploads")?, beside("downloads")?);
         let attribute = |which| context.attribute(which).attempt("asking for a GPU's properties");
         let multiprocessors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;
         let shared_at_most = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as u32;
@@ -127,6 +135,8 @@ impl Gpu {
             modules: Modules::new(context, shared_at_most),
             candle,
             computing,
+            uploads,
+            downloads,
             pool,
             faults,
         });
@@ -169,6 +179,14 @@ impl Gpu {
     /// Where candle and our kernels compute.
     pub fn computing(&self) -> &Stream {
         &self.computing
+    }
+
+    pub(super) fn uploads(&self) -> &Stream {
+        &self.uploads
+    }
+
+    pub(super) fn downloads(&self) -> &Stream {
+        &self.downloads
     }
 
     /// Another stream, for what goes on beside the computation.

@@ -16,8 +16,15 @@
 //!   ([`DeviceMemory::used_until`] makes the free wait).
 //! - Where another stream is to read a candle tensor (an activation that goes to the host), it waits for a mark of the
 //!   computing stream, and the computing stream waits for a mark of the copy before the tensor is dropped.
+//! - Buffers that are handed out as an [`Accelerator`](crate::device::Accelerator)'s memory are the computing stream's.
+//!   Copies between them and the host have two streams for all threads, one each way. A copy waits for a mark of the
+//!   computing stream, and the thread that asked for it waits until it has ended: what that thread, or one that waits for
+//!   it, puts on the computing stream afterwards needs no further wait, nor does a free. So the computing stream itself
+//!   waits for nothing, and no copy can hang.
 //! - Host memory of a copy under way is kept alive by the stream ([`Stream::keep`]) and is not looked at before its mark.
 
+#[cfg(feature = "cuda")]
+mod accelerator;
 #[cfg(feature = "cuda")]
 mod event;
 pub mod found;
@@ -60,4 +67,4 @@ pub use status::Faults;
 #[cfg(feature = "cuda")]
 pub use stream::Stream;
 #[cfg(feature = "cuda")]
-pub use tensors::{address_of, uninitialised};
+pub use tensors::{address_of, download, uninitialised, upload};

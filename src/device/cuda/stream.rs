@@ -44,6 +44,10 @@ impl Stream {
         self.0.raw.cu_stream()
     }
 
+    pub(super) fn faults(&self) -> &Faults {
+        &self.0.faults
+    }
+
     pub(super) fn cudarc(&self) -> &Arc<CudaStream> {
         &self.0.raw
     }
