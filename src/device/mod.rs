@@ -48,6 +48,9 @@ pub struct FoundGpu {
     pub name: String,
     /// Bytes.
     pub memory: u64,
+    /// Major and minor, times 10.
+    pub capability: u32,
+    pub multiprocessors: u32,
 }
 
 /// The GPU that the rank with this place on the machine would compute on; if there is none, why and what to do, in one
@@ -55,7 +58,8 @@ pub struct FoundGpu {
 #[cfg(feature = "cuda")]
 pub fn gpu(local_rank: usize) -> Result<FoundGpu, String> {
     let card = cuda::check(local_rank)?;
-    Ok(FoundGpu { name: card.name, memory: card.memory as u64 })
+    let cuda::found::Card { name, capability, multiprocessors, memory, .. } = card;
+    Ok(FoundGpu { name, memory: memory as u64, capability, multiprocessors })
 }
 
 /// How many GPUs this process sees.

@@ -6,6 +6,7 @@
 
 pub mod attention;
 pub mod conv2d;
+mod dry;
 #[cfg(feature = "emulate")]
 pub mod emulated;
 pub mod glue;
@@ -16,6 +17,8 @@ pub mod reduce;
 mod sizes;
 #[cfg(all(test, any(feature = "cuda", feature = "emulate")))]
 pub(crate) mod testing;
+
+pub use dry::Dry;
 
 use std::any::Any;
 

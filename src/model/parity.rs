@@ -106,8 +106,8 @@ mod by_kernels {
     use crate::kernels::emulated::{Emulated, Order};
     use crate::ops::compute_on;
 
-    fn device(capability: u32, order: Order) -> Emulated {
-        Emulated::new(capability, order).unwrap()
+    fn device(capability: u32, order: Order) -> std::sync::Arc<Emulated> {
+        std::sync::Arc::new(Emulated::new(capability, order).unwrap())
     }
 
     #[test]

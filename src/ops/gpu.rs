@@ -1,12 +1,15 @@
 //! An op's way to a GPU: tensors as addresses, fresh memory for results, kernels launched in between. The device is a
 //! tensor's own, or, for tests, the emulated one of [`crate::kernels`], whose tensors are the processor's. No arithmetic.
 
+use std::cell::RefCell;
 use std::sync::Arc;
 
 use candle_core::op::BackpropOp;
 use candle_core::{CpuStorage, DType, Device, Error, Layout, Result, Shape, Storage, StorageRef, Tensor, bail};
 use half::{bf16, f16};
 
+use super::vector;
+use crate::device::is_dry;
 use crate::kernels::{Address, Launcher};
 
 /// The device that computes, where that is not the processor.
@@ -42,40 +45,17 @@ impl Fresh {
     }
 }
 
-#[cfg(feature = "emulate")]
-pub(crate) mod emulated {
-    use std::cell::RefCell;
-    use std::sync::Arc;
-
-    use crate::kernels::Launcher;
-    use crate::kernels::emulated::Emulated;
-
-    thread_local! {
-        static COMPUTES: RefCell<Option<Arc<Emulated>>> = const { RefCell::new(None) };
-    }
-
-    /// Runs `work` with the emulated device in the processor's place: ops on this thread launch kernels there.
-    pub fn compute_on<R>(device: impl Into<Arc<Emulated>>, work: impl FnOnce() -> R) -> R {
-        COMPUTES.set(Some(device.into()));
-        let result = work();
-        COMPUTES.set(None);
-        result
-    }
-
-    pub(in crate::ops) fn computing() -> Option<Arc<dyn Launcher>> {
-        COMPUTES.with_borrow(|device| device.clone().map(|device| device as Arc<dyn Launcher>))
-    }
+thread_local! {
+    static INSTEAD: RefCell<Option<Arc<dyn Launcher>>> = const { RefCell::new(None) };
 }
 
-#[cfg(not(feature = "emulate"))]
-mod emulated {
-    use std::sync::Arc;
-
-    use crate::kernels::Launcher;
-
-    pub(super) fn computing() -> Option<Arc<dyn Launcher>> {
-        None
-    }
+/// Runs `work` with another device in the processor's place: ops on this thread launch kernels there. It takes the
+/// processor's tensors: the emulated device, or none in a dry run.
+pub fn compute_on<R>(device: Arc<dyn Launcher>, work: impl FnOnce() -> R) -> R {
+    let before = INSTEAD.replace(Some(device));
+    let result = work();
+    INSTEAD.set(before);
+    result
 }
 
 /// What a launch said, as candle's error.
@@ -84,9 +64,9 @@ fn told<T>(result: anyhow::Result<T>) -> Result<T> {
 }
 
 impl Gpu {
-    /// The emulated device, if it computes in the processor's place.
+    /// The device that computes in the processor's place, if one does.
     pub fn emulated() -> Option<Gpu> {
-        emulated::computing().map(|launcher| Gpu { launcher, device: Device::Cpu })
+        INSTEAD.with_borrow(|device| device.clone()).map(|launcher| Gpu { launcher, device: Device::Cpu })
     }
 
     /// The device of a tensor; none if that is the processor.
@@ -276,12 +256,13 @@ fn start_mut(storage: &mut CpuStorage) -> Result<Address> {
     }))
 }
 
-/// NaNs: what a kernel leaves out shows.
+/// NaNs: what a kernel leaves out shows. In a dry run, pages that nobody touches.
 fn unwritten(dtype: DType, len: usize) -> Result<CpuStorage> {
+    let dry = is_dry();
     Ok(match dtype {
-        DType::F32 => CpuStorage::F32(vec![f32::NAN; len]),
-        DType::BF16 => CpuStorage::BF16(vec![bf16::NAN; len]),
-        DType::F16 => CpuStorage::F16(vec![f16::NAN; len]),
+        DType::F32 => CpuStorage::F32(if dry { vector::unwritten(len) } else { vec![f32::NAN; len] }),
+        DType::BF16 => CpuStorage::BF16(if dry { vector::unwritten(len) } else { vec![bf16::NAN; len] }),
+        DType::F16 => CpuStorage::F16(if dry { vector::unwritten(len) } else { vec![f16::NAN; len] }),
         other => bail!("no kernels for {other:?}"),
     })
 }

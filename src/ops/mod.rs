@@ -34,5 +34,4 @@ pub use linear::{linear, linear_op};
 pub use tokens::{image_from_tokens, tokens_from_image};
 pub use upsample::upsample_nearest;
 
-#[cfg(feature = "emulate")]
-pub use gpu::emulated::compute_on;
+pub use gpu::compute_on;

@@ -110,7 +110,7 @@ pub fn check(case: &Case) {
 #[cfg(feature = "emulate")]
 #[track_caller]
 fn check_on_kernels(case: &Case, dtype: DType, on_processor: &Run, tolerance: f64) {
-    use super::gpu::emulated::compute_on;
+    use super::gpu::compute_on;
     use crate::kernels::Launcher;
     use crate::kernels::emulated::Emulated;
     for device in Emulated::each().unwrap() {
@@ -118,7 +118,7 @@ fn check_on_kernels(case: &Case, dtype: DType, on_processor: &Run, tolerance: f6
         if dtype == DType::BF16 && capability < 80 {
             continue;
         }
-        let run = compute_on(device, || case.run(dtype));
+        let run = compute_on(std::sync::Arc::new(device), || case.run(dtype));
         let what = |part: &str| format!("{dtype:?} {part} on a device of capability {capability}");
         close(&f64s(&run.y), &f64s(&on_processor.y), tolerance, &what("y"));
         for (i, (got, want)) in run.gradients.iter().zip(&on_processor.gradients).enumerate() {

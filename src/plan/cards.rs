@@ -2,6 +2,7 @@
 
 use crate::config::DeviceKind;
 use crate::device::{FoundGpu, Place};
+use crate::kernels::Dry;
 
 /// What a run computes and stores with, as far as the planner cares. Bytes, bytes a second, operations a second.
 #[derive(Clone, Debug, PartialEq)]
@@ -26,6 +27,8 @@ pub struct Machine {
     pub drive: [f64; 2],
     /// Between ranks, each way.
     pub between_ranks: f64,
+    /// The kind of GPU that ops launch kernels on; none where the processor computes.
+    pub kernels: Option<Dry>,
 }
 
 /// A card as its maker states it.
@@ -36,26 +39,27 @@ struct Card {
     tflops: [f64; 2],
     /// GB/s of its memory, and of its bus each way.
     bandwidths: [f64; 2],
+    /// Compute capability (times 10) and multiprocessors.
+    kind: [u32; 2],
 }
 
-const fn card(name: &'static str, gib: u64, tflops: [f64; 2], bandwidths: [f64; 2]) -> Card {
-    Card { name, gib, tflops, bandwidths }
+const fn card(name: &'static str, gib: u64, tflops: [f64; 2], bandwidths: [f64; 2], kind: [u32; 2]) -> Card {
+    Card { name, gib, tflops, bandwidths, kind }
 }
 
-const CARDS: [Card; 13] = [
-    card("rtx2060-6gb", 6, [6.5, 25.8], [336.0, 12.0]),
-    card("rtx3060-12gb", 12, [12.7, 25.5], [360.0, 24.0]),
-    card("rtx3070-8gb", 8, [20.3, 40.6], [448.0, 24.0]),
-    card("rtx3090-24gb", 24, [35.6, 71.0], [936.0, 24.0]),
-    card("rtx4060-8gb", 8, [15.1, 30.2], [272.0, 12.0]),
-    card("rtx4060ti-16gb", 16, [22.1, 44.1], [288.0, 12.0]),
-    card("rtx4090-24gb", 24, [82.6, 165.2], [1008.0, 24.0]),
-    card("t4-16gb", 16, [8.1, 65.0], [320.0, 12.0]),
-    card("v100-16gb", 16, [15.7, 125.0], [900.0, 12.0]),
-    card("a100-40gb", 40, [19.5, 312.0], [1555.0, 24.0]),
-    card("a100-80gb", 80, [19.5, 312.0], [2039.0, 24.0]),
-    card("h100-80gb", 80, [67.0, 989.0], [3350.0, 50.0]),
-    card("h200-141gb", 141, [67.0, 989.0], [4800.0, 50.0]),
+const CARDS: [Card; 12] = [
+    card("rtx2060-6gb", 6, [6.5, 25.8], [336.0, 12.0], [75, 30]),
+    card("rtx3060-12gb", 12, [12.7, 25.5], [360.0, 24.0], [86, 28]),
+    card("rtx3070-8gb", 8, [20.3, 40.6], [448.0, 24.0], [86, 46]),
+    card("rtx3090-24gb", 24, [35.6, 71.0], [936.0, 24.0], [86, 82]),
+    card("rtx4060-8gb", 8, [15.1, 30.2], [272.0, 12.0], [89, 24]),
+    card("rtx4060ti-16gb", 16, [22.1, 44.1], [288.0, 12.0], [89, 34]),
+    card("rtx4090-24gb", 24, [82.6, 165.2], [1008.0, 24.0], [89, 128]),
+    card("t4-16gb", 16, [8.1, 65.0], [320.0, 12.0], [75, 40]),
+    card("a100-40gb", 40, [19.5, 312.0], [1555.0, 24.0], [80, 108]),
+    card("a100-80gb", 80, [19.5, 312.0], [2039.0, 24.0], [80, 108]),
+    card("h100-80gb", 80, [67.0, 989.0], [3350.0, 50.0], [90, 132]),
+    card("h200-141gb", 141, [67.0, 989.0], [4800.0, 50.0], [90, 132]),
 ];
 
 /// Parts of the stated operations that training reaches: in fp32, in half precision.
@@ -87,6 +91,7 @@ impl Machine {
             host_bandwidth: HOST_BANDWIDTH,
             drive: DRIVE,
             between_ranks: card.bandwidths[1] * 1e9 / 2.0,
+            kernels: Some(Dry { capability: card.kind[0], multiprocessors: card.kind[1] }),
         })
     }
 
@@ -106,6 +111,7 @@ impl Machine {
             host_bandwidth: HOST_BANDWIDTH,
             drive: DRIVE,
             between_ranks: HOST_BANDWIDTH / 4.0,
+            kernels: None,
         }
     }
 
@@ -129,7 +135,8 @@ impl Machine {
         let like = like.or_else(|| CARDS.iter().min_by_key(|card| off(card))).map_or("rtx3060-12gb", |card| card.name);
         let device = gpu.memory.saturating_sub(DRIVER);
         let machine = Machine::named(like, host).unwrap_or_else(Machine::without_card);
-        Machine { name: gpu.name.clone(), device, ..machine }
+        let kernels = Some(Dry { capability: gpu.capability, multiprocessors: gpu.multiprocessors });
+        Machine { name: gpu.name.clone(), device, kernels, ..machine }
     }
 
     /// This machine without a card.
@@ -177,7 +184,12 @@ mod tests {
 
     #[test]
     fn a_gpu_is_planned_for_as_the_card_of_its_name() {
-        let gpu = |name: &str, gib: u64| Machine::of_gpu(&FoundGpu { name: name.to_string(), memory: gib << 30 }, 1);
+        let gpu = |name: &str, gib: u64| {
+            Machine::of_gpu(
+                &FoundGpu { name: name.to_string(), memory: gib << 30, capability: 86, multiprocessors: 28 },
+                1,
+            )
+        };
         let like = |name: &str| Machine::named(name, 1).unwrap();
         let same = |a: Machine, b: Machine| assert_eq!((a.flops, a.bus, a.device), (b.flops, b.bus, b.device));
         same(gpu("NVIDIA GeForce RTX 4060 Ti", 16), like("rtx4060ti-16gb"));

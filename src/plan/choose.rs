@@ -74,7 +74,7 @@ pub enum Answer {
 
 impl<'a> Question<'a> {
     pub fn new(plan: &'a RunPlan, facts: &'a Facts, world_size: usize, machine: &'a Machine) -> Self {
-        let terms = Terms::of(plan, world_size);
+        let terms = Terms::of(plan, world_size, !machine.shared);
         Question { plan, facts, terms, budgets: Budgets::of(plan, machine, world_size), machine }
     }
 

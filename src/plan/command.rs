@@ -48,7 +48,7 @@ pub fn plan(asked: &Asked) -> Result<String> {
     let (configs, tokens) = configs(&plan)?;
     let around = Surroundings::of(&plan, tokens, asked.world_size);
     let ranks_threads = (threads::threads() / asked.world_size).max(1);
-    let facts = threads::with_threads(ranks_threads, || Facts::of(&plan, &configs, around))?;
+    let facts = threads::with_threads(ranks_threads, || Facts::of(&plan, &configs, around, machine.kernels))?;
     let decision = Decision::of(&plan, &facts, asked.world_size, &machine)?;
     let table = Table {
         decision: &decision,
@@ -159,6 +159,7 @@ pub fn decide(
 /// The plan of a run on this machine.
 pub fn for_this_machine(plan: &RunPlan, model_dir: &Path, configs: &Configs, world_size: usize) -> Result<Decision> {
     let around = Surroundings::of(plan, tokens(plan, model_dir, configs), world_size);
-    let facts = Facts::of(plan, configs, around)?;
-    Decision::of(plan, &facts, world_size, &Machine::this(plan.model.device))
+    let machine = Machine::this(plan.model.device);
+    let facts = Facts::of(plan, configs, around, machine.kernels)?;
+    Decision::of(plan, &facts, world_size, &machine)
 }

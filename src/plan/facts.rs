@@ -1,13 +1,17 @@
 //! What the planner knows of a run before it begins: its segments with their sizes, what they take and compute, and the
 //! networks beside them. From configurations alone; no weight is read.
 
+use std::sync::Arc;
+
 use anyhow::Result;
 use candle_core::DType;
 
 use super::dry::{self, Given, Measured};
 use crate::config::{MixedPrecision, RunPlan};
 use crate::device::Tally;
+use crate::kernels::Dry;
 use crate::model::{self, Conditioning, Denoiser};
+use crate::ops::compute_on;
 use crate::pipeline::Configs;
 use crate::segment::{SegmentGraph, SlotId};
 
@@ -72,6 +76,9 @@ pub struct Facts {
 /// be 40 to 60 KiB in small networks, which alone would notice.
 const BOOKKEEPING: usize = 48 << 10;
 
+/// What cuBLAS works in, at most.
+const BLAS_SCRATCH: usize = 32 << 20;
+
 /// What is known of a run beside its configuration.
 #[derive(Clone, Copy, Debug)]
 pub struct Surroundings {
@@ -94,8 +101,16 @@ pub fn compute_dtype(plan: &RunPlan) -> DType {
 }
 
 impl Facts {
-    /// Runs every segment dry at the run's own batch and resolution.
-    pub fn of(plan: &RunPlan, configs: &Configs, around: Surroundings) -> Result<Facts> {
+    /// Runs every segment dry at the run's own batch and resolution, on the kind of GPU that ops launch kernels on, if they
+    /// do.
+    pub fn of(plan: &RunPlan, configs: &Configs, around: Surroundings, kernels: Option<Dry>) -> Result<Facts> {
+        let facts = || Facts::here(plan, configs, around);
+        let Some(gpu) = kernels else { return facts() };
+        let facts = compute_on(Arc::new(gpu), facts)?;
+        Ok(Facts { scratch: facts.scratch + BLAS_SCRATCH, ..facts })
+    }
+
+    fn here(plan: &RunPlan, configs: &Configs, around: Surroundings) -> Result<Facts> {
         let dtype = compute_dtype(plan);
         let text = plan.model.train_text_encoder.then_some(&configs.text);
         let mask = plan.data.text_encoder_use_attention_mask;

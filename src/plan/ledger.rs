@@ -33,6 +33,8 @@ pub struct Terms {
     /// Gradients travel between ranks in half precision.
     pub reduce_half: bool,
     pub prefetch: bool,
+    /// The device's memory is not the host's: what the optimizer needs from the other side is copied, piece by piece.
+    pub apart: bool,
     /// Micro-batches in a step.
     pub accumulation: usize,
     /// The update waits for the norm of all gradients.
@@ -86,7 +88,7 @@ pub struct Bytes {
 }
 
 impl Terms {
-    pub fn of(plan: &RunPlan, world_size: usize) -> Self {
+    pub fn of(plan: &RunPlan, world_size: usize, apart: bool) -> Self {
         Terms {
             world_size,
             compute: compute_dtype(plan),
@@ -98,6 +100,7 @@ impl Terms {
             grads: plan.zero.grad_accum_dtype,
             reduce_half: plan.zero.reduce_dtype != ReduceDtype::F32,
             prefetch: plan.zero.prefetch,
+            apart,
             accumulation: plan.train.accumulation,
             clips: plan.train.max_grad_norm.is_some() || compute_dtype(plan) == DType::F16,
         }
@@ -259,19 +262,30 @@ impl<'a> Ledger<'a> {
         4 * shard + if self.terms.reduce_half { 2 * (sizes.full + shard) } else { 0 }
     }
 
-    /// What passes through the host of a rank on its way between a drive and the optimizer, reserved for as many pieces as
-    /// are there at a time: parameters, state.
-    fn staging(&self, rank: usize) -> [usize; 2] {
-        let Placement { parameters, optimizer, .. } = self.place();
-        let drive = |place: Place, bytes: usize| if place == Place::Nvme { bytes } else { 0 };
-        let (mut count, mut most) = (0, [0; 2]);
+    /// Where the optimizer computes.
+    fn optimizer_side(&self) -> Place {
+        match self.terms.apart && self.place().optimizer == Place::Device {
+            true => Place::Device,
+            false => Place::Host,
+        }
+    }
+
+    /// Pieces on the optimizer's side that do not rest there, reserved for as many as are there at a time: of parameters,
+    /// gradients, state.
+    fn staging(&self, rank: usize) -> [usize; 3] {
+        let Placement { parameters, optimizer, gradients } = self.place();
+        let apart = |place: Place| self.terms.apart && (place == Place::Device) != (optimizer == Place::Device);
+        let staged = |place: Place, bytes: usize| if place == Place::Nvme || apart(place) { bytes } else { 0 };
+        let (mut count, mut most) = (0, [0; 3]);
         for (sizes, segment) in self.sizes.iter().zip(&self.facts.segments).filter(|(sizes, _)| sizes.trains) {
             for (k, record) in self.records(segment, sizes, rank).enumerate() {
                 let elements = (sizes.owned - k * CHUNK).min(CHUNK);
                 let master = if self.terms.has_master() { 4 * elements } else { 0 };
-                let weights = drive(parameters, elements * self.terms.rest()) + drive(optimizer, master);
+                let weights = staged(parameters, elements * self.terms.rest()) + staged(optimizer, master);
+                let grads = staged(gradients, elements * self.terms.grad());
+                let of_piece = [weights, grads, staged(optimizer, record)];
                 count += 1;
-                most = [most[0].max(weights), most[1].max(drive(optimizer, record))];
+                most = std::array::from_fn(|i| most[i].max(of_piece[i]));
             }
         }
         most.map(|bytes| bytes * IN_FLIGHT.min(count))
@@ -289,7 +303,16 @@ impl<'a> Ledger<'a> {
                 on(tier, place.optimizer, state),
             ]
         };
-        let [parameters_here, gradients_here, state_here] = rest(Place::Device);
+        let staging: Vec<[usize; 3]> = (0..self.optimizers()).map(|rank| self.staging(rank)).collect();
+        let state_staged: Vec<usize> = staging.iter().map(|[_, _, state]| *state).collect();
+        // Ranks differ in state alone.
+        let most = [staging[0][0], staging[0][1], state_staged.iter().copied().max().unwrap_or(0)];
+        let [staged_here, staged_there] = match self.optimizer_side() {
+            Place::Device => [most, [0; 3]],
+            Place::Host | Place::Nvme => [[0; 3], most],
+        };
+        let at_rest = rest(Place::Device);
+        let [parameters_here, gradients_here, state_here] = std::array::from_fn(|i| at_rest[i] + staged_here[i]);
         let mut device = TierBytes {
             parameters: parameters_here,
             gradients: gradients_here,
@@ -338,12 +361,10 @@ impl<'a> Ledger<'a> {
         let whole = |s: &Sizes| 4 * (s.full + if self.several() { s.shard } else { 0 });
         let written = self.sizes.iter().filter(|s| s.trains).map(whole).max().unwrap_or(0);
         let [parameters_there, gradients_there, state_there] = rest(Place::Host);
-        let staging: Vec<[usize; 2]> = (0..self.optimizers()).map(|rank| self.staging(rank)).collect();
-        let state_staged: Vec<usize> = staging.iter().map(|[_, state]| *state).collect();
         let mut host = TierBytes {
-            parameters: parameters_there + staging[0][0] + written,
-            gradients: gradients_there,
-            optimizer: state_there + state_staged.iter().max().unwrap_or(&0),
+            parameters: parameters_there + staged_there[0] + written,
+            gradients: gradients_there + staged_there[1],
+            optimizer: state_there + staged_there[2],
             activations: profile.host,
             ..TierBytes::default()
         };

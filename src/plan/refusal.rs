@@ -78,7 +78,9 @@ pub fn refusal(
         .iter()
         .filter_map(|(what, change)| {
             let plan = change(plan)?;
-            let fits = Question { terms: Terms::of(&plan, world_size), plan: &plan, facts, budgets, machine }.answer();
+            let fits =
+                Question { terms: Terms::of(&plan, world_size, !machine.shared), plan: &plan, facts, budgets, machine }
+                    .answer();
             matches!(fits, Ok(Answer::Fits(_))).then(|| what.to_string())
         })
         .take(3)
@@ -121,7 +123,7 @@ fn all_together(
         let Some(next) = change(&all) else { continue };
         all = next;
         written.push(what);
-        let terms = Terms::of(&all, world_size);
+        let terms = Terms::of(&all, world_size, !machine.shared);
         let question = Question { terms, plan: &all, facts, budgets, machine };
         if matches!(question.answer(), Ok(Answer::Fits(_))) {
             return Some(written.join(" and "));

@@ -109,9 +109,18 @@ impl Tiers {
         }
     }
 
-    /// Where the optimizer computes: where its state rests, but for what is on a drive, which it finds on the host.
+    /// Where the optimizer computes: where its state rests, but for what is on a drive, which it finds on the host. (Where
+    /// the processor computes, its pieces are the host's.)
     pub fn optimizer_states(&self) -> &States {
-        self.states(self.placement.optimizer)
+        match self.device_is_apart() {
+            true => self.states(self.placement.optimizer),
+            false => &self.host,
+        }
+    }
+
+    /// Whether the device's memory is not the host's.
+    fn device_is_apart(&self) -> bool {
+        self.memory.device.accelerator().is_some()
     }
 
     /// A side for the optimizer's pieces, in this memory.

@@ -8,6 +8,7 @@ use candle_core::{DType, Device, Tensor};
 use dblaunch::config::{self, RunPlan};
 use dblaunch::device::threads;
 use dblaunch::device::{Buffer, activations, count_activations_from_here};
+use dblaunch::kernels::Dry;
 use dblaunch::model::{self, Conditioning, Denoiser, TextConfig, UnetConfig, VaeConfig};
 use dblaunch::pipeline::Configs;
 use dblaunch::plan::{Facts, Surroundings, Wiring};
@@ -97,20 +98,36 @@ fn measured(plan: &RunPlan, configs: &Configs, keep: &[Keep]) -> usize {
     activations().expect("the tests' allocator counts").peak
 }
 
-fn predicted(plan: &RunPlan, configs: &Configs, keep: impl Fn(usize) -> Keep) -> (usize, Vec<Keep>) {
+/// The same on a GPU of this kind, which is emulated.
+fn measured_on(gpu: Option<Dry>, plan: &RunPlan, configs: &Configs, keep: &[Keep]) -> usize {
+    #[cfg(feature = "emulate")]
+    if let Some(gpu) = gpu {
+        use dblaunch::kernels::emulated::{Emulated, Order};
+        let emulated = Emulated::new(gpu.capability, Order::Ascending).unwrap();
+        return dblaunch::ops::compute_on(Arc::new(emulated), || measured(plan, configs, keep));
+    }
+    assert!(gpu.is_none(), "no GPU is emulated in this build");
+    measured(plan, configs, keep)
+}
+
+fn predicted(plan: &RunPlan, configs: &Configs, gpu: Option<Dry>, keep: impl Fn(usize) -> Keep) -> (usize, Vec<Keep>) {
     let around =
         Surroundings { tokens: configs.text.max_positions, items: usize::MAX, latents_kept: 0, pictures_bytes: 0 };
-    let facts = Facts::of(plan, configs, around).unwrap();
+    let facts = Facts::of(plan, configs, around, gpu).unwrap();
     let keep: Vec<Keep> = (0..facts.segments.len()).map(keep).collect();
     let profile = Wiring::of(&facts).profile(&keep);
     (profile.peak(), keep)
 }
 
 fn compare(what: &str, plan: &RunPlan, configs: &Configs, keep: impl Fn(usize) -> Keep) {
+    compare_on(None, what, plan, configs, keep);
+}
+
+fn compare_on(gpu: Option<Dry>, what: &str, plan: &RunPlan, configs: &Configs, keep: impl Fn(usize) -> Keep) {
     let started = std::time::Instant::now();
-    let (predicted, keep) = predicted(plan, configs, keep);
+    let (predicted, keep) = predicted(plan, configs, gpu, keep);
     let planned = started.elapsed();
-    let measured = measured(plan, configs, &keep);
+    let measured = measured_on(gpu, plan, configs, &keep);
     println!(
         "{what}: predicted {predicted} measured {measured}: {:+.2} % (planned in {planned:.2?})",
         100.0 * (predicted as f64 / measured as f64 - 1.0)
@@ -141,6 +158,29 @@ fn small_networks() {
             }
         }
     }
+}
+
+/// Where ops launch kernels they take other memory, which a dry run on a GPU of the kind knows; and it counts the same
+/// arithmetic.
+#[cfg(feature = "emulate")]
+#[test]
+fn small_networks_take_what_was_planned_on_gpus() {
+    alone("small_networks_take_what_was_planned_on_gpus", || {
+        let configs = Configs::read(&folder("tests/data/models/sd15")).unwrap();
+        for (text, precision, capability) in [("true", "no", 80), ("false", "fp16", 75)] {
+            let sets = [format!("model.train_text_encoder={text}"), format!("train.mixed_precision={precision}")];
+            let sets: Vec<&str> = SMALL.iter().copied().chain(sets.iter().map(String::as_str)).collect();
+            let plan = plan(&sets);
+            let gpu = Some(Dry { capability, multiprocessors: 4 });
+            let mixed = |i| if i % 3 == 0 { Keep::Graph } else { Keep::Inputs };
+            compare_on(gpu, &format!("{sets:?}"), &plan, &configs, mixed);
+            let around = Surroundings { tokens: 77, items: usize::MAX, latents_kept: 0, pictures_bytes: 0 };
+            let flops = |gpu| Facts::of(&plan, &configs, around, gpu).unwrap().flops();
+            for (here, there) in flops(None).into_iter().zip(flops(gpu)) {
+                assert!((there / here - 1.0).abs() < 0.02, "{sets:?}: {there:e} for {here:e}");
+            }
+        }
+    });
 }
 
 /// Stable Diffusion 1.5's and 2.1's shapes; takes some minutes and memory.

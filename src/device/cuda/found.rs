@@ -22,6 +22,7 @@ pub struct Card {
     pub capability: u32,
     /// Tells GPUs apart, in all processes alike.
     pub uuid: [u8; 16],
+    pub multiprocessors: u32,
     /// Bytes of its memory.
     pub memory: usize,
 }
@@ -133,7 +134,7 @@ mod tests {
     use super::*;
 
     fn card(capability: u32) -> Card {
-        Card { name: "Test".into(), capability, uuid: [1; 16], memory: 8 << 30 }
+        Card { name: "Test".into(), capability, multiprocessors: 28, uuid: [1; 16], memory: 8 << 30 }
     }
 
     fn problem(found: &Found, local_rank: usize) -> String {

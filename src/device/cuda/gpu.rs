@@ -91,6 +91,7 @@ fn card(ordinal: i32) -> Result<Card> {
     Ok(Card {
         name: result::device::get_name(device).attempt(asking)?,
         capability: (major * 10 + minor) as u32,
+        multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32,
         uuid: result::device::get_uuid(device).attempt(asking)?.bytes.map(|byte| byte as u8),
         // SAFETY: as above.
         memory: unsafe { result::device::total_mem(device) }.attempt(asking)?,

@@ -3,6 +3,7 @@
 use candle_core::{DType, Result, Tensor, bail};
 
 use super::Attention;
+use crate::device::note_flops;
 use crate::kernels::{Address, attention as kernels};
 use crate::ops::gpu::{Fresh, Gpu, Operand};
 
@@ -23,6 +24,7 @@ impl Attention {
     }
 
     pub(super) fn forward_on(&self, gpu: &Gpu, [q, k, v]: [Operand; 3]) -> Result<Fresh> {
+        note_flops(4.0 * self.plan.cost() as f64);
         let kernels = self.kernels(q.dtype);
         let y = gpu.fresh(q.dtype, q.dims)?;
         let log_sums = gpu.fresh(DType::F32, kernels.log_sums())?;
@@ -37,6 +39,7 @@ impl Attention {
 
     /// dq, dk and dv.
     pub(super) fn backward_on(&self, gpu: &Gpu, [q, k, v, y, dy]: [&Tensor; 5]) -> Result<[Tensor; 3]> {
+        note_flops(10.0 * self.plan.cost() as f64);
         let Some(log_sums) = self.log_sums_there.get() else { bail!("attention: backward before forward") };
         let [q, k, v, y, dy, log_sums] = [q, k, v, y, dy, log_sums].map(|tensor| gpu.operand(tensor));
         let ([q, k, v], [y, dy, log_sums]) = ([q?, k?, v?], [y?, dy?, log_sums?]);

@@ -3,6 +3,7 @@
 use candle_core::{DType, Result, Tensor};
 
 use super::Convolution;
+use crate::device::note_flops;
 use crate::kernels::conv2d as kernels;
 use crate::ops::gpu::{Fresh, Gpu, Operand};
 
@@ -13,8 +14,15 @@ impl Convolution {
         kernels::Convolution { dtype, images, inputs, outputs, input, kernel, stride, top, bottom, left, right }
     }
 
+    /// Floating-point operations of one of its three products.
+    fn flops(&self, images: usize) -> f64 {
+        let taps = self.inputs * self.kernel.0 * self.kernel.1;
+        2.0 * (images * self.outputs * self.output.0 * self.output.1) as f64 * taps as f64
+    }
+
     pub(super) fn forward_on(&self, gpu: &Gpu, x: Operand) -> Result<Fresh> {
         let images = x.dims[0];
+        note_flops(self.flops(images));
         let y = gpu.fresh(x.dtype, (images, self.outputs, self.output.0, self.output.1))?;
         let weight = self.weight.at(x.dtype)?;
         let bias = self.bias.as_ref().map(|bias| bias.at(x.dtype)).transpose()?;
@@ -25,6 +33,7 @@ impl Convolution {
 
     pub(super) fn backward_on(&self, gpu: &Gpu, x: Operand, dy: Operand) -> Result<Tensor> {
         let kernels = self.kernels(x.dtype, x.dims[0]);
+        note_flops(2.0 * self.flops(x.dims[0]));
         let dx = gpu.fresh(x.dtype, x.dims)?;
         let weight = self.weight.at(x.dtype)?;
         gpu.run(|l| kernels.input_gradient(l, dy.at, weight.address(), dx.at))?;

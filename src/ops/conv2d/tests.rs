@@ -151,11 +151,11 @@ fn half_precision_rounds_only_the_results() {
 fn kernels_equal_the_definition() {
     use crate::kernels::Launcher;
     use crate::kernels::emulated::Emulated;
-    use crate::ops::gpu::emulated::compute_on;
+    use crate::ops::gpu::compute_on;
     let small = |case: &Case| case.images * case.inputs * case.outputs * case.input.0 * case.input.1 < 20_000;
     for device in Emulated::each().unwrap() {
         let bf16s = device.capability() >= 80;
-        compute_on(device, || {
+        compute_on(std::sync::Arc::new(device), || {
             for case in cases().into_iter().filter(small) {
                 check::<f32>(case, |x| x, 1e-5);
                 check::<half::f16>(case, |x| half::f16::from_f32(x).to_f32(), 1.0 / 2000.0);
