@@ -20,15 +20,29 @@ impl Hardware {
     }
 
     /// The GPU of the rank with this place on the machine; `limit` bytes of its memory may be used for everything but
-    /// what the driver takes itself. A [`crate::Refusal`] where there is none that can be used.
+    /// what the driver takes itself, and `needs` will be. A [`crate::Refusal`] where there is none that can be used.
     #[cfg(feature = "cuda")]
-    pub fn gpu(local_rank: usize, limit: Option<usize>) -> Result<Hardware> {
+    pub fn gpu(local_rank: usize, limit: Option<usize>, needs: usize) -> Result<Hardware> {
         let gpu = super::cuda::Gpu::open(local_rank, limit)?;
+        let (free, total) = gpu.free()?;
+        if free < needs {
+            let mib = |bytes: usize| bytes >> 20;
+            return Err(crate::Refusal::error(format!(
+                "GPU {} ({}) has {} MiB left of {} MiB, and the run needs {} MiB: close what else uses the GPU (`nvidia-smi` \
+                 shows it), or set memory.vram = \"{}MiB\", so that less is planned for",
+                gpu.ordinal(),
+                gpu.card().name,
+                mib(free),
+                mib(total),
+                mib(needs),
+                mib(free)
+            )));
+        }
         Ok(Hardware { device: gpu.device().clone(), accelerator: Some(gpu) })
     }
 
     #[cfg(not(feature = "cuda"))]
-    pub fn gpu(local_rank: usize, _limit: Option<usize>) -> Result<Hardware> {
+    pub fn gpu(local_rank: usize, _limit: Option<usize>, _needs: usize) -> Result<Hardware> {
         super::gpu(local_rank).map_err(crate::Refusal::error)?;
         anyhow::bail!("this build of dblaunch has no GPU support")
     }

@@ -345,7 +345,8 @@ mod tests {
             let decision = decide(&[&sets[0]], 1).unwrap();
             let Prediction { bytes, seconds } = &decision.prediction;
             assert!(bytes.device.total <= vram * MIB, "{vram}: {decision:?}");
-            assert!(seconds.step >= before * 0.97, "{vram}: {} after {before}", seconds.step);
+            // With more memory a simpler choice that fits may be preferred, unless it is much slower.
+            assert!(seconds.step >= before * (1.0 - FASTER), "{vram}: {} after {before}", seconds.step);
             before = seconds.step;
             assert_eq!(decision, decide(&[&sets[0]], 1).unwrap());
             let written = serde_json::to_string(&decision).unwrap();

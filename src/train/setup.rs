@@ -132,7 +132,10 @@ pub(super) fn compute(plan: &RunPlan, hardware: &Hardware) -> Compute {
 pub(super) fn hardware(plan: &RunPlan, decision: &Decision, rank: &Rank) -> Result<Hardware> {
     match plan.model.device {
         DeviceKind::Cpu => Ok(Hardware::cpu()),
-        DeviceKind::Cuda => Hardware::gpu(rank.world.local_rank, decision.device_limit.map(|bytes| bytes as usize)),
+        DeviceKind::Cuda => {
+            let limit = decision.device_limit.map(|bytes| bytes as usize);
+            Hardware::gpu(rank.world.local_rank, limit, decision.prediction.bytes.device.bound)
+        }
     }
 }
 

@@ -229,6 +229,11 @@ impl Gpu {
         self.pool.trim()
     }
 
+    /// Bytes of the GPU's memory that nobody uses, and of all of it. What the pool holds is used.
+    pub fn free(&self) -> Result<(usize, usize)> {
+        self.context().mem_get_info().attempt("asking for the memory in use")
+    }
+
     /// Bytes of the GPU's memory that are in use outside of the pool: the driver's context, code, other processes.
     pub fn outside_of_pool(&self) -> Result<usize> {
         let (free, total) = self.context().mem_get_info().attempt("asking for the memory in use")?;

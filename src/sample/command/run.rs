@@ -31,7 +31,7 @@ pub fn run(plan: &Plan, rank: &Rank) -> Result<Ending> {
     let opened = &plan.opened;
     let hardware = comm.agree(match plan.device {
         DeviceKind::Cpu => Ok(Hardware::cpu()),
-        DeviceKind::Cuda => Hardware::gpu(rank.world.local_rank, None),
+        DeviceKind::Cuda => Hardware::gpu(rank.world.local_rank, None, 0),
     })?;
     let compute = Compute { device: hardware.device().clone(), dtype: plan.dtype };
     let prompts = encode(plan, &hardware, &compute)?;
