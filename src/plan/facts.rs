@@ -11,9 +11,8 @@ use crate::config::{MixedPrecision, RunPlan};
 use crate::device::Tally;
 use crate::kernels::Dry;
 use crate::model::{self, Conditioning, Denoiser};
-use crate::ops::compute_on;
 use crate::pipeline::Configs;
-use crate::segment::{SegmentGraph, SlotId};
+use crate::segment::{SegmentGraph, SlotId, compute_on};
 
 /// A segment that trains, or is in front of one that does.
 #[derive(Clone, Debug)]
