@@ -13,6 +13,7 @@ use candle_core::DType;
 
 use super::step::Group;
 use crate::checkpoint::OptimizerState;
+use crate::device::threads::same_threads;
 use crate::device::trace::{self, Row};
 use crate::device::{Arena, Buffer, Pending, Promise, promise};
 use crate::optim::{self, RecordLayout, Rounded, StateKind, StochasticRounding};
@@ -76,7 +77,7 @@ impl Optimizer {
         let staging = Staging::reserve(tiers, segments.iter().flatten())?;
         let thread = std::thread::Builder::new()
             .name("optimizer".into())
-            .spawn(move || Pipeline::new(todo, staging).run())
+            .spawn(same_threads(move || Pipeline::new(todo, staging).run()))
             .context("starting the optimizer's thread")?;
         Ok(Optimizer { kind, segments, jobs: Some(jobs), thread: Some(thread) })
     }
