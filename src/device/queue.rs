@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 
+use super::threads::same_threads;
 use super::trace::{self, SpanName};
 
 /// The result of something that was begun. Dropping it does not stop the work.
@@ -94,7 +95,7 @@ impl Queue {
         let (work, todo) = channel::<Work>();
         let thread = Builder::new()
             .name(name.to_string())
-            .spawn(move || todo.into_iter().for_each(|work| work()))
+            .spawn(same_threads(move || todo.into_iter().for_each(|work| work())))
             .with_context(|| format!("starting the thread {name}"))?;
         Ok(Queue { work: Some(work), thread: Some(thread), delays })
     }

@@ -2,8 +2,7 @@
 //! number of threads shows in no result.
 
 use std::cell::RefCell;
-use std::rc::Rc;
-use std::sync::{Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use super::dry::is_dry;
 use super::team::{Team, is_helper};
@@ -11,7 +10,7 @@ use super::team::{Team, is_helper};
 static TEAM: OnceLock<Team> = OnceLock::new();
 
 thread_local! {
-    static INSTEAD: RefCell<Option<Rc<Team>>> = const { RefCell::new(None) };
+    static INSTEAD: RefCell<Option<Arc<Team>>> = const { RefCell::new(None) };
 }
 
 /// Sets this process's share of the cores; to be called once, before any op runs. Later calls change nothing.
@@ -32,10 +31,19 @@ fn team() -> &'static Team {
 
 /// Runs `work` with as many compute threads instead, to see that the number does not show.
 pub fn with_threads<R>(threads: usize, work: impl FnOnce() -> R) -> R {
-    let before = INSTEAD.replace(Some(Rc::new(Team::new(threads.max(1)))));
+    let before = INSTEAD.replace(Some(Arc::new(Team::new(threads.max(1)))));
     let result = work();
     INSTEAD.set(before);
     result
+}
+
+/// What a new thread is to run so that `work` has there the compute threads of the thread that is here.
+pub fn same_threads<R>(work: impl FnOnce() -> R) -> impl FnOnce() -> R {
+    let instead = INSTEAD.with_borrow(Option::clone);
+    move || {
+        INSTEAD.set(instead);
+        work()
+    }
 }
 
 pub fn threads() -> usize {
@@ -98,4 +106,15 @@ pub fn add(to: &mut [f32], from: &[f32]) {
     for_parts(to.chunks_mut(PIECE).zip(from.chunks(PIECE)).collect(), cost, |_, (to, from): (&mut [f32], &[f32])| {
         to.iter_mut().zip(from).for_each(|(to, from)| *to += *from);
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_thread_of_a_rank_has_the_ranks_compute_threads() {
+        let seen = with_threads(7, || std::thread::spawn(same_threads(threads)).join().unwrap());
+        assert_eq!(seen, 7);
+    }
 }

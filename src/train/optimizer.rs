@@ -14,6 +14,7 @@ use candle_core::DType;
 use super::step::Group;
 use super::update::{OnAccelerator, Step, update_here};
 use crate::checkpoint::OptimizerState;
+use crate::device::threads::same_threads;
 use crate::device::trace::{self, Row};
 use crate::device::{Arena, Buffer, Pending, Promise, promise};
 use crate::optim::{RecordLayout, StateKind, StochasticRounding};
@@ -78,7 +79,7 @@ impl Optimizer {
         let far = OnAccelerator::new(&tiers.optimizer_states().optimizer, kind, segments.len())?;
         let thread = std::thread::Builder::new()
             .name("optimizer".into())
-            .spawn(move || Pipeline::new(todo, sides, far).run())
+            .spawn(same_threads(move || Pipeline::new(todo, sides, far).run()))
             .context("starting the optimizer's thread")?;
         Ok(Optimizer { kind, segments, jobs: Some(jobs), thread: Some(thread) })
     }

@@ -258,8 +258,8 @@ pub fn network(ranks: &Ranks, run: &Run, source: &dyn WeightSource) -> (Toy, Net
         ranks: ranks.clone(),
         dtype: run.dtype,
         keep: vec![run.keep; graph.nodes.len()],
-        // Enough; what is taken is zeroed first.
-        tiers: run.storage.tiers(ranks.comm.rank(), if run.width == WIDTH { 1 << 20 } else { 96 << 20 }),
+        // Enough for the weights and two moments of all.
+        tiers: run.storage.tiers(ranks.comm.rank(), (1 << 20) + 28 * (run.width * run.width) as u64),
         state: run.storage.state,
         seed: 7,
     };
