@@ -24,6 +24,7 @@ usage() {
 parts() {
     part right 20 machine describe_machine
     part right 180 unit-tests env DBLAUNCH_TEST_GPU=1 ./dblaunch-tests --test-threads 4 cuda gpu kernels:: on_device
+    part right 150 training-wherever-states-rest env DBLAUNCH_TEST_GPU=1 ./dblaunch-it --test-threads 4 accelerator::
     part right 20 no-gpu-is-told told 2 "shows no GPU" env CUDA_VISIBLE_DEVICES= ./dblaunch bench gpu
     part right 30 one-gpu-for-two-is-told told 2 "were given the same GPU" env CUDA_VISIBLE_DEVICES=0 ./dblaunch bench gpu --nproc 2
     part right 90 two-ranks-over-nccl env DBLAUNCH_SHARE_GPU=1 ./dblaunch bench gpu --nproc 2
@@ -60,14 +61,16 @@ on_all_gpus() {
 
 # ---- Building -------------------------------------------------------------------------------------------------------
 build() {
-    local folder=$1 tests
+    local folder=$1 tests unit it
     cd "$(dirname "$0")/.." || exit 1
     mkdir -p "$folder" || exit 1
     cargo build --locked --release --features cuda || exit 1
-    tests=$(cargo test --locked --release --features cuda --lib --no-run 2>&1 | tee /dev/stderr | sed -n 's/.*Executable .*(\(.*\))$/\1/p')
-    [ -x "$tests" ] || { echo "gpu.sh: cargo did not say where the tests are" >&2; exit 1; }
-    cp target/release/dblaunch "$folder/dblaunch" && cp "$tests" "$folder/dblaunch-tests" || exit 1
-    strip "$folder/dblaunch" "$folder/dblaunch-tests" 2> /dev/null
+    tests=$(cargo test --locked --release --features cuda --lib --test it --no-run 2>&1 | tee /dev/stderr)
+    unit=$(sed -n 's/.*Executable unittests .*(\(.*\))$/\1/p' <<< "$tests")
+    it=$(sed -n 's/.*Executable tests.it.main.rs (\(.*\))$/\1/p' <<< "$tests")
+    [ -x "$unit" ] && [ -x "$it" ] || { echo "gpu.sh: cargo did not say where the tests are" >&2; exit 1; }
+    cp target/release/dblaunch "$folder/dblaunch" && cp "$unit" "$folder/dblaunch-tests" && cp "$it" "$folder/dblaunch-it" || exit 1
+    strip "$folder"/dblaunch* 2> /dev/null
     # What commands and tests read: configurations, the demo, recorded data.
     cp -r configs demo "$folder/" && mkdir -p "$folder/tests" && cp -r tests/data "$folder/tests/" || exit 1
     folder=$(cd "$folder" && pwd)
@@ -134,7 +137,8 @@ run() {
     OUT=${2:-gpu-results} LIMIT=${GPU_SECONDS:-570} FAILED=0 SECONDS=0
     mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || exit 1
     cd "$folder" || exit 1
-    [ -x dblaunch ] && [ -x dblaunch-tests ] || { echo "gpu.sh: $folder holds no dblaunch and dblaunch-tests" >&2; exit 1; }
+    [ -x dblaunch ] && [ -x dblaunch-tests ] && [ -x dblaunch-it ] ||
+        { echo "gpu.sh: $folder holds no dblaunch, dblaunch-tests and dblaunch-it" >&2; exit 1; }
     : > "$OUT/summary.txt"
     extra=$(python_libraries)
     export LD_LIBRARY_PATH=${LD_LIBRARY_PATH:-}${extra:+:$extra}

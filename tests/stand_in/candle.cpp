@@ -113,7 +113,7 @@ double binary(const std::string& kind, double a, double b) {
 
 bool candle::knows(const std::string& name) { return !parse(name).kind.empty(); }
 
-std::function<void()> candle::launch(const std::string& name, void** parameters, unsigned threads,
+std::function<void()> candle::launch(const std::string& name, void** parameters,
                                      const std::function<bool(uintptr_t, size_t)>& within) {
     Kernel k = parse(name);
     auto pointer = [&](int which) { return parameter<void*>(parameters, which); };
@@ -141,7 +141,7 @@ std::function<void()> candle::launch(const std::string& name, void** parameters,
         // The first counts what is summed, the second the sums; dims and strides come with the summed dims last.
         size_t each = size(1), of_dims = size(2), sums = k.kind == "fast_sum" ? count / (each ? each : 1) : count;
         void *info = pointer(3), *from = pointer(4), *to = pointer(5);
-        if (!threads || !within(uintptr_t(info), 16 * of_dims) || !holds(to, k.to, sums) || !holds(from, k.from, 1)) {
+        if (!within(uintptr_t(info), 16 * of_dims) || !holds(to, k.to, sums) || !holds(from, k.from, 1)) {
             return {};
         }
         return [=] {

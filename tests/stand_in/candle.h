@@ -12,7 +12,7 @@ bool knows(const std::string& name);
 
 // The work of a launch with these parameters, which are read at once; `within` says of memory that it is handed out.
 // Empty if the parameters are wrong.
-std::function<void()> launch(const std::string& name, void** parameters, unsigned threads,
+std::function<void()> launch(const std::string& name, void** parameters,
                              const std::function<bool(uintptr_t, size_t)>& within);
 
 } // namespace candle

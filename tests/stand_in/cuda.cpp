@@ -29,7 +29,7 @@
 namespace {
 
 enum { SUCCESS = 0, INVALID = 1, NO_MEMORY = 2, NO_DEVICE = 100, INVALID_HANDLE = 400, NOT_FOUND = 500, NOT_READY = 600,
-       LAUNCH_FAILED = 719 };
+       ALREADY_LOCKED = 712, LAUNCH_FAILED = 719 };
 
 long setting(const char* name, long otherwise) {
     const char* text = getenv(name);
@@ -484,6 +484,10 @@ CALL cuMemFreeHost(void* at) {
 }
 CALL cuMemHostRegister_v2(void* at, size_t bytes, unsigned) {
     std::lock_guard held(memory_lock);
+    auto next = page_locked.lower_bound(uintptr_t(at) + bytes);
+    if (next != page_locked.begin() && (--next, next->first + next->second > uintptr_t(at))) {
+        return ALREADY_LOCKED;
+    }
     return page_locked[uintptr_t(at)] = bytes, SUCCESS;
 }
 CALL cuMemHostUnregister(void* at) {
@@ -579,7 +583,7 @@ CALL cuLaunchKernel(Function* function, unsigned x, unsigned y, unsigned z, unsi
         return INVALID;
     }
     if (function->candles) {
-        auto work = candle::launch(function->name, parameters, threads, within);
+        auto work = candle::launch(function->name, parameters, within);
         return work ? which->put(std::move(work)), SUCCESS : INVALID;
     }
     auto kinds = emulator<KindsFunction>("emulator_kinds");
