@@ -9,8 +9,8 @@ use cudarc::driver::CudaContext;
 use cudarc::nccl::sys::ncclResult_t as Status;
 use cudarc::nccl::{result, sys};
 
-use crate::comm::call::{Kind, Scalar};
 use crate::comm::Operation;
+use crate::comm::call::{Kind, Scalar};
 use crate::device::cuda::Stream;
 
 /// Bytes of what the ranks of one group have in common.
