@@ -24,6 +24,8 @@ pub struct Held {
     pub activations: Option<Usage>,
     /// Most of the device tier's arenas and the activations together; only of the arenas where activations are not counted.
     pub device_peak: usize,
+    /// Whether an accelerator has counted it: all that anyone takes there, kernels' scratch too.
+    pub counted_there: bool,
 }
 
 impl Memory {
@@ -62,6 +64,7 @@ impl Memory {
             host: self.host.usage(),
             host_parts: self.host.parts(),
             activations,
+            counted_there: counted.is_some(),
             device_peak: match activations {
                 Some(_) => device_peak(),
                 None => counted.unwrap_or(device.peak),

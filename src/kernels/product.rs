@@ -5,6 +5,11 @@ use candle_core::DType;
 
 use super::Address;
 
+/// Bytes that cuBLAS works in on a device of this capability: what NVIDIA recommends for Hopper and for what is older.
+pub fn scratch_bytes(capability: u32) -> usize {
+    if capability >= 90 { 32 << 20 } else { 4 << 20 }
+}
+
 /// A factor as it lies in memory: `stride` elements from the start of one row to the next one's. `turned`: what is
 /// multiplied has its rows where this has its columns.
 #[derive(Clone, Copy, Debug)]

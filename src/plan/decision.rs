@@ -144,7 +144,11 @@ impl Decision {
         add("host.activations".to_string(), host.activations, waiting);
         add("device.activations".to_string(), device.activations, held.activations.map(|usage| usage.peak));
         // Without a counting allocator only the arenas' part of the tier is known.
-        add("device".to_string(), device.total, held.activations.map(|_| held.device_peak));
+        let (whole, counts) = match held.counted_there {
+            true => (device.bound, true),
+            false => (device.total, held.activations.is_some()),
+        };
+        add("device".to_string(), whole, counts.then_some(held.device_peak));
         add("host".to_string(), host.total, Some(held.host.peak));
         compared
     }

@@ -9,7 +9,7 @@ use candle_core::DType;
 use super::dry::{self, Given, Measured};
 use crate::config::{MixedPrecision, RunPlan};
 use crate::device::Tally;
-use crate::kernels::Dry;
+use crate::kernels::{Dry, product};
 use crate::model::{self, Conditioning, Denoiser};
 use crate::pipeline::Configs;
 use crate::segment::{SegmentGraph, SlotId, compute_on};
@@ -75,9 +75,6 @@ pub struct Facts {
 /// be 40 to 60 KiB in small networks, which alone would notice.
 const BOOKKEEPING: usize = 48 << 10;
 
-/// What cuBLAS works in, at most.
-const BLAS_SCRATCH: usize = 32 << 20;
-
 /// What is known of a run beside its configuration.
 #[derive(Clone, Copy, Debug)]
 pub struct Surroundings {
@@ -106,7 +103,7 @@ impl Facts {
         let facts = || Facts::here(plan, configs, around);
         let Some(gpu) = kernels else { return facts() };
         let facts = compute_on(Arc::new(gpu), facts)?;
-        Ok(Facts { scratch: facts.scratch + BLAS_SCRATCH, ..facts })
+        Ok(Facts { scratch: facts.scratch + product::scratch_bytes(gpu.capability), ..facts })
     }
 
     fn here(plan: &RunPlan, configs: &Configs, around: Surroundings) -> Result<Facts> {

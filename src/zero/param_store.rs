@@ -247,7 +247,7 @@ impl ParamStore {
                 let space = Space::take(&stored, &self.tiers.device.parameters, self.dtype)
                     .with_context(|| format!("fetching {}", stored.slot.name()))?;
                 let brought = move || settle().and_then(|()| space.bring(&ranks, &stored));
-                Coming::Bucket(self.tiers.traffic.submit(brought))
+                Coming::Bucket(Box::new(self.tiers.traffic.submit(brought)))
             }
         })
     }
@@ -271,7 +271,7 @@ impl ParamStore {
 /// A segment's parameters on their way.
 enum Coming {
     Resident(Result<()>),
-    Bucket(Pending<Landed>),
+    Bucket(Box<Pending<Landed>>),
 }
 
 /// Segments brought one after another; the next one travels while the present one is used.

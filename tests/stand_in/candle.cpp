@@ -78,6 +78,10 @@ Kernel parse(const std::string& name) {
         kernel.from = type_of(kernel.kind.substr(before + 1));
         kernel.kind = "cast";
     }
+    // By indices, which are u32.
+    if (kernel.kind == "is_u32" || kernel.kind == "ia_u32") {
+        return kernel;
+    }
     for (const char* known : {"affine", "cast", "const_set", "copy2d", "fast_sum", "fast_sum_small", "ucopy", "usqr",
                               "badd", "bsub", "bmul", "bdiv"}) {
         if (kernel.kind == known && kernel.from != Type::NONE && kernel.to != Type::NONE) {
@@ -136,7 +140,41 @@ std::function<void()> candle::launch(const std::string& name, void** parameters,
             }
         };
     }
+    if (k.kind == "ia_u32") {
+        // Adds each row of `from` to the row of `to` that its index names.
+        void *ids = pointer(0), *from = pointer(2), *to = pointer(3);
+        size_t indices = size(1), left = size(4), rows = size(6), right = size(7);
+        if (!holds(ids, Type::U32, indices) || !holds(from, k.from, left * indices * right) ||
+            !holds(to, k.to, left * rows * right)) {
+            return {};
+        }
+        return [=] {
+            for (size_t l = 0; l < left; l++) {
+                for (size_t i = 0; i < indices * right; i++) {
+                    size_t row = size_t(get(Type::U32, ids, i / right)), at = (l * rows + row) * right + i % right;
+                    put(k.to, to, at, get(k.to, to, at) + get(k.from, from, l * indices * right + i));
+                }
+            }
+        };
+    }
     size_t count = size(0);
+    if (k.kind == "is_u32") {
+        // The rows that the indices name; dims and strides are those of the indices.
+        size_t of_dims = size(1), left = size(6), rows = size(7), indices = size(8), right = size(9);
+        auto* info = static_cast<const size_t*>(pointer(2));
+        void *ids = pointer(3), *from = pointer(4), *to = pointer(5);
+        if ((info && !within(uintptr_t(info), 16 * of_dims)) || !holds(ids, Type::U32, info ? 1 : indices) ||
+            !holds(from, k.from, left * rows * right) || !holds(to, k.to, left * indices * right)) {
+            return {};
+        }
+        return [=] {
+            for (size_t i = 0; i < count; i++) {
+                size_t which = place(i / right % indices, of_dims, info, info + of_dims);
+                size_t row = size_t(get(Type::U32, ids, which));
+                put(k.to, to, i, get(k.from, from, (i / (indices * right) * rows + row) * right + i % right));
+            }
+        };
+    }
     if (k.kind == "fast_sum" || k.kind == "fast_sum_small") {
         // The first counts what is summed, the second the sums; dims and strides come with the summed dims last.
         size_t each = size(1), of_dims = size(2), sums = k.kind == "fast_sum" ? count / (each ? each : 1) : count;

@@ -16,18 +16,13 @@ use super::status::{Attempt, Faults};
 use super::stream::Stream;
 use super::{DeviceMemory, libraries, products, selftest};
 use crate::Refusal;
-use crate::kernels::product::Product;
+use crate::kernels::product::{self, Product};
 use crate::kernels::{Address, Arg, Family, Grid, Launcher, Scratch};
 
 /// The CUDA that the kernels were compiled with, as drivers number versions: 13.0 is 13000.
 fn toolkit() -> u32 {
     env!("DBLAUNCH_CUDA_VERSION").parse().unwrap_or(0)
 }
-
-/// cuBLAS's scratch: what NVIDIA recommends for Hopper and for what is older. Ours, so that it counts, and so that its
-/// results do not depend on what it happened to get.
-const BLAS_SCRATCH_HOPPER: usize = 32 << 20;
-const BLAS_SCRATCH: usize = 4 << 20;
 
 /// An opened GPU and candle's device on it. Lives as long as anything computes there.
 pub struct Gpu {
@@ -261,7 +256,8 @@ impl Gpu {
 }
 
 fn give_blas_scratch(candle: &CudaDevice, computing: &Stream, capability: u32) -> Result<DeviceMemory> {
-    let bytes = if capability >= 90 { BLAS_SCRATCH_HOPPER } else { BLAS_SCRATCH };
+    // Ours, so that it counts, and so that its results do not depend on what it happened to get.
+    let bytes = product::scratch_bytes(capability);
     let scratch = computing.alloc(bytes, "scratch of cuBLAS")?;
     let handle = *candle.cublas_handle().handle();
     // SAFETY: the handle is alive; the memory lives until `Gpu` is dropped, which takes it away from cuBLAS before. cuBLAS
