@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Tensor};
 use serde_json::{Value, json};
 
-use crate::comm::{AloneOnDevice, CommunicatorExt, DeviceCommunicator, Nccl, Operation, Scalar};
+use crate::comm::{AloneOnDevice, CommunicatorExt, DeviceCommunicator, Nccl, Operation, Scalar, each_its_own};
 use crate::device::cuda::{DeviceMemory, Gpu, Pinned, Stream};
 use crate::kernels::{Arg, Family, Grid, Launcher};
 use crate::launch::Rank;
@@ -16,7 +16,7 @@ use crate::launch::Rank;
 /// Of a copy and of a collective; large enough that what precedes it does not count.
 const BYTES: usize = 256 << 20;
 /// Of a measurement; the best of them counts, since everything else on the machine only takes away.
-const ROUNDS: usize = 5;
+pub(super) const ROUNDS: usize = 5;
 const LAUNCHES: u32 = 2000;
 /// A GPU that is there all the time answers sooner.
 const TIMEOUT: Duration = Duration::from_secs(60);
@@ -36,12 +36,15 @@ pub fn gpu(rank: &Rank, limit: usize, shared: bool, fail: bool) -> Result<()> {
             "limit_enforced_by_driver": gpu.limit_is_enforced(), "seconds_to_open": started.elapsed().as_secs_f64(),
         }),
     )?;
+    if !shared {
+        each_its_own(&*comm, Some((card.uuid, &card.name)))?;
+    }
     say(rank, limit_holds(&gpu, limit)?)?;
     say(rank, copies(&gpu)?)?;
     say(rank, overhead(&gpu)?)?;
     let group: Box<dyn DeviceCommunicator> = match comm.world_size() {
         1 => Box::new(AloneOnDevice::on(gpu.stream("collectives")?)),
-        _ => Box::new(Nccl::join(&gpu, comm.clone(), TIMEOUT, shared)?),
+        _ => Box::new(Nccl::join(&gpu, comm.clone(), TIMEOUT)?),
     };
     for scalar in [Scalar::F32, Scalar::F16, Scalar::BF16, Scalar::F64, Scalar::U8] {
         collectives(&gpu, &*group, scalar).with_context(|| format!("collectives of {scalar}"))?;
@@ -134,6 +137,13 @@ fn copies(gpu: &Gpu) -> Result<Value> {
     drop(coming.wait()?);
     let both = 2.0 * BYTES as f64 / begun.elapsed().as_secs_f64();
     Ok(json!({"bytes_per_second": {"to_gpu": to_gpu, "from_gpu": from_gpu, "both_ways": both, "on_gpu": on_gpu}}))
+}
+
+/// Bytes a second from the host to the GPU and back.
+pub(super) fn ways(gpu: &Gpu) -> Result<(f64, f64)> {
+    let measured = copies(gpu)?;
+    let speed = |way: &str| measured["bytes_per_second"][way].as_f64().context("a speed");
+    Ok((speed("to_gpu")?, speed("from_gpu")?))
 }
 
 /// What the host pays for a launch and for memory, and what the GPU pays between two small kernels.

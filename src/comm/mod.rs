@@ -4,6 +4,7 @@
 
 mod call;
 mod far;
+mod gpus;
 mod meeting;
 #[cfg(feature = "cuda")]
 mod nccl;
@@ -31,6 +32,7 @@ use half::{bf16, f16};
 
 pub use call::{Call, Kind, Scalar};
 pub use far::{Far, Operation};
+pub use gpus::{GpuCollectives, connect, each_its_own};
 #[cfg(feature = "cuda")]
 pub use nccl::Nccl;
 #[cfg(feature = "cuda")]
@@ -84,6 +86,11 @@ pub trait Communicator: Send + Sync {
     /// Another rank that is known to have failed. Not collective: whoever waits for something beside the collectives asks.
     fn failed_peer(&self) -> Option<PeerFailure> {
         None
+    }
+    /// Leaves the group together with the others, when all is done; no collective comes after it. One that is dropped
+    /// instead gives up what is under way.
+    fn leave(&self) -> Result<()> {
+        Ok(())
     }
     /// The same ranks' collectives over the memory of their accelerators, where these do them themselves.
     fn far(&self) -> Option<&dyn Far> {

@@ -18,7 +18,7 @@ use super::on_device::DeviceCommunicator;
 use super::watch::{Flight, Point, Trouble, Watch};
 use super::{Communicator, CommunicatorExt, Operation, PeerFailure};
 use crate::Refusal;
-use crate::device::cuda::{Gpu, Mark, Stream, found, libraries};
+use crate::device::cuda::{Gpu, Mark, Stream, libraries};
 
 /// How often what is under way is looked at.
 const PULSE: Duration = Duration::from_millis(10);
@@ -60,17 +60,9 @@ impl Point for Mark {
 
 impl Nccl {
     /// Joins the ranks of `through`, each with the GPU it has opened; all ranks together. A collective that has not ended
-    /// `timeout` after it began ends the group with an error. `one_gpu_for_several`: ranks may share a GPU, for tests
-    /// (NCCL then wants a different NCCL_HOSTID for each).
-    pub fn join(
-        gpu: &Arc<Gpu>,
-        through: Arc<dyn Communicator>,
-        timeout: Duration,
-        one_gpu_for_several: bool,
-    ) -> Result<Nccl> {
-        if !one_gpu_for_several {
-            apart(gpu, &*through)?;
-        }
+    /// `timeout` after it began ends the group with an error. Where ranks share a GPU, for tests, NCCL wants a different
+    /// NCCL_HOSTID for each.
+    pub fn join(gpu: &Arc<Gpu>, through: Arc<dyn Communicator>, timeout: Duration) -> Result<Nccl> {
         through.agree(libraries::load(libraries::NCCL).map_err(Refusal::error))?;
         let id = through.agree(if through.rank() == 0 { unique_id() } else { Ok(Vec::new()) })?;
         let id = through.broadcast_bytes(id, 0)?;
@@ -97,18 +89,6 @@ impl Nccl {
             Builder::new().name("watch".into()).spawn(move || watching.watch()).context("starting a thread")?;
         Ok(Nccl { inner, watcher: Some(watcher) })
     }
-}
-
-/// An error if two ranks were given one GPU.
-fn apart(gpu: &Gpu, through: &dyn Communicator) -> Result<()> {
-    let all = through.gather_bytes(&gpu.card().uuid)?;
-    let uuids: Vec<[u8; 16]> = all.iter().filter_map(|bytes| bytes.as_slice().try_into().ok()).collect();
-    let Some((first, second)) = found::shared_gpu(&uuids) else { return Ok(()) };
-    Err(Refusal::error(format!(
-        "ranks {first} and {second} were given the same GPU ({}): start at most one rank a GPU on each machine (--nproc), \
-         and see that CUDA_VISIBLE_DEVICES shows every rank all GPUs or each its own",
-        gpu.card().name
-    )))
 }
 
 impl Inner {

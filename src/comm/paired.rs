@@ -72,6 +72,11 @@ impl Communicator for Paired {
         self.host.failed_peer()
     }
 
+    fn leave(&self) -> Result<()> {
+        self.device.close()?;
+        self.host.leave()
+    }
+
     fn far(&self) -> Option<&dyn Far> {
         Some(self)
     }

@@ -64,6 +64,10 @@ impl Communicator for Traced {
         self.inner.failed_peer()
     }
 
+    fn leave(&self) -> Result<()> {
+        self.inner.leave()
+    }
+
     fn far(&self) -> Option<&dyn Far> {
         self.inner.far()
     }

@@ -84,6 +84,7 @@ pub(super) const SECTIONS: &[(&str, &[&str])] = &[
             "nvme_dir",
             "reduce_dtype",
             "grad_accum_dtype",
+            "collectives",
             "prefetch",
             "timeout_seconds",
         ],

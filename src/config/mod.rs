@@ -178,7 +178,7 @@ mod tests {
             [train]\nmax_steps = 7\nseed = 9007199254740993\nsnr_gamma = 5\nsnr_gamma_v = \"plus_one\"\nrecompute = true\nmax_grad_norm = 0\nmixed_precision = \"fp16\"\nloss_scale_window = 500\n\
             [optimizer]\nkind = \"adamw8bit\"\nmaster_dtype = \"bf16\"\nlearning_rate = 3.3e-7\nscale_lr = true\nbeta2 = 0.95\n\
             [lr_schedule]\nkind = \"cosine_with_restarts\"\ncycles = 3\nwarmup_steps = 2\n\
-            [zero]\nreduce_dtype = \"bf16\"\ntimeout_seconds = 0.5\nstage = 1\noffload_params = \"none\"\noffload_optimizer = \"nvme\"\n\
+            [zero]\nreduce_dtype = \"bf16\"\ncollectives = \"host\"\ntimeout_seconds = 0.5\nstage = 1\noffload_params = \"none\"\noffload_optimizer = \"nvme\"\n\
             offload_gradients = \"host\"\nnvme_dir = \"fast\"\ngrad_accum_dtype = \"bf16\"\nprefetch = false\n\
             [memory]\nvram = \"3.7GiB\"\nram = \"24GB\"\n\
             [checkpoint]\nevery = 5\nkeep = 2\nresume = \"checkpoint-5\"\n\

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use super::plan::Writer;
 use super::reader::{Choice, Reader};
+use crate::comm::GpuCollectives;
 use crate::device::Place;
 
 /// Every `None` stands for "auto": the planner chooses.
@@ -23,6 +24,8 @@ pub struct ZeroPlan {
     pub reduce_dtype: ReduceDtype,
     /// What gradients rest as between micro-batches and until the update.
     pub grad_accum_dtype: GradAccumDtype,
+    /// By what several GPUs sum and gather.
+    pub collectives: GpuCollectives,
     /// Fetch the next segment's parameters while this one computes.
     pub prefetch: bool,
     /// How long a collective waits for a rank that does not join.
@@ -74,6 +77,13 @@ const GRADIENT_PLACES: [Choice<Option<Place>>; 5] = [
     ("cpu", Err(CPU)),
 ];
 
+const COLLECTIVES: [Choice<GpuCollectives>; 4] = [
+    ("auto", Ok(GpuCollectives::Auto)),
+    ("nccl", Ok(GpuCollectives::Nccl)),
+    ("host", Ok(GpuCollectives::Host)),
+    ("mpi", Err("MPI moves what is in the host's memory: use \"host\"; ranks meet by themselves under mpirun, too")),
+];
+
 impl ZeroPlan {
     pub(super) fn read(section: &Reader) -> Self {
         let plan = Self {
@@ -84,6 +94,7 @@ impl ZeroPlan {
             nvme_dir: section.path("nvme_dir"),
             reduce_dtype: section.choice("reduce_dtype", ReduceDtype::F32, &DTYPES),
             grad_accum_dtype: section.choice("grad_accum_dtype", GradAccumDtype::F32, &ACCUM_DTYPES),
+            collectives: section.choice("collectives", GpuCollectives::Auto, &COLLECTIVES),
             prefetch: section.flag("prefetch", true),
             timeout_seconds: section
                 .number("timeout_seconds", "above 0 and at most 1e9", |seconds| seconds > 0.0 && seconds <= 1e9)
@@ -111,6 +122,7 @@ impl ZeroPlan {
             .put_some("nvme_dir", self.nvme_dir.as_ref().map(|dir| dir.to_string_lossy().into_owned()))
             .put_some("reduce_dtype", name(&DTYPES, self.reduce_dtype))
             .put_some("grad_accum_dtype", name(&ACCUM_DTYPES, self.grad_accum_dtype))
+            .put_some("collectives", name(&COLLECTIVES, self.collectives))
             .put("prefetch", self.prefetch)
             .put("timeout_seconds", self.timeout_seconds)
             .finish()

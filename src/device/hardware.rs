@@ -12,11 +12,18 @@ use super::{Accelerator, Memory};
 pub struct Hardware {
     device: Device,
     accelerator: Option<Arc<dyn Accelerator>>,
+    #[cfg(feature = "cuda")]
+    gpu: Option<Arc<super::cuda::Gpu>>,
 }
 
 impl Hardware {
     pub fn cpu() -> Hardware {
-        Hardware { device: Device::Cpu, accelerator: None }
+        Hardware {
+            device: Device::Cpu,
+            accelerator: None,
+            #[cfg(feature = "cuda")]
+            gpu: None,
+        }
     }
 
     /// The GPU of the rank with this place on the machine; `limit` bytes of its memory may be used for everything but
@@ -38,7 +45,7 @@ impl Hardware {
                 mib(free)
             )));
         }
-        Ok(Hardware { device: gpu.device().clone(), accelerator: Some(gpu) })
+        Ok(Hardware { device: gpu.device().clone(), accelerator: Some(gpu.clone()), gpu: Some(gpu) })
     }
 
     #[cfg(not(feature = "cuda"))]
@@ -50,6 +57,20 @@ impl Hardware {
     /// candle's device.
     pub fn device(&self) -> &Device {
         &self.device
+    }
+
+    /// The opened GPU, if it is one.
+    #[cfg(feature = "cuda")]
+    pub fn opened(&self) -> Option<&Arc<super::cuda::Gpu>> {
+        self.gpu.as_ref()
+    }
+
+    /// What tells its GPU from all others, and the GPU's name.
+    pub fn identity(&self) -> Option<([u8; 16], &str)> {
+        #[cfg(feature = "cuda")]
+        return self.gpu.as_ref().map(|gpu| (gpu.card().uuid, gpu.card().name.as_str()));
+        #[cfg(not(feature = "cuda"))]
+        None
     }
 
     /// The two tiers of its memory, with limits in bytes.

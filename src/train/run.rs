@@ -27,7 +27,7 @@ use crate::track::Profiler;
 pub fn run(plan: &RunPlan, model_dir: &Path, rank: &Rank, profile: Option<NonZeroU32>) -> Result<Ending> {
     let configs = Configs::read(model_dir)?;
     let decision = decide(plan, model_dir, &configs, &*rank.communicator)?;
-    let hardware = rank.communicator.agree(setup::hardware(plan, &decision, rank))?;
+    let hardware = setup::hardware(plan, &decision, rank)?;
     if class_images::complete(plan, &decision, model_dir, rank, &hardware)? == sample::Ending::Interrupted {
         return Ok(Ending::Interrupted);
     }
@@ -53,6 +53,7 @@ pub fn run(plan: &RunPlan, model_dir: &Path, rank: &Rank, profile: Option<NonZer
         trainer.report_memory()?;
         rank.events.send(&Event::Done);
     }
+    trainer.comm.leave()?;
     Ok(ending)
 }
 

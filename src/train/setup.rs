@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Result;
 use candle_core::DType;
@@ -15,13 +16,13 @@ use super::rows::{RowMaker, RowSettings, Vae};
 use super::trainer::Trainer;
 use super::validation::Validation;
 use crate::checkpoint::{self, Checkpoint, Position, SegmentRecord};
-use crate::comm::{Communicator, CommunicatorExt, SliceMut, Traced};
+use crate::comm::{self, Communicator, CommunicatorExt, SliceMut, Traced};
 use crate::config::{DeviceKind, LrKind as PlannedKind, ReduceDtype, Resume, RunPlan, Steps, Toggle};
 use crate::data::Dataset;
 use crate::device::{Compute, Hardware, Memory, Place};
 use crate::diffusion::sampler::SamplerConfig;
 use crate::diffusion::{Draws, NoiseSchedule, Record};
-use crate::launch::{Event, Rank};
+use crate::launch::{Event, Rank, shares_gpu};
 use crate::model::{self, Component, Denoiser, VaeConfig};
 use crate::optim::{LossScale, LrKind, LrSchedule, StateKind};
 use crate::pipeline::{Configs, Frozen, PipelineWeights, Prompts};
@@ -39,7 +40,7 @@ pub fn build<'a>(
     rank: &'a Rank,
     hardware: &Hardware,
 ) -> Result<Trainer<'a>> {
-    let comm: Arc<dyn Communicator> = Arc::new(Traced::new(rank.communicator.clone()));
+    let comm = communicator(plan, rank, hardware)?;
     let resumed = match resume_folder(plan)? {
         Some(folder) => Some(Checkpoint::open(&folder)?),
         None => None,
@@ -128,15 +129,30 @@ pub(super) fn compute(plan: &RunPlan, hardware: &Hardware) -> Compute {
     Compute { device: hardware.device().clone(), dtype: arrange::compute_dtype(plan) }
 }
 
-/// Opens what this rank computes on, with the plan's limit.
+/// Opens what this rank computes on, with the plan's limit, and sees that no other rank has the same. A collective.
 pub(super) fn hardware(plan: &RunPlan, decision: &Decision, rank: &Rank) -> Result<Hardware> {
-    match plan.model.device {
+    let opened = match plan.model.device {
         DeviceKind::Cpu => Ok(Hardware::cpu()),
         DeviceKind::Cuda => {
             let limit = decision.device_limit.map(|bytes| bytes as usize);
             Hardware::gpu(rank.world.local_rank, limit, decision.prediction.bytes.device.bound)
         }
+    };
+    let hardware = rank.communicator.agree(opened)?;
+    if !shares_gpu() {
+        comm::each_its_own(&*rank.communicator, hardware.identity())?;
     }
+    Ok(hardware)
+}
+
+/// The ranks, and how their GPUs do collectives. A collective.
+fn communicator(plan: &RunPlan, rank: &Rank, hardware: &Hardware) -> Result<Arc<dyn Communicator>> {
+    let timeout = Duration::from_secs_f64(plan.zero.timeout_seconds);
+    let (comm, note) = comm::connect(rank.communicator.clone(), hardware, plan.zero.collectives, timeout)?;
+    if let Some(note) = note {
+        rank.say(&note);
+    }
+    Ok(Arc::new(Traced::new(comm)))
 }
 
 /// Which components train.

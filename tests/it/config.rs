@@ -148,6 +148,7 @@ fn wrong_types_and_ranges_are_told_with_what_is_wanted() {
         ("[zero]\nstage = \"2\"", &["a string", "without quotes"]),
         ("[zero]\ntimeout_seconds = 0", &["timeout_seconds = 0", "above 0"]),
         ("[zero]\nreduce_dtype = \"f32\"", &["\"fp32\""]),
+        ("[zero]\ncollectives = \"mpi\"", &["collectives = \"mpi\"", "\"host\""]),
         ("[zero]\noffload_gradients = \"nvme\"", &["offload_gradients = \"nvme\"", "wear", "\"host\""]),
         ("[zero]\noffload_optimizer = \"cpu\"", &["called \"host\""]),
         ("[zero]\ngrad_accum_dtype = \"fp16\"", &["fp16's range", "\"bf16\""]),

@@ -71,14 +71,6 @@ pub fn choose(found: &Found, local_rank: usize, toolkit: u32) -> Result<(usize, 
     Ok((ordinal, card))
 }
 
-/// A pair of ranks that use one and the same GPU.
-pub fn shared_gpu(uuids: &[[u8; 16]]) -> Option<(usize, usize)> {
-    (1..uuids.len()).find_map(|second| {
-        let first = uuids[..second].iter().position(|uuid| *uuid == uuids[second])?;
-        Some((first, second))
-    })
-}
-
 fn no_gpu() -> String {
     "the NVIDIA driver shows no GPU: see that `nvidia-smi` lists one and that CUDA_VISIBLE_DEVICES, if it is set, names one \
      that is there"
@@ -162,11 +154,5 @@ mod tests {
     fn a_rank_that_sees_one_gpu_uses_it() {
         let one = Found { driver: 13000, refuses: None, cards: vec![card(80)] };
         assert_eq!(choose(&one, 3, 13000).unwrap().0, 0);
-    }
-
-    #[test]
-    fn ranks_on_one_gpu_are_found() {
-        assert_eq!(shared_gpu(&[[1; 16], [2; 16], [1; 16]]), Some((0, 2)));
-        assert_eq!(shared_gpu(&[[1; 16], [2; 16]]), None);
     }
 }

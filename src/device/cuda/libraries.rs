@@ -35,7 +35,7 @@ pub const CURAND: Library = Library {
 pub const NCCL: Library = Library {
     name: "NCCL (libnccl.so.2)",
     files: &["libnccl.so.2"],
-    remedy: "several GPUs need it: it is the package libnccl2 of NVIDIA's repositories and the Python package \
+    remedy: "GPUs exchange through it: it is the package libnccl2 of NVIDIA's repositories and the Python package \
              nvidia-nccl-cu13 or nvidia-nccl-cu12; put the folder with the file into LD_LIBRARY_PATH",
 };
 

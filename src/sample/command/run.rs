@@ -9,10 +9,10 @@ use super::counted;
 use super::latents;
 use super::output;
 use super::plan::Plan;
-use crate::comm::{Communicator, CommunicatorExt, SliceMut};
+use crate::comm::{Communicator, CommunicatorExt, SliceMut, each_its_own};
 use crate::config::DeviceKind;
 use crate::device::{Compute, Hardware};
-use crate::launch::{Event, Rank};
+use crate::launch::{Event, Rank, shares_gpu};
 use crate::model;
 use crate::pipeline::{Frozen, Prompts};
 use crate::sample::{Decoder, Ending, Noise, Request, Sampling};
@@ -33,6 +33,9 @@ pub fn run(plan: &Plan, rank: &Rank) -> Result<Ending> {
         DeviceKind::Cpu => Ok(Hardware::cpu()),
         DeviceKind::Cuda => Hardware::gpu(rank.world.local_rank, None, 0),
     })?;
+    if !shares_gpu() {
+        each_its_own(comm, hardware.identity())?;
+    }
     let compute = Compute { device: hardware.device().clone(), dtype: plan.dtype };
     let prompts = encode(plan, &hardware, &compute)?;
     let denoiser = model::denoiser(&opened.configs.unet, None, false, compute.dtype);
