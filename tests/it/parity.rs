@@ -1,4 +1,6 @@
 //! Equal to the peer: recorded runs of diffusers' own training script, replayed. `tests/make_expected.py` thinned them.
+//! On the CPU; with DBLAUNCH_TEST_GPU set, on a GPU. `tests/gpu.sh` runs them on another machine than they were built on:
+//! DBLAUNCH_TEST_HOME is then the folder with the program and the data.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -7,7 +9,6 @@ use std::process::Command;
 use safetensors::SafeTensors;
 use serde_json::Value;
 
-const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 /// Elements kept of each tensor, evenly spaced.
 const SAMPLES: usize = 16;
 
@@ -36,15 +37,28 @@ fn sd21v_full() {
     replay("sd21v_full", "sd21v");
 }
 
+/// Where tests/data is, and the program.
+fn places() -> (PathBuf, PathBuf) {
+    match std::env::var_os("DBLAUNCH_TEST_HOME") {
+        Some(home) => {
+            let home = std::fs::canonicalize(home).unwrap();
+            (home.clone(), home.join("dblaunch"))
+        }
+        None => (env!("CARGO_MANIFEST_DIR").into(), env!("CARGO_BIN_EXE_dblaunch").into()),
+    }
+}
+
 fn replay(case: &str, model: &str) {
-    let recorded = Path::new(ROOT).join("tests/data/parity").join(case);
+    let (root, program) = places();
+    let recorded = root.join("tests/data/parity").join(case);
+    let device = if std::env::var_os("DBLAUNCH_TEST_GPU").is_some() { "cuda" } else { "cpu" };
     let home = tempfile::tempdir().unwrap();
     let output = home.path().join("run");
     let gradients = output.join("gradients.safetensors");
-    let run = Command::new(env!("CARGO_BIN_EXE_dblaunch"))
-        .current_dir(ROOT)
+    let run = Command::new(program)
+        .current_dir(root)
         .arg(recorded.join("train.toml"))
-        .args(["--set", &format!("output.dir={}", output.display())])
+        .args(["--set", &format!("output.dir={}", output.display()), "--set", &format!("model.device={device}")])
         .args(["--set", &format!("replay.save_gradients={}", gradients.display())])
         .output()
         .unwrap();
