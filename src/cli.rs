@@ -97,6 +97,26 @@ pub enum BenchCommand {
         #[arg(long, default_value_t = 2 << 30, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1 << 30..))]
         limit: usize,
     },
+    /// How long a step takes with all states on the host, beside what bounds it: the step with all of them on the GPU, the
+    /// way between, and the host's optimizer (builds with the feature cuda)
+    Offload {
+        /// Side of the latents; 64 for pictures of 512 pixels
+        #[arg(long, default_value_t = 64, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(8..))]
+        latent: usize,
+        /// Steps of each; the first is not counted
+        #[arg(long, default_value_t = 6, value_parser = clap::value_parser!(u64).range(2..))]
+        steps: u64,
+        /// A folder for a recording of the steps with all states on the host
+        #[arg(long)]
+        profile: Option<PathBuf>,
+    },
+    /// Take a GPU's memory but for some, and keep it until standard input ends, so that others find a small GPU (builds
+    /// with the feature cuda)
+    Hold {
+        /// Bytes to leave free
+        #[arg(long)]
+        leave: usize,
+    },
     /// How fast state goes to a drive and comes back, in a temporary file
     Disk {
         /// Folder on the drive
@@ -121,11 +141,32 @@ pub struct MemoryArgs {
     /// ZeRO stage
     #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=3))]
     pub stage: u8,
+    /// Where it computes: on the CPU, or each rank on its GPU
+    #[arg(long, value_enum, default_value_t = BenchDevice::Cpu)]
+    pub device: BenchDevice,
+    /// Train the text encoder, too
+    #[arg(long)]
+    pub text_encoder: bool,
+    /// Bytes of the device's memory to use at most
+    #[arg(long)]
+    pub vram: Option<usize>,
+    /// Bytes of the host's memory to use at most
+    #[arg(long)]
+    pub ram: Option<usize>,
+    /// Rows of a rank's micro-batch
+    #[arg(long, default_value = "1")]
+    pub batch: NonZeroUsize,
     /// Side of the latents; 64 for pictures of 512 pixels
     #[arg(long, default_value_t = 16, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(8..))]
     pub latent: usize,
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..))]
     pub steps: u64,
+    /// What segments leave behind on the way forward
+    #[arg(long, value_enum, default_value_t = BenchKeep::Inputs)]
+    pub keep: BenchKeep,
+    /// A folder for a recording of all steps but the first
+    #[arg(long)]
+    pub profile: Option<PathBuf>,
     /// Where parameters rest
     #[arg(long, value_enum, default_value_t = BenchPlace::Device)]
     pub parameters: BenchPlace,
@@ -166,6 +207,22 @@ pub enum BenchPlace {
 pub enum BenchDtype {
     F32,
     Bf16,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum BenchDevice {
+    Cpu,
+    Cuda,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum BenchKeep {
+    /// Their inputs: they run again on the way back
+    Inputs,
+    /// Everything that the way back needs
+    Graph,
+    /// Their inputs, on the host
+    Host,
 }
 
 #[derive(Args, Clone, Debug)]

@@ -2,6 +2,7 @@
 
 use std::io::Write;
 use std::num::NonZeroUsize;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -9,13 +10,15 @@ use anyhow::Result;
 use candle_core::DType;
 use clap::Parser;
 use dblaunch::cli::{
-    self, BenchCommand, BenchDtype, BenchPlace, Cli, Command, MemoryArgs, PlanArgs, RequestArgs, SampleArgs, TrainArgs,
+    self, BenchCommand, BenchDevice, BenchDtype, BenchKeep, BenchPlace, Cli, Command, MemoryArgs, PlanArgs,
+    RequestArgs, SampleArgs, TrainArgs,
 };
-use dblaunch::config::{self, Resume};
+use dblaunch::config::{self, DeviceKind, Resume};
 use dblaunch::device::{Keeping, Place};
 use dblaunch::launch::{self, LaunchRequest, Output, Rank, World, status};
 use dblaunch::optim::StateKind;
 use dblaunch::sample::{self, command as sampling};
+use dblaunch::segment::Keep;
 use dblaunch::train::arrange::Formats;
 use dblaunch::zero::{Placement, Stage};
 use dblaunch::{bench, checkpoint, hub, plan, report, train};
@@ -164,7 +167,9 @@ fn bench(command: &BenchCommand) -> Result<u8> {
         BenchCommand::Adamw { elements, repeats } => bench::adamw(elements.get(), repeats.get())?,
         BenchCommand::Disk { ref dir, bytes, rounds, wait } => bench::disk(dir, bytes, rounds.get(), wait)?,
         BenchCommand::Gpu { nproc, limit, fail } => return bench_gpu(nproc.get(), limit, fail),
+        BenchCommand::Hold { leave } => bench_hold(leave)?,
         BenchCommand::Kernels { limit } => bench_kernels(limit)?,
+        BenchCommand::Offload { latent, steps, ref profile } => bench_offload(latent, steps, profile.clone())?,
         BenchCommand::Layers { batch, latent, repeats, dtype } => {
             bench::layers(batch.get(), latent, repeats.get(), bench_dtype(dtype))?;
         }
@@ -207,6 +212,26 @@ fn bench_kernels(limit: usize) -> Result<()> {
     bench::kernels(limit)
 }
 
+#[cfg(feature = "cuda")]
+fn bench_hold(leave: usize) -> Result<()> {
+    bench::hold(leave)
+}
+
+#[cfg(not(feature = "cuda"))]
+fn bench_hold(_leave: usize) -> Result<()> {
+    Err(no_gpu_support())
+}
+
+#[cfg(feature = "cuda")]
+fn bench_offload(latent: usize, steps: u64, profile: Option<PathBuf>) -> Result<()> {
+    bench::offload(&Rank::start(TIMEOUT, None)?, latent, steps, profile)
+}
+
+#[cfg(not(feature = "cuda"))]
+fn bench_offload(_latent: usize, _steps: u64, _profile: Option<PathBuf>) -> Result<()> {
+    Err(no_gpu_support())
+}
+
 #[cfg(not(feature = "cuda"))]
 fn bench_kernels(_limit: usize) -> Result<()> {
     Err(no_gpu_support())
@@ -226,8 +251,21 @@ fn memory_case(args: &MemoryArgs) -> bench::MemoryCase {
     let half = |half: bool| if half { DType::BF16 } else { DType::F32 };
     bench::MemoryCase {
         stage: Stage::from_number(args.stage).unwrap_or(Stage::Replicated),
+        text_encoder: args.text_encoder,
+        device: match args.device {
+            BenchDevice::Cpu => DeviceKind::Cpu,
+            BenchDevice::Cuda => DeviceKind::Cuda,
+        },
+        limits: [args.vram, args.ram],
+        batch: args.batch.get(),
         latent: args.latent,
         steps: args.steps,
+        keep: match args.keep {
+            BenchKeep::Inputs => Keep::Inputs,
+            BenchKeep::Graph => Keep::Graph,
+            BenchKeep::Host => Keep::Host,
+        },
+        profile: args.profile.clone(),
         placement: Placement {
             parameters: place(args.parameters),
             gradients: place(args.gradients),

@@ -73,6 +73,19 @@ pub fn adamw(elements: usize, repeats: usize) -> Result<()> {
     Ok(())
 }
 
+/// Of the fp32 update that writes a bf16 copy, on all threads.
+#[cfg(feature = "cuda")]
+pub(super) fn seconds_an_element() -> Result<f64> {
+    const ELEMENTS: usize = 100_000_000;
+    let mut arrays = Arrays::new(ELEMENTS)?;
+    let times = (1..=4).map(|step| {
+        let started = Instant::now();
+        arrays.run(Pass::Copied, step);
+        started.elapsed().as_secs_f64()
+    });
+    Ok(median(times.skip(1).collect()) / ELEMENTS as f64)
+}
+
 fn median(mut times: Vec<f64>) -> f64 {
     times.sort_unstable_by(f64::total_cmp);
     times.get(times.len() / 2).copied().unwrap_or(f64::NAN)

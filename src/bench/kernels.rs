@@ -1,11 +1,12 @@
 //! Kernels whose limit is memory, beside a copy on the same GPU: norms, the optimizer, sums, and what joins the large ops, at
 //! the shapes of SD 1.5. One JSON line for each: microseconds, and the share of the copy's bytes a second, counted with
-//! the bytes that must be moved at least. (Small tensors stay in the second-level cache and may beat the copy.)
+//! the bytes that must be moved at least; and attention. (Small tensors stay in the second-level cache and may beat the copy.)
 
 use anyhow::{Result, ensure};
 use candle_core::DType;
 use serde_json::{Value, json};
 
+use super::attention::attention;
 use super::gpu::speed;
 use crate::device::cuda::{DeviceMemory, Gpu};
 use crate::kernels::glue::moves::transpose;
@@ -28,7 +29,7 @@ const CHUNKS: usize = 16;
 pub fn kernels(limit: usize) -> Result<()> {
     let gpu = Gpu::open(0, Some(limit))?;
     println!("{}", json!({"name": gpu.card().name, "capability": gpu.card().capability}));
-    measured(&gpu)?.iter().for_each(|line| println!("{line}"));
+    measured(&gpu)?.iter().chain(&attention(&gpu)?).for_each(|line| println!("{line}"));
     Ok(())
 }
 

@@ -1,63 +1,89 @@
 //! What a rank holds while it trains SD 1.5's UNet, wherever its states rest: the arenas' own ledger, the activations,
 //! and the system's resident size.
 
+use std::num::NonZeroU32;
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use candle_core::DType;
 use serde_json::{Value, json};
 
 use super::shape;
-use crate::comm::CommunicatorExt;
+use crate::comm::{CommunicatorExt, GpuCollectives, connect};
+use crate::config::DeviceKind;
 use crate::device::nvme::wear_note;
-use crate::device::{Memory, Usage, peak_rss_bytes};
+use crate::device::{Compute, Hardware, Usage, peak_rss_bytes};
 use crate::launch::Rank;
 use crate::model::Denoiser;
 use crate::segment::Keep;
+use crate::track::Profiler;
 use crate::train::arrange::{Formats, tiers};
 use crate::train::network::{Build, Network};
 use crate::train::optimizer::StepScale;
 use crate::train::step::{Then, clip_factor};
 use crate::zero::{Placement, Ranks, Stage, Tiers};
 
+/// Of a collective between GPUs.
+const TIMEOUT: Duration = Duration::from_secs(60);
+
 /// What is measured.
 #[derive(Clone, Debug)]
 pub struct MemoryCase {
     pub stage: Stage,
+    /// Where it computes.
+    pub device: DeviceKind,
+    /// Whether the text encoder trains, too.
+    pub text_encoder: bool,
+    /// Bytes of the device's memory that may be used, and of the host's.
+    pub limits: [Option<usize>; 2],
+    /// Rows of a rank's micro-batch.
+    pub batch: usize,
     /// Side of the latents.
     pub latent: usize,
     pub steps: u64,
+    /// What segments leave behind on the way forward.
+    pub keep: Keep,
     pub placement: Placement,
     pub formats: Formats,
     /// For what rests on a drive.
     pub nvme_dir: Option<PathBuf>,
     /// 0: no clipping, and every segment is updated as soon as its gradients are complete.
     pub max_grad_norm: f64,
+    /// A folder for a recording of the steps after the first.
+    pub profile: Option<PathBuf>,
 }
 
-/// Trains `steps` steps of one row a rank with recompute and AdamW, and prints what each rank took at most.
-pub fn memory(rank: &Rank, case: &MemoryCase) -> Result<()> {
-    let comm = rank.communicator.clone();
+/// Trains `steps` steps with AdamW, and prints what each rank took at most, and how long. A row for each rank.
+pub fn memory(rank: &Rank, case: &MemoryCase) -> Result<Vec<Value>> {
+    let hardware = rank.communicator.agree(match case.device {
+        DeviceKind::Cpu => Ok(Hardware::cpu()),
+        DeviceKind::Cuda => Hardware::gpu(rank.world.local_rank, case.limits[0], 0),
+    })?;
+    let (comm, note) = connect(rank.communicator.clone(), &hardware, GpuCollectives::Auto, TIMEOUT)?;
+    note.iter().for_each(|note| rank.say(note));
     let ranks = Ranks { comm: comm.clone(), stage: case.stage, reduce_dtype: DType::F32 };
     let dtype = case.formats.compute;
-    let (config, Denoiser { graph, slots }) = shape::sd15_in(dtype);
+    let (config, Denoiser { graph, slots }) = shape::sd15_in(dtype, case.text_encoder);
     let parameters = graph.parameters();
-    let memory = Memory::new(None, None);
+    let compute = Compute { device: hardware.device().clone(), dtype };
+    let memory = hardware.memory(case.limits[0], case.limits[1]);
     let tiers = tiers(&graph, &ranks, case.placement, case.formats, &memory, case.nvme_dir.as_deref());
     let tiers = comm.agree(tiers)?;
-    let keep = vec![Keep::Inputs; graph.nodes.len()];
+    let keep = vec![case.keep; graph.nodes.len()];
     let build = Build { ranks, dtype, keep, tiers: tiers.clone(), state: case.formats.state, seed: 0 };
     let mut network = Network::load(graph, build, &shape::Made)?;
     let owned = states(&tiers).map(|usage| usage.used);
     memory.count_from_here();
     let loaded = tiers.drive.as_ref().map_or(0, |drive| drive.traffic().written_bytes);
     let (mut seconds, mut parts) = (Vec::new(), Vec::new());
+    let mut profiler = Profiler::new(case.profile.as_ref().and_then(|_| NonZeroU32::new(case.steps as u32 - 1)));
     let group = |_: &str| shape::group();
     for step in 1..=case.steps {
+        let recorded = profiler.step(&*comm, step)?;
         let started = Instant::now();
-        let inputs = shape::unet_inputs(&config, &slots, dtype, case.latent, comm.rank() as u64)?;
-        let rows = comm.world_size() as f64;
+        let inputs = shape::unet_inputs(&config, &slots, &compute, (case.batch, case.latent), comm.rank() as u64)?;
+        let ranks = comm.world_size() as f64;
         let then = match case.max_grad_norm > 0.0 {
             true => Then::Norm,
             false => Then::Update(StepScale { step, grad_scale: 1.0 }, &group),
@@ -65,7 +91,7 @@ pub fn memory(rank: &Rank, case: &MemoryCase) -> Result<()> {
         let mut forward = 0.0;
         network.forward_backward(Some(inputs), then, |prediction| {
             forward = started.elapsed().as_secs_f64();
-            Ok((prediction / (prediction.elem_count() as f64 * rows))?)
+            Ok((prediction / (prediction.elem_count() as f64 * ranks))?)
         })?;
         let backward = started.elapsed().as_secs_f64() - forward;
         let norm = network.reduce()?;
@@ -75,6 +101,9 @@ pub fn memory(rank: &Rank, case: &MemoryCase) -> Result<()> {
         if step == case.steps {
             network.settle()?;
         }
+        // A GPU has been told all of it, and does it still.
+        compute.device.synchronize()?;
+        drop(recorded);
         // Where states rest off the device the forward waits for the last step's update.
         let all = started.elapsed().as_secs_f64();
         parts.push(json!({"forward": forward, "backward": backward, "update": all - forward - backward}));
@@ -96,11 +125,17 @@ pub fn memory(rank: &Rank, case: &MemoryCase) -> Result<()> {
         "drive_read": tiers.drive.as_ref().map(|drive| drive.traffic().read_bytes),
     });
     let rows = comm.gather_strings(&row.to_string())?;
+    let rows = rows.iter().map(|row| serde_json::from_str(row)).collect::<Result<Vec<Value>, _>>()?;
     if comm.rank() == 0 {
-        let rows = rows.iter().map(|row| serde_json::from_str(row)).collect::<Result<Vec<Value>, _>>()?;
-        print(parameters, case, &tiers, rows);
+        print(parameters, case, &tiers, &rows);
     }
-    Ok(())
+    if let Some(folder) = &case.profile
+        && let Some(table) = profiler.finish(&*comm, folder, true)?
+    {
+        println!("{table}");
+    }
+    comm.leave()?;
+    Ok(rows)
 }
 
 /// Parameters, gradients and optimizer state: on the device, then on the host.
@@ -109,15 +144,18 @@ fn states(tiers: &Tiers) -> [Usage; 6] {
     [a, b, c, d, e, f]
 }
 
-fn print(parameters: usize, case: &MemoryCase, tiers: &Tiers, rows: Vec<Value>) {
+fn print(parameters: usize, case: &MemoryCase, tiers: &Tiers, rows: &[Value]) {
     let Placement { parameters: p, gradients: g, optimizer: o } = case.placement;
     let Formats { compute, master, gradients, state, .. } = case.formats;
     println!(
-        "SD 1.5's UNet, {parameters} parameters, recompute, {0}x{0} latents, stage {1}, {2} ranks; parameters on {p}, gradients \
+        "SD 1.5's UNet{5}, {parameters} parameters, {1:?} kept, batch {2}, {0}x{0} latents, stage {3}, {4} ranks; parameters on {p}, gradients \
          on {g}, optimizer on {o}; compute {compute:?}, masters {master:?}, gradients {gradients:?}, state {state:?}; MB (10^6)",
         case.latent,
+        case.keep,
+        case.batch,
         case.stage as u8,
-        rows.len()
+        rows.len(),
+        if case.text_encoder { " and text encoder" } else { "" }
     );
     println!("rank  tier    parameters  gradients  optimizer  activations     peak | peak rss  s, last step");
     for (rank, row) in rows.iter().enumerate() {

@@ -2,13 +2,19 @@
 //! bench`. They measure; they judge nothing, and no test depends on a clock.
 
 mod adamw;
+#[cfg(feature = "cuda")]
+mod attention;
 mod disk;
 #[cfg(feature = "cuda")]
 mod gpu;
 #[cfg(feature = "cuda")]
+mod hold;
+#[cfg(feature = "cuda")]
 mod kernels;
 mod layers;
 mod memory;
+#[cfg(feature = "cuda")]
+mod offload;
 mod shape;
 
 pub use adamw::adamw;
@@ -16,6 +22,10 @@ pub use disk::disk;
 #[cfg(feature = "cuda")]
 pub use gpu::gpu;
 #[cfg(feature = "cuda")]
+pub use hold::hold;
+#[cfg(feature = "cuda")]
 pub use kernels::kernels;
 pub use layers::layers;
 pub use memory::{MemoryCase, memory};
+#[cfg(feature = "cuda")]
+pub use offload::offload;

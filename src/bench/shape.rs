@@ -5,8 +5,9 @@ use std::ops::Range;
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
 
+use crate::device::Compute;
 use crate::diffusion::{Draws, Purpose, Row};
-use crate::model::{Conditioning, Denoiser, UnetConfig, denoiser, time_features};
+use crate::model::{Conditioning, Denoiser, TextConfig, UnetConfig, denoiser, time_features};
 use crate::optim::AdamW;
 use crate::segment::SlotId;
 use crate::train::step::{Group, Inputs};
@@ -34,13 +35,14 @@ impl WeightSource for Made {
 
 /// SD 1.5's UNet, all of it trainable, for fp32.
 pub fn sd15() -> (UnetConfig, Denoiser) {
-    sd15_in(DType::F32)
+    sd15_in(DType::F32, false)
 }
 
-/// SD 1.5's UNet, all of it trainable.
-pub fn sd15_in(dtype: DType) -> (UnetConfig, Denoiser) {
+/// SD 1.5's UNet, all of it trainable; if wanted with its text encoder in front of it, that too.
+pub fn sd15_in(dtype: DType, with_text_encoder: bool) -> (UnetConfig, Denoiser) {
     let config = UnetConfig::sd15_shape();
-    let denoiser = denoiser(&config, None, false, dtype);
+    let text = with_text_encoder.then(TextConfig::sd15_shape);
+    let denoiser = denoiser(&config, text.as_ref(), false, dtype);
     (config, denoiser)
 }
 
@@ -50,23 +52,32 @@ pub fn noise(draws: &Draws, item: u64, shape: &[usize]) -> Result<Tensor> {
     Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
 }
 
-/// Inputs of one row for the whole UNet: `latent` x `latent` latents, 77 tokens.
+/// Inputs of `rows` rows for the whole UNet, where it computes: `latent` x `latent` latents, 77 tokens.
 pub fn unet_inputs(
     config: &UnetConfig,
     denoiser_slots: &crate::model::DenoiserSlots,
-    dtype: DType,
-    latent: usize,
+    compute: &Compute,
+    (rows, latent): (usize, usize),
     item: u64,
 ) -> Result<Inputs> {
     let draws = Draws::new(item);
-    let features = time_features([500.0], config);
-    let width = features.len();
+    let there = |tensor: Tensor| tensor.to_dtype(compute.dtype)?.to_device(&compute.device);
+    let features = time_features(vec![500.0; rows], config);
+    let width = features.len() / rows;
     let mut slots: Vec<(SlotId, Tensor)> = vec![
-        (denoiser_slots.sample, noise(&draws, 0, &[1, config.in_channels, latent, latent])?.to_dtype(dtype)?),
-        (denoiser_slots.time_features, Tensor::from_vec(features, (1, width), &Device::Cpu)?.to_dtype(dtype)?),
+        (denoiser_slots.sample, there(noise(&draws, 0, &[rows, config.in_channels, latent, latent])?)?),
+        (denoiser_slots.time_features, there(Tensor::from_vec(features, (rows, width), &Device::Cpu)?)?),
     ];
-    if let Conditioning::Context(slot) = denoiser_slots.conditioning {
-        slots.push((slot, noise(&draws, 1, &[1, 77, config.cross_attention_dim])?.to_dtype(dtype)?));
+    match &denoiser_slots.conditioning {
+        Conditioning::Context(slot) => {
+            slots.push((*slot, there(noise(&draws, 1, &[rows, 77, config.cross_attention_dim])?)?));
+        }
+        Conditioning::Prompts(text) => {
+            // One prompt for all rows.
+            let ids: Vec<u32> = (0..77).map(|i| i * 631 % 49_408).collect();
+            slots.push((text.token_ids, Tensor::from_vec(ids, (1, 77), &compute.device)?));
+            slots.push((text.rows, Tensor::zeros(rows, DType::U32, &compute.device)?));
+        }
     }
     Ok(Inputs { slots, prediction: denoiser_slots.prediction })
 }
