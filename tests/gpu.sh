@@ -9,7 +9,7 @@
 #
 # cuBLAS and cuRAND (and NCCL for several ranks) are found through LD_LIBRARY_PATH, the system's loader, or the
 # nvidia/* packages of the `python3` on the PATH. The whole takes GPU_SECONDS (570 unless set) at most: parts for which no
-# time is left are skipped, and the summary says so.
+# time is left are skipped, and the summary says so. GPU_PARTS, a regular expression, chooses parts by their names.
 set -uo pipefail
 
 usage() {
@@ -25,13 +25,71 @@ parts() {
     part right 20 machine describe_machine
     part right 180 unit-tests env DBLAUNCH_TEST_GPU=1 ./dblaunch-tests --test-threads 4 cuda gpu kernels:: on_device
     part right 150 training-wherever-states-rest env DBLAUNCH_TEST_GPU=1 ./dblaunch-it --test-threads 4 accelerator::
+    part right 120 recorded-runs-of-the-peer env DBLAUNCH_TEST_GPU=1 DBLAUNCH_TEST_HOME=. ./dblaunch-it --test-threads 1 parity::
+    part right 90 runs-as-on-the-cpu as_on_the_cpu
     part right 20 no-gpu-is-told told 2 "shows no GPU" env CUDA_VISIBLE_DEVICES= ./dblaunch bench gpu
+    part right 20 a-run-without-one-is-told told 2 "shows no GPU" env CUDA_VISIBLE_DEVICES= ./dblaunch check --set model.device=cuda configs/demo.toml
     part right 30 one-gpu-for-two-is-told told 2 "were given the same GPU" env CUDA_VISIBLE_DEVICES=0 ./dblaunch bench gpu --nproc 2
     part right 90 two-ranks-over-nccl env DBLAUNCH_SHARE_GPU=1 ./dblaunch bench gpu --nproc 2
     part right 60 a-failing-rank-ends-the-others told 1 "failed on purpose" env DBLAUNCH_SHARE_GPU=1 ./dblaunch bench gpu --nproc 2 --fail
+    part right 60 a-card-too-small-is-told capped 1500000000 told 2 "MiB left" ./dblaunch --set model.device=cuda --set memory.vram=4GiB \
+        --set data.resolution=512 --set train.batch_size=64 --set output.dir="$OUT/too-small" tests/stand_in/train.toml
+    part fast 90 sd15-under-6-GB capped 6000000000 sd15 --vram 5200000000 --ram 16000000000 --parameters host --optimizer host --keep graph
+    part fast 90 sd15-under-4-GB capped 4000000000 sd15 --vram 3200000000 --parameters host --gradients host --optimizer host
+    part fast 90 sd15-with-text-under-8-GB capped 8000000000 sd15 --vram 7200000000 --text-encoder --parameters host --optimizer host
+    part fast 90 sd15-offloaded-beside-its-bounds ./dblaunch bench offload --profile "$OUT"
     part fast 60 gpu ./dblaunch bench gpu
-    part fast 60 kernels ./dblaunch bench kernels
+    part fast 90 kernels ./dblaunch bench kernels --limit 8589934592
     part fast 90 all-gpus on_all_gpus
+    part fast 300 beside-pytorch beside_pytorch
+}
+
+# sd15 OPTIONS...: a few steps of SD 1.5's UNet on 512 pixels.
+sd15() {
+    ./dblaunch bench memory --device cuda --dtype bf16 --latent 64 --steps 4 "$@"
+}
+
+# capped BYTES COMMAND...: while another process holds all of the GPU's memory but so many bytes.
+capped() {
+    local bytes=$1 left status
+    shift
+    coproc HOLDER { exec ./dblaunch bench hold --leave "$bytes"; }
+    # Its descriptors are gone as soon as it has ended.
+    local from=${HOLDER[0]} to=${HOLDER[1]} holder=$HOLDER_PID
+    read -r left <&"$from" || { echo "the memory could not be held"; return 1; }
+    echo "held: $left"
+    "$@"
+    status=$?
+    nvidia-smi --query-gpu=memory.used,memory.free --format=csv
+    kill "$holder"
+    wait "$holder" 2> /dev/null
+    return "$status"
+}
+
+# Losses and norms of a run, one a line.
+metrics() {
+    rm -rf "$OUT/run"
+    "$@" --set output.dir="$OUT/run" > /dev/null || return 1
+    grep grad_norm "$OUT/run/metrics.jsonl" | grep -o '"\(loss\|grad_norm\)":[0-9.e-]*' | cut -d : -f 2
+}
+
+# A small network with its text encoder on the GPU, by one rank and by two over NCCL, wherever its states rest.
+as_on_the_cpu() {
+    local train="./dblaunch tests/stand_in/train.toml --set model.train_text_encoder=true" sets
+    metrics $train --set model.device=cpu > "$OUT/on-the-cpu" || return 1
+    for sets in "" "--set train.recompute=true --set zero.offload_params=host --set zero.offload_gradients=host \
+        --set zero.offload_optimizer=host" "--nproc 2 --set train.batch_size=1 --set zero.stage=3 --set zero.collectives=nccl" \
+        "--nproc 2 --set train.batch_size=1 --set zero.stage=2 --set zero.collectives=host"; do
+        DBLAUNCH_SHARE_GPU=1 metrics $train --set model.device=cuda $sets > "$OUT/on-the-gpu" || return 1
+        paste "$OUT/on-the-cpu" "$OUT/on-the-gpu" | awk '
+            { print; off = ($1 - $2) / $1; if (off < 0) off = -off; if (off > 1e-5 || $2 == "") bad = 1 }
+            END { exit bad || NR != 6 }' || { echo "not the CPU's: $sets"; return 1; }
+    done
+}
+
+beside_pytorch() {
+    python3 -c 'import torch' || { echo "there is no PyTorch"; return 77; }
+    python3 gpu_torch.py ./dblaunch --seconds 200
 }
 
 describe_machine() {
@@ -72,7 +130,8 @@ build() {
     cp target/release/dblaunch "$folder/dblaunch" && cp "$unit" "$folder/dblaunch-tests" && cp "$it" "$folder/dblaunch-it" || exit 1
     strip "$folder"/dblaunch* 2> /dev/null
     # What commands and tests read: configurations, the demo, recorded data.
-    cp -r configs demo "$folder/" && mkdir -p "$folder/tests" && cp -r tests/data "$folder/tests/" || exit 1
+    cp -r configs demo "$folder/" && mkdir -p "$folder/tests" && cp -r tests/data tests/stand_in "$folder/tests/" &&
+        cp benches/gpu_torch.py "$folder/" || exit 1
     folder=$(cd "$folder" && pwd)
     tar -C "$(dirname "$folder")" -cJf "$folder.tar.xz" "$(basename "$folder")" || exit 1
     du -sh "$folder" "$folder.tar.xz"
@@ -91,6 +150,7 @@ PYTHON
 part() {
     local kind=$1 seconds=$2 name=$3 left status began=$SECONDS
     shift 3
+    [[ $name =~ $ONLY ]] || return 0
     left=$((LIMIT - SECONDS))
     if [ "$left" -lt 5 ]; then
         report skipped "$kind" "$name" "no time was left"
@@ -134,7 +194,7 @@ report() {
 
 run() {
     local folder=$1 extra
-    OUT=${2:-gpu-results} LIMIT=${GPU_SECONDS:-570} FAILED=0 SECONDS=0
+    OUT=${2:-gpu-results} LIMIT=${GPU_SECONDS:-570} ONLY=${GPU_PARTS:-} FAILED=0 SECONDS=0
     mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || exit 1
     cd "$folder" || exit 1
     [ -x dblaunch ] && [ -x dblaunch-tests ] && [ -x dblaunch-it ] ||
