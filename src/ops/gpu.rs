@@ -71,7 +71,12 @@ impl Gpu {
 
     /// The device of a tensor; none if that is the processor.
     pub fn of(tensor: &Tensor) -> Result<Option<Gpu>> {
-        match tensor.device() {
+        Self::on(tensor.device())
+    }
+
+    /// The same of a device.
+    pub fn on(device: &Device) -> Result<Option<Gpu>> {
+        match device {
             Device::Cpu => Ok(Self::emulated()),
             #[cfg(feature = "cuda")]
             Device::Cuda(device) => Self::cuda(device).map(Some),
@@ -239,6 +244,7 @@ fn start(storage: &CpuStorage, layout: &Layout) -> Result<Address> {
     let Some((first, _)) = layout.contiguous_offsets() else { bail!("an op was given strided memory") };
     let (at, size) = match storage {
         CpuStorage::F32(values) => (values.as_ptr() as u64, 4),
+        CpuStorage::F64(values) => (values.as_ptr() as u64, 8),
         CpuStorage::BF16(values) => (values.as_ptr() as u64, 2),
         CpuStorage::F16(values) => (values.as_ptr() as u64, 2),
         CpuStorage::U32(values) => (values.as_ptr() as u64, 4),
@@ -250,6 +256,7 @@ fn start(storage: &CpuStorage, layout: &Layout) -> Result<Address> {
 fn start_mut(storage: &mut CpuStorage) -> Result<Address> {
     Ok(Address(match storage {
         CpuStorage::F32(values) => values.as_mut_ptr() as u64,
+        CpuStorage::F64(values) => values.as_mut_ptr() as u64,
         CpuStorage::BF16(values) => values.as_mut_ptr() as u64,
         CpuStorage::F16(values) => values.as_mut_ptr() as u64,
         _ => bail!("no kernels for this dtype"),
@@ -261,6 +268,7 @@ fn unwritten(dtype: DType, len: usize) -> Result<CpuStorage> {
     let dry = is_dry();
     Ok(match dtype {
         DType::F32 => CpuStorage::F32(if dry { vector::unwritten(len) } else { vec![f32::NAN; len] }),
+        DType::F64 => CpuStorage::F64(vec![f64::NAN; len]),
         DType::BF16 => CpuStorage::BF16(if dry { vector::unwritten(len) } else { vec![bf16::NAN; len] }),
         DType::F16 => CpuStorage::F16(if dry { vector::unwritten(len) } else { vec![f16::NAN; len] }),
         other => bail!("no kernels for {other:?}"),

@@ -15,6 +15,7 @@ mod group_norm;
 mod half_tests;
 mod layer_norm;
 mod linear;
+mod objective;
 mod pointwise;
 #[cfg(test)]
 pub(crate) mod testing;
@@ -31,6 +32,7 @@ pub use glue::{add, cat_channels};
 pub use group_norm::group_norm;
 pub use layer_norm::layer_norm;
 pub use linear::{linear, linear_op};
+pub use objective::Objective;
 pub use tokens::{image_from_tokens, tokens_from_image};
 pub use upsample::upsample_nearest;
 

@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail};
 use candle_core::{DType, Tensor};
 
 use super::items::{Items, Sampler};
+use super::loss::Loss;
 use super::network::Network;
 use super::optimizer::StepScale;
 use super::rows::{PixelDifference, RowMaker, Rows};
@@ -17,9 +18,7 @@ use super::validation::Validation;
 use crate::checkpoint::{self, Position};
 use crate::comm::{Communicator, CommunicatorExt, Slice, SliceMut};
 use crate::config::{Resume, RunPlan};
-use crate::device::trace::{Row, span};
 use crate::device::{Compute, Memory, peak_rss_bytes};
-use crate::diffusion::loss_and_gradient;
 use crate::launch::{Event, Rank};
 use crate::model::{DenoiserSlots, UnetConfig, time_features};
 use crate::optim::{AdamW, LossScale, LrSchedule};
@@ -282,23 +281,10 @@ impl Trainer<'_> {
         }
         let rows = self.rows.rows(&items.items, local, micro_step)?;
         let inputs = self.inputs(&rows)?;
-        let mut loss = 0.0;
-        let mut trouble = String::new();
-        let (accumulation, scale) = (self.plan.train.accumulation, self.loss_scale() as f32);
-        self.network.forward_backward(Some(inputs), then, |prediction| {
-            let dims = prediction.dims4()?;
-            let values = prediction.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
-            let mut gradient = vec![0f32; values.len()];
-            let shape = rows.shape(dims.1);
-            let _span = span(Row::Compute, "loss");
-            let value = loss_and_gradient(&values, &rows.targets, shape, &rows.weights, accumulation, &mut gradient);
-            gradient.iter_mut().for_each(|g| *g *= scale);
-            loss = value.loss;
-            if !loss.is_finite() {
-                trouble = rows.describe((0..rows.len()).filter(|&r| !value.row_mse[r].is_finite()));
-            }
-            Ok(Tensor::from_vec(gradient, dims, prediction.device())?.to_dtype(prediction.dtype())?)
-        })?;
+        let scale = self.loss_scale() as f32;
+        let mut loss = Loss::new(&rows, self.plan.train.accumulation, scale, &self.compute.device)?;
+        self.network.forward_backward(Some(inputs), then, |prediction| loss.gradient(prediction))?;
+        let (loss, trouble) = loss.value()?;
         self.agree(loss, rows.pixels, trouble)
     }
 
