@@ -213,15 +213,17 @@ fn weights(graph: &SegmentGraph, dtype: DType) -> usize {
     graph.nodes.iter().map(len).sum::<usize>() * dtype.size_in_bytes()
 }
 
-/// The VAE's encoder, one picture at a time, in fp32.
+/// The VAE's encoder, one picture at a time, in the run's precision.
 fn encoder(plan: &RunPlan, configs: &Configs) -> Result<(FrozenFacts, Tally)> {
     let encoder = model::vae_encoder(&configs.vae);
     let side = plan.data.resolution;
-    let pixels = Given { slot: encoder.pixels, shape: vec![1, 3, side, side], dtype: DType::F32 };
-    let (activations, tally) = dry::forward_only(&encoder.graph, DType::F32, &[pixels])?;
-    let size = |i: usize| encoder.graph.nodes.get(i).map_or(0, |n| 4 * n.params.layout().padded_len(1));
+    let dtype = compute_dtype(plan);
+    let pixels = Given { slot: encoder.pixels, shape: vec![1, 3, side, side], dtype };
+    let (activations, tally) = dry::forward_only(&encoder.graph, dtype, &[pixels])?;
+    let bytes = dtype.size_in_bytes();
+    let size = |i: usize| encoder.graph.nodes.get(i).map_or(0, |n| bytes * n.params.layout().padded_len(1));
     let turns = activations.iter().enumerate().map(|(i, &activations)| [size(i), size(i + 1), activations]).collect();
-    Ok((FrozenFacts { weights: weights(&encoder.graph, DType::F32), turns, flops: tally.flops }, tally))
+    Ok((FrozenFacts { weights: weights(&encoder.graph, dtype), turns, flops: tally.flops }, tally))
 }
 
 /// The most that making a picture takes: with guidance the network runs over two rows for each picture; then the

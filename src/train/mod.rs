@@ -4,6 +4,7 @@ pub mod arrange;
 mod class_images;
 mod export;
 mod items;
+mod loss;
 pub mod network;
 pub mod optimizer;
 mod prompts;
@@ -16,6 +17,7 @@ mod setup;
 pub mod step;
 mod trainer;
 mod update;
+mod vae;
 mod validation;
 
 pub use run::run;

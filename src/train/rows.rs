@@ -4,11 +4,11 @@
 use std::collections::HashMap;
 
 use anyhow::{Context, Result};
-use candle_core::{Device, Tensor};
 
 use super::items::Item;
 use super::prompts::PromptNumbers;
 use super::step::listed;
+use super::vae::Encoder;
 
 use crate::config::ReplayPixels;
 use crate::data::{Crop, Dataset};
@@ -17,13 +17,11 @@ use crate::diffusion::{
     Draws, MicroRecord, NoiseSchedule, Purpose, Record, Row, RowShape, VelocityWeight, add_offset_noise,
     noisy_and_target, row_weights, sample_latent,
 };
-use crate::pipeline::Frozen;
-use crate::segment::SlotId;
 
 /// What the rows of a run have in common.
 pub struct RowMaker {
     pub dataset: Dataset,
-    pub vae: Vae,
+    pub(super) vae: Encoder,
     pub schedule: NoiseSchedule,
     pub draws: Draws,
     pub prompts: PromptNumbers,
@@ -31,18 +29,6 @@ pub struct RowMaker {
     pub settings: RowSettings,
     /// Posteriors of images that are the same every time: (row, file number) -> means and log-variances.
     pub cached_moments: HashMap<(Row, u64), Vec<f32>>,
-}
-
-/// The VAE's encoder, ready to run.
-pub struct Vae {
-    pub network: Frozen,
-    pub pixels: SlotId,
-    pub moments: SlotId,
-    pub device: Device,
-    pub latent_channels: usize,
-    /// Pixels along a latent's side.
-    pub downscale: usize,
-    pub scaling_factor: f32,
 }
 
 /// Settings of the objective that show in the rows.
@@ -232,9 +218,7 @@ impl RowMaker {
         }
         let side = self.settings.resolution;
         let _span = trace::span(trace::Row::Compute, "latents");
-        let input = Tensor::from_vec(image, (1, 3, side, side), &self.vae.device)?;
-        let output = self.vae.network.run(vec![(self.vae.pixels, input)], self.vae.moments)?;
-        let moments = output.flatten_all()?.to_vec1::<f32>()?;
+        let moments = self.vae.moments(image, side)?;
         if cacheable {
             self.cached_moments.insert(key, moments.clone());
         }

@@ -12,8 +12,9 @@ use super::arrange::{self, Formats};
 use super::items::Sampler;
 use super::network::{Build, Network};
 use super::prompts::Texts;
-use super::rows::{RowMaker, RowSettings, Vae};
+use super::rows::{RowMaker, RowSettings};
 use super::trainer::Trainer;
+use super::vae::Encoder;
 use super::validation::Validation;
 use crate::checkpoint::{self, Checkpoint, Position, SegmentRecord};
 use crate::comm::{self, Communicator, CommunicatorExt, SliceMut, Traced};
@@ -23,9 +24,9 @@ use crate::device::{Compute, Hardware, Memory, Place};
 use crate::diffusion::sampler::SamplerConfig;
 use crate::diffusion::{Draws, NoiseSchedule, Record};
 use crate::launch::{Event, Rank, shares_gpu};
-use crate::model::{self, Component, Denoiser, VaeConfig};
+use crate::model::{self, Component, Denoiser};
 use crate::optim::{LossScale, LrKind, LrSchedule, StateKind};
-use crate::pipeline::{Configs, Frozen, PipelineWeights, Prompts};
+use crate::pipeline::{Configs, PipelineWeights, Prompts};
 use crate::plan::Decision;
 use crate::sample::Settings;
 use crate::track::{Profiler, Trackers};
@@ -82,7 +83,7 @@ pub fn build<'a>(
     let kept_scale = resumed.as_ref().and_then(|c| c.manifest.loss_scale);
     let scaling = plan.train.loss_scale.map(|policy| LossScale::new(policy, kept_scale));
     let rows = RowMaker {
-        vae: vae(&configs.vae, &weights, &frozen, &decision, &compute)?,
+        vae: Encoder::load(&configs.vae, &weights, &frozen, decision.placement.parameters != Place::Device, &compute)?,
         dataset,
         schedule,
         draws,
@@ -139,6 +140,9 @@ pub(super) fn hardware(plan: &RunPlan, decision: &Decision, rank: &Rank) -> Resu
         }
     };
     let hardware = rank.communicator.agree(opened)?;
+    if plan.train.allow_tf32 {
+        hardware.allow_tf32();
+    }
     if !shares_gpu() {
         comm::each_its_own(&*rank.communicator, hardware.identity())?;
     }
@@ -249,31 +253,6 @@ impl Building<'_> {
         }
         Ok((network, slots))
     }
-}
-
-fn vae(
-    config: &VaeConfig,
-    weights: &Arc<PipelineWeights>,
-    tiers: &Tiers,
-    decision: &Decision,
-    compute: &Compute,
-) -> Result<Vae> {
-    let encoder = model::vae_encoder(config);
-    weights.component(Component::Vae).check(&model::wanted(&encoder.graph, Component::Vae))?;
-    // fp32 in every precision: some published VAEs overflow in fp16, and it runs without a way back.
-    let network = match decision.placement.parameters {
-        Place::Device => Frozen::load(encoder.graph, DType::F32, tiers, &**weights)?,
-        Place::Host | Place::Nvme => Frozen::in_files(encoder.graph, DType::F32, tiers, weights.clone()),
-    };
-    Ok(Vae {
-        network,
-        pixels: encoder.pixels,
-        moments: encoder.moments,
-        device: compute.device.clone(),
-        latent_channels: config.latent_channels,
-        downscale: config.downscale(),
-        scaling_factor: config.scaling_factor as f32,
-    })
 }
 
 /// What validations have in common, where there are any.
