@@ -18,7 +18,9 @@ use super::on_device::DeviceCommunicator;
 use super::watch::{Flight, Point, Trouble, Watch};
 use super::{Communicator, CommunicatorExt, Operation, PeerFailure};
 use crate::Refusal;
+use crate::device::Moment;
 use crate::device::cuda::{Gpu, Mark, Stream, libraries};
+use crate::device::trace::{self, Row};
 
 /// How often what is under way is looked at.
 const PULSE: Duration = Duration::from_millis(10);
@@ -190,7 +192,8 @@ impl Inner {
         *sequence += 1;
         let name = name_of(operations, *sequence, what);
         after.iter().try_for_each(|mark| self.stream.after(mark))?;
-        let begun = self.stream.mark()?;
+        let mark = || if trace::is_on() { self.stream.timed_mark() } else { self.stream.mark() };
+        let begun = mark()?;
         let taken = self.library.enqueue(operations, &self.stream).map_err(|why| self.failed(&name, why));
         if let Err(trouble) = taken.and_then(|()| self.settle(&name)) {
             self.give_up(&trouble);
@@ -198,7 +201,9 @@ impl Inner {
             self.gpu.faults().check()?;
             return Err(trouble.error());
         }
-        let done = self.stream.mark()?;
+        let done = mark()?;
+        let [from, to] = [&begun, &done].map(|mark| Moment(Arc::new(mark.clone())));
+        trace::on_accelerator(Row::Collective, "GPU, NCCL", || name.clone(), (from, to), None);
         self.watched().watch.add(Flight::new(name, begun, done.clone()));
         self.news.notify_one();
         Ok(done)

@@ -39,6 +39,12 @@ pub trait Accelerator: Launcher {
     /// Here, in the row.
     fn moment(&self) -> Result<Moment>;
 
+    /// As [`Self::moment`], for [`Self::seconds`].
+    fn timed_moment(&self) -> Result<Moment>;
+
+    /// Between two timed moments; waits until both are reached.
+    fn seconds(&self, from: &Moment, to: &Moment) -> Result<f64>;
+
     /// Copies from the host, beside the row, once it has come to `after`; has ended when this returns.
     ///
     /// # Safety

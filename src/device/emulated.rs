@@ -3,8 +3,9 @@
 
 use std::any::Any;
 use std::sync::Arc;
+use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use super::accelerator::{Accelerator, Moment, Taken};
 use crate::kernels::Address;
@@ -33,6 +34,15 @@ impl Accelerator for Emulated {
 
     fn moment(&self) -> Result<Moment> {
         Ok(Moment(Arc::new(())))
+    }
+
+    fn timed_moment(&self) -> Result<Moment> {
+        Ok(Moment(Arc::new(Instant::now())))
+    }
+
+    fn seconds(&self, from: &Moment, to: &Moment) -> Result<f64> {
+        let at = |moment: &Moment| moment.0.downcast_ref::<Instant>().copied().context("a moment that is not timed");
+        Ok(at(to)?.duration_since(at(from)?).as_secs_f64())
     }
 
     unsafe fn upload(&self, from: *const u8, to: Address, bytes: usize, _after: &Moment) -> Result<()> {

@@ -45,7 +45,9 @@ impl Hardware {
                 mib(free)
             )));
         }
-        Ok(Hardware { device: gpu.device().clone(), accelerator: Some(gpu.clone()), gpu: Some(gpu) })
+        let accelerator: Arc<dyn Accelerator> = gpu.clone();
+        super::trace::watch(&accelerator);
+        Ok(Hardware { device: gpu.device().clone(), accelerator: Some(accelerator), gpu: Some(gpu) })
     }
 
     #[cfg(not(feature = "cuda"))]
@@ -63,6 +65,14 @@ impl Hardware {
     #[cfg(feature = "cuda")]
     pub fn opened(&self) -> Option<&Arc<super::cuda::Gpu>> {
         self.gpu.as_ref()
+    }
+
+    /// Lets a GPU's products in fp32 be taken in tf32.
+    pub fn allow_tf32(&self) {
+        #[cfg(feature = "cuda")]
+        if let Some(gpu) = &self.gpu {
+            gpu.allow_tf32(true);
+        }
     }
 
     /// What tells its GPU from all others, and the GPU's name.

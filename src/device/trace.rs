@@ -1,11 +1,19 @@
 //! Where the time goes: named spans of every thread of this process, recorded between [`begin`] and [`take`]. Off, a
-//! span costs one relaxed load. What becomes of the recording is for `track::profile` to say.
+//! span costs one relaxed load. What becomes of the recording is for `track::profile` to say. What an accelerator does beside
+//! the host is recorded with its own clock ([`watch`]).
+
+mod beside;
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
+
+use beside::Beside;
+pub use beside::{ACCELERATOR, on_accelerator, watch};
+
+use super::Moment;
 
 /// What kind of work a span is; with its thread, the row of the picture that it is drawn on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -101,20 +109,27 @@ struct Recording {
     /// The thread of each entry of `trace.threads`, by [`thread_number`]; None for what is no thread.
     numbers: Vec<Option<usize>>,
     began: Instant,
+    beside: Option<Beside>,
 }
 
 /// Starts a recording; one that runs is thrown away. Ranks that call this right after a barrier have the same zero.
 pub fn begin(rank: usize) {
     let mut trace = Trace { rank, threads: Vec::new(), events: Vec::new() };
     trace.threads.push(thread_name());
-    *recording() = Some(Recording { trace, numbers: vec![Some(thread_number())], began: Instant::now() });
+    let began = Instant::now();
+    let beside = Beside::begin(began);
+    *recording() = Some(Recording { trace, numbers: vec![Some(thread_number())], began, beside });
     ON.store(true, Ordering::Relaxed);
 }
 
 /// Ends the recording and hands it over; None where none runs. Spans that are still open are not in it.
 pub fn take() -> Option<Trace> {
     ON.store(false, Ordering::Relaxed);
-    Some(recording().take()?.trace)
+    let mut recorded = recording().take()?;
+    if let Some(beside) = recorded.beside.take() {
+        beside.end(&mut recorded);
+    }
+    Some(recorded.trace)
 }
 
 /// Whether a recording runs.
@@ -128,7 +143,10 @@ pub fn is_on() -> bool {
 pub fn span(row: Row, name: impl SpanName) -> Span {
     match ON.load(Ordering::Relaxed) {
         false => Span(None),
-        true => Span(Some(Open { row, name: name.text(), bytes: None, start: Instant::now() })),
+        true => {
+            let from = beside::moment(row);
+            Span(Some(Open { row, name: name.text(), bytes: None, start: Instant::now(), from }))
+        }
     }
 }
 
@@ -151,15 +169,15 @@ fn note(row: Row, name: String, start: Instant, bytes: Option<u64>, who: Option<
 }
 
 /// An open span; see [`span`].
-#[derive(Debug)]
 pub struct Span(Option<Open>);
 
-#[derive(Debug)]
 struct Open {
     row: Row,
     name: String,
     bytes: Option<u64>,
     start: Instant,
+    /// Where the accelerator was in its row of work.
+    from: Option<Moment>,
 }
 
 impl Span {
@@ -174,7 +192,10 @@ impl Span {
 
 impl Drop for Span {
     fn drop(&mut self) {
-        let Some(Open { row, name, bytes, start }) = self.0.take() else { return };
+        let Some(Open { row, name, bytes, start, from }) = self.0.take() else { return };
+        if let (Some(from), Some(to)) = (from, beside::moment(row)) {
+            on_accelerator(row, ACCELERATOR, || name.clone(), (from, to), None);
+        }
         note(row, name, start, bytes, None);
     }
 }
@@ -218,6 +239,33 @@ fn thread_number() -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[cfg(feature = "emulate")]
+    fn what_an_accelerator_does_is_recorded_beside_the_host() {
+        use crate::device::Accelerator;
+        use crate::kernels::emulated::{Emulated, Order};
+        let on: std::sync::Arc<dyn Accelerator> = std::sync::Arc::new(Emulated::new(80, Order::Ascending).unwrap());
+        watch(&on);
+        begin(0);
+        let far = span(Row::Compute, "trace test far");
+        let from = on.timed_moment().unwrap();
+        std::thread::sleep(Duration::from_millis(5));
+        let to = on.timed_moment().unwrap();
+        drop(far);
+        drop(span(Row::Compute, "trace test of nothing"));
+        drop(span(Row::Wait, "trace test of the host"));
+        on_accelerator(Row::Copy, "GPU, to the host", "trace test copy", (from, to), Some(5));
+        let trace = take().unwrap();
+        let named = |name: &str| trace.events.iter().filter(|e| e.name == name).collect::<Vec<_>>();
+        let [far, here] = named("trace test far")[..] else { panic!("{:?}", trace.events) };
+        let [far, here] = if trace.threads[far.thread] == ACCELERATOR { [far, here] } else { [here, far] };
+        assert_eq!((&*trace.threads[far.thread], far.row), (ACCELERATOR, Row::Compute));
+        assert!(far.start.abs_diff(here.start) < 1_000_000 && far.end().abs_diff(here.end()) < 1_000_000);
+        let [copy] = named("trace test copy")[..] else { panic!("{:?}", trace.events) };
+        assert_eq!((&*trace.threads[copy.thread], copy.row, copy.bytes), ("GPU, to the host", Row::Copy, Some(5)));
+        assert!(copy.start >= far.start && copy.end() <= far.end() && copy.duration >= 5_000_000);
+        assert_eq!((named("trace test of nothing").len(), named("trace test of the host").len()), (1, 1));
+    }
 
     /// One test, since the recording is the process's. Other tests of the process may put spans into it.
     #[test]
@@ -263,5 +311,7 @@ mod tests {
         assert!(outer.start <= inner.start && inner.end() <= copy.start && copy.end() <= outer.end());
         let text = serde_json::to_string(&trace).unwrap();
         assert_eq!(serde_json::from_str::<Trace>(&text).unwrap(), trace);
+        #[cfg(feature = "emulate")]
+        what_an_accelerator_does_is_recorded_beside_the_host();
     }
 }

@@ -9,6 +9,7 @@ use cudarc::driver::sys;
 
 use super::status::Attempt;
 use super::{Gpu, LockedPages, Mark, Stream};
+use crate::device::trace::{self, Row};
 use crate::device::{Accelerator, Moment, Taken};
 use crate::kernels::Address;
 
@@ -36,14 +37,29 @@ impl Accelerator for Gpu {
         Ok(Moment(Arc::new(self.computing().mark()?)))
     }
 
+    fn timed_moment(&self) -> Result<Moment> {
+        Ok(Moment(Arc::new(self.computing().timed_mark()?)))
+    }
+
+    fn seconds(&self, from: &Moment, to: &Moment) -> Result<f64> {
+        let (from, to) = (mark_of(from)?, mark_of(to)?);
+        from.wait()?;
+        to.wait()?;
+        to.since(from)
+    }
+
     unsafe fn upload(&self, from: *const u8, to: Address, bytes: usize, after: &Moment) -> Result<()> {
         // SAFETY: the caller's promise; the copy has ended when `beside` returns.
-        beside(self.uploads(), after, |stream| unsafe { stream.copy_from_host(to, from, bytes) })
+        beside(self.uploads(), "GPU, from the host", bytes, after, |stream| unsafe {
+            stream.copy_from_host(to, from, bytes)
+        })
     }
 
     unsafe fn download(&self, from: Address, to: *mut u8, bytes: usize, after: &Moment) -> Result<()> {
         // SAFETY: as above.
-        beside(self.downloads(), after, |stream| unsafe { stream.copy_to_host(to, from, bytes) })
+        beside(self.downloads(), "GPU, to the host", bytes, after, |stream| unsafe {
+            stream.copy_to_host(to, from, bytes)
+        })
     }
 
     unsafe fn lock(&self, start: *mut u8, bytes: usize) -> Result<Box<dyn Any + Send + Sync>> {
@@ -62,13 +78,26 @@ impl Accelerator for Gpu {
 
 /// Puts a copy on `stream` after that moment of the computing stream, and waits until it has ended, whatever has gone
 /// wrong elsewhere meanwhile: the host's side of it is used again when this returns.
-fn beside(stream: &Stream, after: &Moment, copy: impl FnOnce(&Stream) -> Result<()>) -> Result<()> {
-    let after = after.0.downcast_ref::<Mark>().context("a moment of another accelerator")?;
+fn beside(
+    stream: &Stream,
+    who: &'static str,
+    bytes: usize,
+    after: &Moment,
+    copy: impl FnOnce(&Stream) -> Result<()>,
+) -> Result<()> {
+    let timed = trace::is_on();
     stream.faults().check()?;
-    stream.after(after)?;
+    stream.after(mark_of(after)?)?;
+    let begun = if timed { Some(stream.timed_mark()?) } else { None };
     copy(stream)?;
-    match stream.mark() {
-        Ok(ended) => ended.reach()?,
+    match if timed { stream.timed_mark() } else { stream.mark() } {
+        Ok(ended) => {
+            ended.reach()?;
+            if let Some(begun) = begun {
+                let [from, to] = [begun, ended].map(|mark| Moment(Arc::new(mark)));
+                trace::on_accelerator(Row::Copy, who, "copy", (from, to), Some(bytes));
+            }
+        }
         Err(error) => {
             // Nothing is left but to wait for all that is there; an error of that is the same trouble.
             let _ = stream.cudarc().synchronize();
@@ -76,6 +105,10 @@ fn beside(stream: &Stream, after: &Moment, copy: impl FnOnce(&Stream) -> Result<
         }
     }
     stream.faults().check()
+}
+
+fn mark_of(moment: &Moment) -> Result<&Mark> {
+    moment.0.downcast_ref::<Mark>().context("a moment of another accelerator")
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 use std::ops::Range;
 
-use crate::device::trace::{Event, Row, Trace};
+use crate::device::trace::{ACCELERATOR, Event, Row, Trace};
 
 /// One line of the table, in nanoseconds over all steps.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,7 +24,8 @@ pub fn table(traces: &[Trace]) -> String {
         let _ = rank_table(trace, &mut text);
     }
     text += "The lines of the thread that trains add up to a step; \"all threads\" has what went on beside it, too.\n\
-             Waiting: for results that are to come, for other ranks, for copies and for the disk.\n";
+             Waiting: for results that are to come, for other ranks, for copies and for the disk. What a GPU does is told below,\n\
+             by its own clock.\n";
     text
 }
 
@@ -60,14 +61,21 @@ fn rank_table(trace: &Trace, out: &mut String) -> std::fmt::Result {
         )?;
     }
     let other = total.saturating_sub(lines.iter().map(|line| line.training).sum());
-    writeln!(out, "  {:<22} {:>10.4} s {:>5.1} %\n", "other", seconds(other), share(other))
+    writeln!(out, "  {:<22} {:>10.4} s {:>5.1} %", "other", seconds(other), share(other))?;
+    let steps: Vec<Range<u64>> = steps.iter().map(|e| e.start..e.end()).collect();
+    for (thread, name) in trace.threads.iter().enumerate().filter(|(_, name)| name.starts_with(ACCELERATOR)) {
+        let busy = busy(trace, thread, &steps);
+        writeln!(out, "  {name:<22} {:>10.4} s {:>5.1} % of the time", seconds(busy), share(busy))?;
+    }
+    writeln!(out)
 }
 
 /// What went on during the steps, in the order of [`Row::ALL`] and of first appearance.
 fn lines(trace: &Trace, steps: &[&Event]) -> Vec<Line> {
     let steps: Vec<Range<u64>> = steps.iter().map(|e| e.start..e.end()).collect();
     let mut lines: Vec<Line> = Vec::new();
-    for thread in 0..trace.threads.len() {
+    // What the host and an accelerator do at once is not added up.
+    for thread in (0..trace.threads.len()).filter(|&thread| !trace.threads[thread].starts_with(ACCELERATOR)) {
         let mut events: Vec<&Event> =
             trace.events.iter().filter(|e| e.thread == thread && e.row != Row::Step).collect();
         // The outer one of two that begin together comes first.
@@ -109,6 +117,13 @@ fn own_time(events: &[&Event], steps: &[Range<u64>]) -> Vec<u64> {
         open.push(i);
     }
     own
+}
+
+/// How long a thread had any span during the steps.
+fn busy(trace: &Trace, thread: usize, steps: &[Range<u64>]) -> u64 {
+    let mut events: Vec<&Event> = trace.events.iter().filter(|e| e.thread == thread).collect();
+    events.sort_by_key(|e| e.start);
+    busy_time(&events, steps).iter().sum()
 }
 
 /// For each of `events`, by start: how long it lasted during the steps after all before it had ended.
@@ -156,8 +171,13 @@ mod tests {
             event(Row::Compute, "validation", 0, 100..200),
             event(Row::Compute, "forward a", 0, 200..280),
             event(Row::Step, "step 3", 0, 200..300),
+            event(Row::Compute, "forward a", 3, 20..80),
+            event(Row::Compute, "recompute a", 3, 30..40),
+            event(Row::Compute, "backward a", 3, 90..130),
+            event(Row::Copy, "copy", 4, 210..230),
         ];
-        let trace = Trace { rank: 0, threads: vec!["main".into(), "queue".into(), "drive".into()], events };
+        let threads = ["main", "queue", "drive", "GPU", "GPU, to the host"].map(String::from).to_vec();
+        let trace = Trace { rank: 0, threads, events };
         let steps: Vec<&Event> = trace.events.iter().filter(|e| e.row == Row::Step).collect();
         let got: Vec<_> =
             lines(&trace, &steps).into_iter().map(|l| (l.label, l.training, l.all)).filter(|l| l.2 > 0).collect();
@@ -171,6 +191,9 @@ mod tests {
         assert_eq!(got, want.map(|(label, training, all)| (label.to_string(), training, all)));
         let text = table(&[trace]);
         assert!(text.contains("rank 0, step 2 to step 3: 0.000 s a step, 5.0 % of it waiting"), "{text}");
+        // 20 to 80 and 90 to 100 of two steps of 100.
+        assert!(text.contains("\n  GPU                        0.0000 s  35.0 % of the time\n"), "{text}");
+        assert!(text.contains("\n  GPU, to the host           0.0000 s  10.0 % of the time\n"), "{text}");
         assert!(table(&[Trace { rank: 1, threads: vec![], events: vec![] }]).contains("no whole step"));
     }
 }
