@@ -42,16 +42,20 @@ HALVES(f16, small, 64, 64, 2, 2)
 HALVES(bf16, large, 128, 128, 2, 4)
 HALVES(bf16, small, 64, 64, 2, 2)
 
-extern "C" __global__ void __launch_bounds__(EXACT_THREADS) conv2d_pixels_small_f32(PIXELS_ARGUMENTS(float)) {
-    PIXELS_GIVEN(float)
-    exact_product<ExactPixels>(a, source, shape, out, part);
-}
-EXPORT(conv2d_pixels_small_f32)
-extern "C" __global__ void __launch_bounds__(EXACT_THREADS) conv2d_weights_small_f32(WEIGHTS_ARGUMENTS(float)) {
-    WEIGHTS_GIVEN(float)
-    exact_product<ExactTaps>(a, x, shape, out, part);
-}
-EXPORT(conv2d_weights_small_f32)
+#define WHOLES(NAME, TF32)                                                                                             \
+    extern "C" __global__ void __launch_bounds__(EXACT_THREADS) conv2d_pixels_small_##NAME(PIXELS_ARGUMENTS(float)) {  \
+        PIXELS_GIVEN(float)                                                                                            \
+        exact_product<ExactPixels, TF32>(a, source, shape, out, part);                                                 \
+    }                                                                                                                  \
+    EXPORT(conv2d_pixels_small_##NAME)                                                                                 \
+    extern "C" __global__ void __launch_bounds__(EXACT_THREADS)                                                        \
+        conv2d_weights_small_##NAME(WEIGHTS_ARGUMENTS(float)) {                                                        \
+        WEIGHTS_GIVEN(float)                                                                                           \
+        exact_product<ExactTaps, TF32>(a, x, shape, out, part);                                                        \
+    }                                                                                                                  \
+    EXPORT(conv2d_weights_small_##NAME)
+WHOLES(f32, false)
+WHOLES(tf32, true)
 
 // y (images, rows, plane) = the sum of the parts, in their order, plus bias.
 template <class T>

@@ -1,4 +1,4 @@
-// The products themselves: on tensor cores for halves, in exact f32 otherwise. The grid is (tiles of columns, tiles of
+// The products themselves: on tensor cores for halves, in exact f32 otherwise, or in tf32 if that is allowed. The grid is (tiles of columns, tiles of
 // rows, parts of the depth).
 #pragma once
 
@@ -77,7 +77,7 @@ __device__ __forceinline__ void product(const Rows<T>& a, const T* images, const
     }
 }
 
-// The same in f32: blocks of 64 x 64 by 256 threads, each with 4 x 4.
+// The same in f32: blocks of 64 x 64 by 256 threads, each with 4 x 4. In tf32 (from 8.0): 2 x 4 warps, each with 32 x 16.
 constexpr int EXACT = 64, EXACT_DEPTH = 16, EXACT_THREADS = 256;
 
 // Columns of either kind, an element at a time.
@@ -110,7 +110,7 @@ struct ExactPixels {
         }
     }
     // Rows of a tile are depths.
-    __device__ __forceinline__ void put(float (*tile)[EXACT + 4], const float (&x)[4]) const {
+    template <int WIDTH> __device__ __forceinline__ void put(float (*tile)[WIDTH], const float (&x)[4]) const {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             tile[threadIdx.x / EXACT + 4 * i][column] = x[i];
@@ -147,7 +147,7 @@ struct ExactTaps {
         }
         depth += EXACT_DEPTH;
     }
-    __device__ __forceinline__ void put(float (*tile)[EXACT + 4], const float (&x)[4]) const {
+    template <int WIDTH> __device__ __forceinline__ void put(float (*tile)[WIDTH], const float (&x)[4]) const {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             tile[threadIdx.x % EXACT_DEPTH][threadIdx.x / EXACT_DEPTH + 16 * i] = x[i];
@@ -155,15 +155,57 @@ struct ExactTaps {
     }
 };
 
-template <class Right>
+// sum += rows turned times columns: each thread its 4 x 4 from (y, x) on.
+template <int WIDTH>
+__device__ __forceinline__ void multiply_exact(float (&sum)[4][4], const float (*rows)[WIDTH],
+                                               const float (*columns)[WIDTH], int y, int x) {
+#pragma unroll
+    for (int c = 0; c < EXACT_DEPTH; c++) {
+        const Elements<float, 4> a4 = load<float, 4>(&rows[c][y]), b4 = load<float, 4>(&columns[c][x]);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                sum[i][j] = fmaf(a4.at[i], b4.at[j], sum[i][j]);
+            }
+        }
+    }
+}
+
+// The same on tensor cores: a warp its 32 x 16 from (y, x) on; sum[2 i + j] is the fragment of 16 x 8 that lies (i, j).
+template <int WIDTH>
+__device__ __forceinline__ void multiply_tf32(float (&sum)[4][4], const float (*rows)[WIDTH],
+                                              const float (*columns)[WIDTH], int y, int x) {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+    for (int c = 0; c < EXACT_DEPTH; c += 8) {
+        unsigned a[2][4], b[2][2];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float* row = rows[c + t + i / 2 * 4];
+            a[0][i] = tf32(row[y + g + i % 2 * 8]);
+            a[1][i] = tf32(row[y + 16 + g + i % 2 * 8]);
+            b[i / 2][i % 2] = tf32(columns[c + t + i % 2 * 4][x + i / 2 * 8 + g]);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            mma_tf32(sum[i], a[i / 2], b[i % 2]);
+        }
+    }
+}
+
+template <class Right, bool TF32>
 __device__ __forceinline__ void exact_product(const Rows<float>& a, const float* images, const Shape& shape,
                                               const Out<float>& out, int part) {
-    __shared__ __align__(16) float rows[EXACT_DEPTH][EXACT + 4];
-    __shared__ __align__(16) float columns[EXACT_DEPTH][EXACT + 4];
+    // Rows lie apart so that what is read at once is on different banks: four rows on, or four numbers on.
+    constexpr int WIDTH = EXACT + (TF32 ? 8 : 4);
+    __shared__ __align__(16) float rows[EXACT_DEPTH][WIDTH];
+    __shared__ __align__(16) float columns[EXACT_DEPTH][WIDTH];
     DYNAMIC_SHARED(int, table);
     const int m = blockIdx.y * EXACT, n = blockIdx.x * EXACT, depth = threadIdx.x % EXACT_DEPTH;
     const int from = blockIdx.z * part, until = min(from + part, a.depth);
-    const int y = threadIdx.x / 16 * 4, x = threadIdx.x % 16 * 4;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int y = TF32 ? warp / 4 * 32 : threadIdx.x / 16 * 4, x = TF32 ? warp % 4 * 16 : threadIdx.x % 16 * 4;
     Right right;
     right.start(images, shape, table, n, from);
     __syncthreads();
@@ -187,25 +229,21 @@ __device__ __forceinline__ void exact_product(const Rows<float>& a, const float*
         if (k + EXACT_DEPTH < until) {
             read(k + EXACT_DEPTH);
         }
-#pragma unroll
-        for (int c = 0; c < EXACT_DEPTH; c++) {
-            const Elements<float, 4> a4 = load<float, 4>(&rows[c][y]), b4 = load<float, 4>(&columns[c][x]);
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    sum[i][j] = fmaf(a4.at[i], b4.at[j], sum[i][j]);
-                }
-            }
+        if constexpr (TF32) {
+            multiply_tf32(sum, rows, columns, y, x);
+        } else {
+            multiply_exact(sum, rows, columns, y, x);
         }
         __syncthreads();
     }
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-        const long long at = out.column(n + x + j);
+        const int column = n + x + (TF32 ? j / 2 * 8 + lane % 4 * 2 + j % 2 : j);
+        const long long at = out.column(column);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            out.put(m + y + i, n + x + j, at, sum[i][j]);
+            const int row = m + y + (TF32 ? i * 8 + lane / 4 : i);
+            out.put(row, column, at, TF32 ? sum[i / 2 * 2 + j / 2][i % 2 * 2 + j % 2] : sum[i][j]);
         }
     }
 }

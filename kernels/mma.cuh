@@ -78,6 +78,30 @@ template <> __device__ __forceinline__ void mma<bf16>(float (&d)[4], const unsig
 #endif
 }
 
+// x with tf32's ten bits after the point, ties away from zero; from 8.0, as is the product.
+__device__ __forceinline__ unsigned tf32(float x) {
+    unsigned bits = 0;
+#if __CUDA_ARCH__ >= 800
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+#else
+    __trap();
+#endif
+    return bits;
+}
+// d += a b with a 16x8 and b 8x8 in tf32. A number a register:
+//   A a[0]: row g, column t;  a[1]: row g+8;  a[2]: row g, column t+4;  a[3]: row g+8, the same
+//   B b[0]: row t, column g;  b[1]: row t+4
+__device__ __forceinline__ void mma_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+    __trap();
+#endif
+}
+
 // Copies 16 bytes to shared memory in the background, from 8.0; `valid` of them (0 to 16), the rest are zeros. Both
 // addresses are multiples of 16, also that of a source that is not read.
 __device__ __forceinline__ void copy_async_16(void* to, const void* from, int valid = 16) {

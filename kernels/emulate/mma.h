@@ -83,6 +83,42 @@ template <class T, int DEPTH> void multiply(unsigned lanes, void* const* argumen
     }
 }
 
+// A of 16 x 8, B of 8 x 8, whose numbers must have been rounded.
+inline void multiply_tf32(unsigned lanes, void* const* arguments) {
+    if (lanes != ~0u) {
+        fail("mma by some lanes only: %08x", lanes);
+    }
+    auto value = [](unsigned bits) {
+        if (bits & 0x1fff) {
+            fail("mma.tf32: %08x was not rounded", bits);
+        }
+        float x;
+        memcpy(&x, &bits, 4);
+        return x;
+    };
+    float a[16][8], b[8][8];
+    for (int lane = 0; lane < 32; lane++) {
+        auto* p = static_cast<const Product<float>*>(arguments[lane]);
+        int g = lane / 4, t = lane % 4;
+        for (int i = 0; i < 2; i++) {
+            a[g][t + 4 * i] = value(p->a[2 * i]);
+            a[g + 8][t + 4 * i] = value(p->a[2 * i + 1]);
+            b[t + 4 * i][g] = value(p->b[i]);
+        }
+    }
+    for (int lane = 0; lane < 32; lane++) {
+        auto* p = static_cast<const Product<float>*>(arguments[lane]);
+        for (int i = 0; i < 4; i++) {
+            int row = lane / 4 + (i / 2) * 8, column = lane % 4 * 2 + i % 2;
+            double sum = p->d[i];
+            for (int k = 0; k < 8; k++) {
+                sum += double(a[row][k]) * double(b[k][column]);
+            }
+            p->d[i] = float(sum);
+        }
+    }
+}
+
 } // namespace emulator
 
 template <int BLOCKS> inline void ldmatrix(unsigned (&r)[BLOCKS], const void* row) {
@@ -98,6 +134,19 @@ inline void mma_k8(float (&d)[4], unsigned a0, unsigned a1, unsigned b0) {
     const unsigned a[] = {a0, a1}, b[] = {b0};
     emulator::Product<f16> product{d, a, b};
     emulator::meet(ALL_LANES, emulator::multiply<f16, 8>, &product, "mma.m16n8k8");
+}
+
+inline unsigned tf32(float x) {
+    unsigned bits;
+    memcpy(&bits, &x, 4);
+    return x == x ? (bits + 0x1000) & ~0x1fffu : 0x7fffe000u;
+}
+inline void mma_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    if (__CUDA_ARCH__ < 800) {
+        emulator::fail("no products in tf32 before 8.0");
+    }
+    emulator::Product<float> product{d, a, b};
+    emulator::meet(ALL_LANES, emulator::multiply_tf32, &product, "mma.m16n8k8.tf32");
 }
 
 template <class T> inline void mma(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {

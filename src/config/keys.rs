@@ -45,6 +45,7 @@ pub(super) const SECTIONS: &[(&str, &[&str])] = &[
             "gradient_accumulation_steps",
             "max_grad_norm",
             "mixed_precision",
+            "allow_tf32",
             "loss_scale",
             "initial_scale_power",
             "loss_scale_window",

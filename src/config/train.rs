@@ -20,6 +20,8 @@ pub struct TrainPlan {
     /// Bound on the joint L2 norm of all gradients; none means no clipping.
     pub max_grad_norm: Option<f64>,
     pub mixed_precision: MixedPrecision,
+    /// Lets GPUs round factors of fp32 products to tf32.
+    pub allow_tf32: bool,
     /// How the loss is scaled; None but under fp16.
     pub loss_scale: Option<ScalePolicy>,
     /// Where unset, rank 0 draws one below 2^63 and everyone uses it.
@@ -75,6 +77,7 @@ impl TrainPlan {
             accumulation: section.count("gradient_accumulation_steps", 1).unwrap_or(1),
             max_grad_norm: Some(max_grad_norm).filter(|norm| *norm > 0.0),
             mixed_precision,
+            allow_tf32: section.flag("allow_tf32", false),
             loss_scale: loss_scale::read(section, mixed_precision),
             seed: section.seed("seed"),
             snr_gamma,
@@ -102,7 +105,8 @@ impl TrainPlan {
             .put_count("batch_size", self.batch_size)
             .put_count("gradient_accumulation_steps", self.accumulation)
             .put("max_grad_norm", self.max_grad_norm.unwrap_or(0.0))
-            .put("mixed_precision", precision);
+            .put("mixed_precision", precision)
+            .put("allow_tf32", self.allow_tf32);
         Ok(loss_scale::write(self.loss_scale, section)
             .put_some("seed", seed)
             .put_some("snr_gamma", self.snr_gamma)

@@ -1,7 +1,7 @@
 //! 2-D convolution on the device (`kernels/conv2d.cu`): implicit matrix products of images as they are, (B, C, H, W),
 //! with weights as they are, (O, C, kh, kw). Forward, gradient of the image, and gradients of weight and bias, which
 //! are added to what is there. What it computes is what `ops::conv2d` says; f16 and bf16 go over tensor cores, f32 is
-//! exact.
+//! exact unless tf32 is allowed.
 //!
 //! Note: where the result alone is too few tiles for a device, the sum is cut into parts, which go to scratch in f32
 //! and are added in their order: same bits every time on the same kind of device.
@@ -289,7 +289,11 @@ impl Convolution {
         table: usize,
         args: &[Arg],
     ) -> Result<()> {
-        let (name, grid) = self.configuration(what, product, cut, table)?;
+        let (mut name, grid) = self.configuration(what, product, cut, table)?;
+        if self.dtype == DType::F32 && launcher.allows_tf32() && launcher.capability() >= 80 {
+            // The same launch, the same scratch.
+            name = name.replace("_f32", "_tf32");
+        }
         launcher.launch(Family::Conv2d, &name, grid, args)
     }
 

@@ -33,6 +33,11 @@ impl Launcher for Dry {
         self.multiprocessors
     }
 
+    /// Sizes do not depend on it.
+    fn allows_tf32(&self) -> bool {
+        false
+    }
+
     /// The most that is taken at a time is noted as scratch; nobody writes there.
     fn scratch(&self, bytes: usize) -> Result<Scratch> {
         note_kept_scratch([bytes, 0, 0], false);

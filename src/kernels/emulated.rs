@@ -110,6 +110,10 @@ impl Launcher for Emulated {
         4
     }
 
+    fn allows_tf32(&self) -> bool {
+        false
+    }
+
     fn scratch(&self, bytes: usize) -> Result<Scratch> {
         if bytes == 0 {
             return Ok(Scratch::new(Address::NULL, None));

@@ -136,6 +136,10 @@ pub trait Launcher: Send + Sync {
 
     fn multiprocessors(&self) -> u32;
 
+    /// Whether factors of products in f32 may be rounded to tf32 (from 8.0, for tensor cores): in [`Self::multiply`] and
+    /// in convolutions.
+    fn allows_tf32(&self) -> bool;
+
     /// Scratch that is valid until the kernels launched after it on this stream are done (stream-ordered), aligned to
     /// 256 bytes, with any content. No bytes are no memory.
     fn scratch(&self, bytes: usize) -> Result<Scratch>;

@@ -1,5 +1,6 @@
 //! Opening a GPU: everything that can be wrong is found here, before a run begins, and said in words.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
 use anyhow::{Context, Result, anyhow};
@@ -37,6 +38,8 @@ pub struct Gpu {
     downloads: Stream,
     pool: Arc<Pool>,
     faults: Faults,
+    /// Whether products in fp32 may be taken in tf32.
+    tf32: AtomicBool,
     modules: Modules,
     /// cuBLAS works in it as long as it is set.
     _blas_scratch: DeviceMemory,
@@ -135,6 +138,7 @@ impl Gpu {
             downloads,
             pool,
             faults,
+            tf32: AtomicBool::new(false),
         });
         gpu.self_test().with_context(|| format!("GPU {ordinal} ({}) fails its self-test", gpu.card.name))?;
         register(&gpu);
@@ -219,6 +223,11 @@ impl Gpu {
         self.pool.is_enforced()
     }
 
+    /// Lets products in fp32 be taken in tf32, or no longer.
+    pub fn allow_tf32(&self, allowed: bool) {
+        self.tf32.store(allowed, Ordering::Relaxed);
+    }
+
     /// Gives what is not handed out back to the system.
     pub fn trim(&self) -> Result<()> {
         self.pool.trim()
@@ -287,7 +296,7 @@ impl Launcher for Gpu {
     fn multiply(&self, product: &Product) -> Result<()> {
         // SAFETY: candle's device keeps the handle alive, on the computing stream; the addresses are the caller's promise,
         // as a kernel's are.
-        unsafe { products::multiply(*self.candle.cublas_handle().handle(), product) }
+        unsafe { products::multiply(*self.candle.cublas_handle().handle(), product, self.allows_tf32()) }
     }
 
     fn capability(&self) -> u32 {
@@ -296,6 +305,10 @@ impl Launcher for Gpu {
 
     fn multiprocessors(&self) -> u32 {
         self.multiprocessors
+    }
+
+    fn allows_tf32(&self) -> bool {
+        self.tf32.load(Ordering::Relaxed)
     }
 
     fn scratch(&self, bytes: usize) -> Result<Scratch> {

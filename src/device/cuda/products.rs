@@ -1,4 +1,5 @@
-//! Matrix products, by cuBLAS: sums in fp32, TF32 off, the same bits every time (one stream, scratch of our own).
+//! Matrix products, by cuBLAS: sums in fp32, TF32 off unless it is allowed, the same bits every time (one stream, scratch of
+//! our own).
 
 use std::ffi::{c_int, c_void};
 
@@ -23,11 +24,11 @@ pub unsafe fn keep_sums_wide(handle: cublas::cublasHandle_t) -> Result<()> {
 }
 
 /// Launches the product on the handle's stream. cuBLAS counts columns first: what it is asked for is the transposed
-/// product of the transposed factors, which lie there as ours do.
+/// product of the transposed factors, which lie there as ours do. `tf32`: factors in fp32 may be rounded to it.
 ///
 /// # Safety
 /// The handle is alive, and the addresses are those of matrices as the product describes them, in its device's memory.
-pub unsafe fn multiply(handle: cublas::cublasHandle_t, product: &Product) -> Result<()> {
+pub unsafe fn multiply(handle: cublas::cublasHandle_t, product: &Product, tf32: bool) -> Result<()> {
     product.check()?;
     let &Product { rows, columns, inner, a, b, c, c_stride, adds, .. } = product;
     if rows * columns == 0 {
@@ -36,6 +37,10 @@ pub unsafe fn multiply(handle: cublas::cublasHandle_t, product: &Product) -> Res
     let size = |number: usize| c_int::try_from(number).with_context(|| format!("a matrix as large as {product:?}"));
     let (one, beta) = (1f32, if adds { 1f32 } else { 0f32 });
     let (factor, result) = (kind(product.dtype)?, kind(product.c_dtype)?);
+    let compute = match tf32 && product.dtype == DType::F32 {
+        true => cublas::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32,
+        false => cublas::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+    };
     // SAFETY: the caller's; the two numbers are read before the call returns (host pointers are cuBLAS's default).
     let launched = unsafe {
         gemm_ex(
@@ -56,7 +61,7 @@ pub unsafe fn multiply(handle: cublas::cublasHandle_t, product: &Product) -> Res
             c.0 as *mut c_void,
             result,
             size(c_stride)?,
-            cublas::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+            compute,
             cublas::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
         )
     };

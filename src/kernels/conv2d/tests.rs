@@ -63,6 +63,11 @@ mod on_device {
         f64s(&numbers.to_dtype(dtype).unwrap())
     }
 
+    /// With ten bits after the point.
+    fn as_tf32(x: f64) -> f64 {
+        f64::from(f32::from_bits((x as f32).to_bits() & !0x1fff))
+    }
+
     /// |got - want| <= tolerance * (|want| + what numbers are usually like).
     #[track_caller]
     fn close(got: &[f64], want: &[f64], tolerance: f64, what: &str) {
@@ -73,8 +78,8 @@ mod on_device {
         }
     }
 
-    /// A device that counts as one of so many multiprocessors: sums are cut on large ones.
-    struct Counted(&'static dyn Launcher, u32);
+    /// A device that counts as one of so many multiprocessors, where sums are cut on large ones, and whether it may use tf32.
+    struct Counted(&'static dyn Launcher, u32, bool);
 
     impl Launcher for Counted {
         fn launch(&self, family: Family, kernel: &str, grid: Grid, args: &[Arg]) -> Result<()> {
@@ -88,6 +93,9 @@ mod on_device {
         }
         fn multiprocessors(&self) -> u32 {
             self.1
+        }
+        fn allows_tf32(&self) -> bool {
+            self.2
         }
         fn scratch(&self, bytes: usize) -> Result<Scratch> {
             self.0.scratch(bytes)
@@ -121,7 +129,13 @@ mod on_device {
             conv.outputs,
             conv.images * conv.outputs * height * width,
         ];
-        let values = [0, 1, 2, 3].map(|i| rounded(dtype, i as u64 + 1, lengths[i]));
+        let mut values = [0, 1, 2, 3].map(|i| rounded(dtype, i as u64 + 1, lengths[i]));
+        if launcher.2 {
+            // Then products are exact, so that nothing but a wrong place shows.
+            for i in [0, 1, 3] {
+                values[i].iter_mut().for_each(|x| *x = as_tf32(*x));
+            }
+        }
         let want = wanted(conv, &values);
         let held = [0, 1, 2, 3].map(|i| Memory::new(dtype, &values[i], shift));
         let [x, w, b, dy] = [0, 1, 2, 3].map(|i| held[i].address());
@@ -153,9 +167,33 @@ mod on_device {
                     continue;
                 }
                 for (multiprocessors, shift) in [(1, 0), (100, usize::from(device.capability() > 80))] {
-                    check_on(&Convolution { dtype, ..conv }, &Counted(device, multiprocessors), shift, rounding);
+                    let conv = Convolution { dtype, ..conv };
+                    check_on(&conv, &Counted(device, multiprocessors, false), shift, rounding);
+                    if dtype == DType::F32 && device.capability() >= 80 {
+                        check_on(&conv, &Counted(device, multiprocessors, true), shift, rounding);
+                    }
                 }
             }
+        }
+    }
+
+    #[test]
+    fn tf32_rounds_factors_and_nothing_else() {
+        let conv = convolution(DType::F32, 1, (16, 24), (8, 8));
+        for device in devices().into_iter().filter(|device| device.capability() >= 80) {
+            let (x, w) = (rounded(DType::F32, 1, 16 * 64), rounded(DType::F32, 2, 24 * 16 * 9));
+            let y = |allowed: bool, x: &[f64], w: &[f64]| {
+                let [x, w] = [x, w].map(|values| Memory::new(DType::F32, values, 0));
+                let y = Memory::unwritten(DType::F32, 24 * 64, 0);
+                conv.forward(&Counted(device, 1, allowed), x.address(), w.address(), None, y.address()).unwrap();
+                y.get()
+            };
+            // To the nearest, ties away from zero.
+            let nearest = |x: &f64| f64::from(f32::from_bits(((*x as f32).to_bits() + 0x1000) & !0x1fff));
+            let [near_x, near_w] = [&x, &w].map(|values| values.iter().map(nearest).collect::<Vec<_>>());
+            let rounded = y(true, &x, &w);
+            close(&rounded, &y(false, &near_x, &near_w), 1e-6, "rounded factors");
+            assert_ne!(rounded, y(false, &x, &w));
         }
     }
 
@@ -221,7 +259,7 @@ mod on_device {
             let launcher: &'static Emulated = Box::leak(Box::new(Emulated::new(86, Order::Shuffled(3)).unwrap()));
             if cfg!(not(feature = "cuda")) {
                 let conv = convolution(DType::F16, 1, (72, 80), (12, 8));
-                check_on(&conv, &Counted(launcher, multiprocessors), 0, 1e-3);
+                check_on(&conv, &Counted(launcher, multiprocessors, false), 0, 1e-3);
                 assert_eq!(launcher.bank_conflicts(), 1.0);
             }
         }
