@@ -4,7 +4,9 @@
 // wrong bytes, as on a GPU, and calls with wrong arguments fail. It computes nothing that is not in kernels/ or candle.cpp.
 //
 // STAND_IN_KERNELS names the emulator's library (build/emulate.rs). STAND_IN_DELAY_US: at most so late. STAND_IN_DRIVER,
-// STAND_IN_CAPABILITY, STAND_IN_GPUS: what it says of itself. Only what dblaunch and candle call is here.
+// STAND_IN_CAPABILITY, STAND_IN_GPUS, STAND_IN_GIB: what it says of itself. STAND_IN_FAILS="STATUS LAUNCH RANK": that launch on
+// the rank with that LOCAL_RANK fails, as everything after it. STAND_IN_IDLE=1: kernels, fills and copies on the GPU do nothing and are counted, to
+// see how long the host takes to launch them. Only what dblaunch and candle call is here.
 #include "candle.h"
 
 #include <algorithm>
@@ -22,6 +24,7 @@
 #include <memory>
 #include <mutex>
 #include <random>
+#include <set>
 #include <string>
 #include <thread>
 #include <vector>
@@ -29,7 +32,7 @@
 namespace {
 
 enum { SUCCESS = 0, INVALID = 1, NO_MEMORY = 2, NO_DEVICE = 100, INVALID_HANDLE = 400, NOT_FOUND = 500, NOT_READY = 600,
-       ALREADY_LOCKED = 712, LAUNCH_FAILED = 719 };
+       ALREADY_LOCKED = 712, LAUNCH_FAILED = 719, ECC_UNCORRECTABLE = 214 };
 
 long setting(const char* name, long otherwise) {
     const char* text = getenv(name);
@@ -37,6 +40,27 @@ long setting(const char* name, long otherwise) {
 }
 
 std::atomic<int> sticky{0};
+
+// Launches of this process. In idle mode, told at its end.
+struct Launches {
+    std::atomic<long> count{0};
+    const bool idle = setting("STAND_IN_IDLE", 0) > 0;
+    long fails_at = -1;
+    int status = 0;
+
+    Launches() {
+        int rank;
+        const char* text = getenv("STAND_IN_FAILS");
+        if (text && (sscanf(text, "%d %ld %d", &status, &fails_at, &rank) != 3 || rank != setting("LOCAL_RANK", 0))) {
+            fails_at = -1;
+        }
+    }
+    ~Launches() {
+        if (idle) {
+            fprintf(stderr, "stand-in: %ld launches\n", count.load());
+        }
+    }
+} launches;
 
 // ---- Streams and events ----
 
@@ -135,6 +159,8 @@ struct Block {
 
 std::recursive_mutex memory_lock;
 std::map<uintptr_t, Block> handed_out, spare;
+// Of what is spare.
+std::set<std::pair<size_t, uintptr_t>> by_size;
 std::map<uintptr_t, size_t> page_locked;
 Pool own_pool;
 Pool* current = &own_pool;
@@ -166,6 +192,7 @@ void give_back_spare(Pool* pool) {
         }
         pool->held -= at->second.bytes;
         free(reinterpret_cast<void*>(at->first));
+        by_size.erase({at->second.bytes, at->first});
         at = spare.erase(at);
     }
 }
@@ -176,9 +203,10 @@ int take(uintptr_t* to, size_t bytes, Pool* pool, void* on) {
     }
     std::lock_guard held(memory_lock);
     uintptr_t found = 0;
-    for (auto& [at, block] : spare) {
-        if (block.pool == pool && block.freed_on == on && block.bytes >= bytes && block.bytes <= 2 * bytes + 512) {
-            found = at;
+    for (auto at = by_size.lower_bound({bytes, 0}); at != by_size.end() && at->first <= 2 * bytes + 512; at++) {
+        const Block& block = spare[at->second];
+        if (block.pool == pool && block.freed_on == on) {
+            found = at->second;
             break;
         }
     }
@@ -194,13 +222,16 @@ int take(uintptr_t* to, size_t bytes, Pool* pool, void* on) {
         if (!found) {
             return NO_MEMORY;
         }
-        memset(reinterpret_cast<void*>(found), 0xff, whole);
+        // NaNs, so that what nobody wrote shows.
+        memset(reinterpret_cast<void*>(found), launches.idle ? 0 : 0xff, whole);
         pool->held += whole;
         pool->held_high = std::max(pool->held_high, pool->held);
         spare[found] = {pool, whole, 0, on};
+        by_size.insert({whole, found});
     }
     Block block = spare[found];
     spare.erase(found);
+    by_size.erase({block.bytes, found});
     block.taken = bytes;
     handed_out[found] = block;
     pool->used += bytes;
@@ -260,7 +291,7 @@ CALL cuDeviceGetUuid_v2(char* uuid, int device) {
     return SUCCESS;
 }
 CALL cuDeviceGetUuid(char* uuid, int device) { return cuDeviceGetUuid_v2(uuid, device); }
-CALL cuDeviceTotalMem_v2(size_t* bytes, int) { return *bytes = size_t(8) << 30, SUCCESS; }
+CALL cuDeviceTotalMem_v2(size_t* bytes, int) { return *bytes = size_t(setting("STAND_IN_GIB", 8)) << 30, SUCCESS; }
 CALL cuDeviceGetAttribute(int* value, int attribute, int) {
     long capability = setting("STAND_IN_CAPABILITY", 80);
     switch (attribute) {
@@ -294,12 +325,15 @@ CALL cuCtxSynchronize() {
 }
 CALL cuMemGetInfo_v2(size_t* free_bytes, size_t* total) {
     std::lock_guard held(memory_lock);
-    *total = size_t(8) << 30;
+    *total = size_t(setting("STAND_IN_GIB", 8)) << 30;
     *free_bytes = *total - (size_t(300) << 20) - current->held;
     return SUCCESS;
 }
 CALL cuGetErrorString(int status, const char** text) {
-    *text = status == NO_MEMORY ? "out of memory" : status == LAUNCH_FAILED ? "a kernel failed" : "an error";
+    *text = status == NO_MEMORY           ? "out of memory"
+            : status == LAUNCH_FAILED     ? "a kernel failed"
+            : status == ECC_UNCORRECTABLE ? "uncorrectable ECC error encountered"
+                                          : "an error";
     return SUCCESS;
 }
 CALL cuGetErrorName(int status, const char** text) { return cuGetErrorString(status, text); }
@@ -332,6 +366,7 @@ CALL stand_in_put(void* handle, void (*what)(void*), void* with) {
     if (!which) {
         return INVALID_HANDLE;
     }
+    launches.count++;
     which->put([=] { what(with); });
     return SUCCESS;
 }
@@ -462,6 +497,7 @@ CALL cuMemFreeAsync(uintptr_t at, void* on) {
     block.freed_on = on;
     // From now on this stream may have it again, and only this one.
     spare[at] = block;
+    by_size.insert({block.bytes, at});
     return SUCCESS;
 }
 CALL cuMemHostAlloc(void** to, size_t bytes, unsigned) {
@@ -499,7 +535,8 @@ CALL cuMemsetD8Async(uintptr_t at, unsigned char value, size_t bytes, void* on) 
     if (!which || !within(at, bytes)) {
         return INVALID;
     }
-    which->put([=] { memset(reinterpret_cast<void*>(at), value, bytes); });
+    launches.count++;
+    which->put([=] { launches.idle || memset(reinterpret_cast<void*>(at), value, bytes); });
     return SUCCESS;
 }
 CALL cuMemcpyHtoDAsync_v2(uintptr_t to, const void* from, size_t bytes, void* on) {
@@ -533,7 +570,8 @@ CALL cuMemcpyDtoDAsync_v2(uintptr_t to, uintptr_t from, size_t bytes, void* on) 
     if (!which || !within(to, bytes) || !within(from, bytes)) {
         return INVALID;
     }
-    which->put([=] { memcpy(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), bytes); });
+    launches.count++;
+    which->put([=] { launches.idle || memcpy(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), bytes); });
     return SUCCESS;
 }
 
@@ -581,6 +619,16 @@ CALL cuLaunchKernel(Function* function, unsigned x, unsigned y, unsigned z, unsi
     auto which = stream(on);
     if (!which || !x || !y || !z || !threads || threads > 1024) {
         return INVALID;
+    }
+    long number = launches.count++;
+    if (number == launches.fails_at) {
+        which->put([] { sticky = launches.status; });
+        return SUCCESS;
+    }
+    // The first two, a fill and this, are the self-test.
+    if (launches.idle && number > 1) {
+        which->put([] {});
+        return SUCCESS;
     }
     if (function->candles) {
         auto work = candle::launch(function->name, parameters, within);
