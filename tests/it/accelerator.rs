@@ -152,7 +152,7 @@ fn together_over_nccl(world_size: usize, run: &Run) -> Outcome {
     let timeout = Duration::from_secs(60);
     let rank = |comm: Shared| {
         let host: Arc<dyn Communicator> = Arc::new(comm);
-        let device = Arc::new(Nccl::join(gpu, host.clone(), timeout, true).unwrap());
+        let device = Arc::new(Nccl::join(gpu, host.clone(), timeout).unwrap());
         let outcome = train(Arc::new(Paired::new(host, device.clone())), run);
         device.close().unwrap();
         outcome

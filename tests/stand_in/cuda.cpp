@@ -621,7 +621,7 @@ CALL cuLaunchKernel(Function* function, unsigned x, unsigned y, unsigned z, unsi
         return INVALID;
     }
     long number = launches.count++;
-    if (number == launches.fails_at) {
+    if (launches.fails_at >= 0 && number >= launches.fails_at) {
         which->put([] { sticky = launches.status; });
         return SUCCESS;
     }
