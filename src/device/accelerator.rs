@@ -66,6 +66,9 @@ pub trait Accelerator: Launcher {
     /// Most bytes that were taken at a time, by whoever: buffers, tensors, scratch. None where nobody counts them.
     fn peak(&self) -> Result<Option<usize>>;
 
+    /// The most since this was asked before. [`Self::peak`] does not forget it.
+    fn turn(&self) -> Result<Option<usize>>;
+
     fn reset_peak(&self) -> Result<()>;
 }
 

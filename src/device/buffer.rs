@@ -173,6 +173,16 @@ impl Buffer {
         Self::new(dtype, len, None, "scratch")
     }
 
+    /// The same for what comes from this accelerator: page-locked where it is large.
+    pub(super) fn staging(dtype: DType, len: usize, from: &Arc<dyn Accelerator>) -> Result<Self> {
+        let bytes = len * dtype.size_in_bytes();
+        if bytes < LARGE_BYTES {
+            return Self::unbudgeted(dtype, len);
+        }
+        let memory = Memory::Large(Some(Mapping::new(bytes, Some(from))?));
+        Ok(Buffer { memory, len, dtype, reused: false, charge: None })
+    }
+
     pub fn len(&self) -> usize {
         self.len
     }

@@ -3,6 +3,8 @@
 //! are also converted. What kernels do is put into the accelerator's row of work; copies between it and the host have
 //! ended when these functions return. The bits are the same wherever something lies.
 
+mod staging;
+
 use std::ops::Range;
 
 use anyhow::{Result, ensure};
@@ -132,11 +134,13 @@ pub fn accumulate(sum: &mut Buffer, values: &Buffer, fresh: bool) -> Result<()> 
             add_here(sum, 0..len, values.as_slice(), fresh);
             Ok(())
         }
-        (None, Some(_)) => in_pieces(len, |piece| {
-            let mut here = vec![0f32; piece.len()];
-            widen(values, piece.clone(), &mut here)?;
-            add_here(sum, piece, &here, fresh);
-            Ok(())
+        (None, Some(far)) => staging::with(&far.on, PIECE.min(len), |here| {
+            in_pieces(len, |piece| {
+                let here = &mut here[..piece.len()];
+                widen(values, piece.clone(), here)?;
+                add_here(sum, piece, here, fresh);
+                Ok(())
+            })
         }),
         (Some(_), None) => in_pieces(len, |piece| {
             let mut here = vec![0f32; piece.len()];

@@ -65,6 +65,10 @@ impl Accelerator for Emulated {
         Ok(None)
     }
 
+    fn turn(&self) -> Result<Option<usize>> {
+        Ok(None)
+    }
+
     fn reset_peak(&self) -> Result<()> {
         Ok(())
     }

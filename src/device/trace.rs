@@ -10,10 +10,8 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use beside::Beside;
 pub use beside::{ACCELERATOR, on_accelerator, watch};
-
-use super::Moment;
+use beside::{Beside, OpenThere};
 
 /// What kind of work a span is; with its thread, the row of the picture that it is drawn on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -64,6 +62,9 @@ pub struct Event {
     pub duration: u64,
     /// What was moved, where that was said.
     pub bytes: Option<u64>,
+    /// The most of an accelerator's memory that was in use meanwhile, by whoever; where it computes and says.
+    #[serde(default)]
+    pub peak: Option<u64>,
 }
 
 impl Event {
@@ -144,8 +145,8 @@ pub fn span(row: Row, name: impl SpanName) -> Span {
     match ON.load(Ordering::Relaxed) {
         false => Span(None),
         true => {
-            let from = beside::moment(row);
-            Span(Some(Open { row, name: name.text(), bytes: None, start: Instant::now(), from }))
+            let far = beside::open(row);
+            Span(Some(Open { row, name: name.text(), bytes: None, start: Instant::now(), far }))
         }
     }
 }
@@ -165,7 +166,7 @@ fn note(row: Row, name: String, start: Instant, bytes: Option<u64>, who: Option<
     // What is older than the recording belongs to the one before.
     let Some(since) = start.checked_duration_since(recording.began) else { return };
     let thread = recording.thread(who);
-    recording.trace.events.push(Event { row, name, thread, start: nanoseconds(since), duration, bytes });
+    recording.trace.events.push(Event { row, name, thread, start: nanoseconds(since), duration, bytes, peak: None });
 }
 
 /// An open span; see [`span`].
@@ -176,8 +177,8 @@ struct Open {
     name: String,
     bytes: Option<u64>,
     start: Instant,
-    /// Where the accelerator was in its row of work.
-    from: Option<Moment>,
+    /// The same on the accelerator.
+    far: Option<OpenThere>,
 }
 
 impl Span {
@@ -192,9 +193,9 @@ impl Span {
 
 impl Drop for Span {
     fn drop(&mut self) {
-        let Some(Open { row, name, bytes, start, from }) = self.0.take() else { return };
-        if let (Some(from), Some(to)) = (from, beside::moment(row)) {
-            on_accelerator(row, ACCELERATOR, || name.clone(), (from, to), None);
+        let Some(Open { row, name, bytes, start, far }) = self.0.take() else { return };
+        if let Some(far) = far {
+            beside::close(far, row, &name);
         }
         note(row, name, start, bytes, None);
     }

@@ -71,6 +71,10 @@ impl Accelerator for Gpu {
         Ok(Some(self.usage()?.used_peak))
     }
 
+    fn turn(&self) -> Result<Option<usize>> {
+        Gpu::turn(self).map(Some)
+    }
+
     fn reset_peak(&self) -> Result<()> {
         Gpu::reset_peak(self)
     }

@@ -209,6 +209,11 @@ impl Gpu {
         self.pool.usage()
     }
 
+    /// The most that was handed out since this was asked before; [`Self::usage`] does not forget it.
+    pub fn turn(&self) -> Result<usize> {
+        self.pool.turn()
+    }
+
     pub fn reset_peak(&self) -> Result<()> {
         self.pool.reset_peak()
     }

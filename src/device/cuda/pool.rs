@@ -31,6 +31,8 @@ pub(super) struct Pool {
     /// Our own bytes, where the driver has no pool to ask.
     taken: AtomicUsize,
     taken_at_most: AtomicUsize,
+    /// The most before the present turn ([`Self::turn`]).
+    before: AtomicUsize,
 }
 
 // SAFETY: the driver's pools may be used by any thread, several at once.
@@ -74,6 +76,7 @@ impl Pool {
             enforced: false,
             taken: AtomicUsize::new(0),
             taken_at_most: AtomicUsize::new(0),
+            before: AtomicUsize::new(0),
         };
         if !context.has_async_alloc() {
             return Ok(pool);
@@ -108,6 +111,22 @@ impl Pool {
     }
 
     pub fn usage(&self) -> Result<PoolUsage> {
+        let usage = self.usage_of_turn()?;
+        Ok(PoolUsage { used_peak: usage.used_peak.max(self.before.load(Relaxed)), ..usage })
+    }
+
+    /// Ends a turn: the most that was handed out in it.
+    pub fn turn(&self) -> Result<usize> {
+        let most = self.usage_of_turn()?.used_peak;
+        self.before.fetch_max(most, Relaxed);
+        match self.raw {
+            Some(_) => self.set(Attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH, 0)?,
+            None => self.taken_at_most.store(self.taken.load(Relaxed), Relaxed),
+        }
+        Ok(most)
+    }
+
+    fn usage_of_turn(&self) -> Result<PoolUsage> {
         if self.raw.is_none() {
             let (used, used_peak) = (self.taken.load(Relaxed), self.taken_at_most.load(Relaxed));
             return Ok(PoolUsage { used, used_peak, held: used, held_peak: used_peak });
@@ -122,6 +141,7 @@ impl Pool {
 
     /// Starts the peaks anew from what is there.
     pub fn reset_peak(&self) -> Result<()> {
+        self.before.store(0, Relaxed);
         if self.raw.is_none() {
             self.taken_at_most.store(self.taken.load(Relaxed), Relaxed);
             return Ok(());

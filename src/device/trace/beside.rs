@@ -30,18 +30,42 @@ pub fn on_accelerator(
     if super::is_on()
         && let Some(beside) = recording().as_mut().and_then(|recording| recording.beside.as_mut())
     {
-        beside.marked.push(Marked { row, who, name: name.text(), from, to, bytes });
+        beside.marked.push(Marked { row, who, name: name.text(), from, to, bytes, peak: None });
     }
 }
 
+/// A span that the accelerator's row of work has, too.
+pub(super) struct OpenThere {
+    from: Moment,
+    number: usize,
+}
+
 /// Where the watched accelerator is in its row, if what is of this kind is put there.
-pub(super) fn moment(row: Row) -> Option<Moment> {
+pub(super) fn open(row: Row) -> Option<OpenThere> {
     if !matches!(row, Row::Compute | Row::Optimizer) {
         return None;
     }
-    let on = recording().as_ref()?.beside.as_ref()?.on.clone();
+    let mut recording = recording();
+    let beside = recording.as_mut()?.beside.as_mut()?;
     // An error is told by whatever comes next.
-    on.timed_moment().ok()
+    let from = beside.on.timed_moment().ok()?;
+    beside.look();
+    beside.opened += 1;
+    let number = beside.opened;
+    beside.open.push((number, 0));
+    Some(OpenThere { from, number })
+}
+
+/// The span has ended on the host, and will when the accelerator has come here.
+pub(super) fn close(OpenThere { from, number }: OpenThere, row: Row, name: &str) {
+    let mut recording = recording();
+    let Some(beside) = recording.as_mut().and_then(|recording| recording.beside.as_mut()) else { return };
+    beside.look();
+    let Some(at) = beside.open.iter().position(|&(n, _)| n == number) else { return };
+    let (_, peak) = beside.open.swap_remove(at);
+    let Ok(to) = beside.on.timed_moment() else { return };
+    let peak = (peak > 0).then_some(peak);
+    beside.marked.push(Marked { row, who: ACCELERATOR, name: name.to_string(), from, to, bytes: None, peak });
 }
 
 /// The accelerator of a recording.
@@ -50,6 +74,10 @@ pub(super) struct Beside {
     /// A moment, and when it was, in nanoseconds since the recording began.
     zero: (Moment, u64),
     marked: Vec<Marked>,
+    /// Spans so far.
+    opened: usize,
+    /// Those that are open, by number: the most memory that was in use since.
+    open: Vec<(usize, usize)>,
 }
 
 struct Marked {
@@ -59,6 +87,7 @@ struct Marked {
     from: Moment,
     to: Moment,
     bytes: Option<usize>,
+    peak: Option<usize>,
 }
 
 impl Beside {
@@ -73,13 +102,19 @@ impl Beside {
         // The first answer may be late for other reasons.
         let _ = now().ok()?;
         let zero = now().ok()?;
-        Some(Beside { on, zero, marked: Vec::new() })
+        Some(Beside { on, zero, marked: Vec::new(), opened: 0, open: Vec::new() })
+    }
+
+    /// The memory that was in use since the last look was so for all spans that are open.
+    fn look(&mut self) {
+        let Ok(Some(most)) = self.on.turn() else { return };
+        self.open.iter_mut().for_each(|(_, peak)| *peak = most.max(*peak));
     }
 
     /// Adds what was marked to the recording, once it is done. What has failed is left out.
     pub fn end(self, recorded: &mut Recording) {
         let (zero, at) = &self.zero;
-        for Marked { row, who, name, from, to, bytes } in self.marked {
+        for Marked { row, who, name, from, to, bytes, peak } in self.marked {
             let when = |moment: &Moment| self.on.seconds(zero, moment);
             let (Ok(from), Ok(to)) = (when(&from), when(&to)) else { continue };
             let [start, end] = [from, to].map(|seconds| at.saturating_add_signed((1e9 * seconds) as i64));
@@ -88,8 +123,8 @@ impl Beside {
                 continue;
             }
             let thread = recorded.thread(Some(who));
-            let bytes = bytes.map(|bytes| bytes as u64);
-            recorded.trace.events.push(Event { row, name, thread, start, duration, bytes });
+            let [bytes, peak] = [bytes, peak].map(|bytes| bytes.map(|bytes| bytes as u64));
+            recorded.trace.events.push(Event { row, name, thread, start, duration, bytes, peak });
         }
     }
 }

@@ -95,6 +95,8 @@ fn complete(event: &Event, pid: usize, tid: usize) -> Result<String> {
             write!(line, r#","GB/s":{:.3}"#, bytes as f64 / event.duration as f64)?;
         }
         line.push('}');
+    } else if let Some(peak) = event.peak {
+        write!(line, r#","args":{{"bytes in use at most":{peak}}}"#)?;
     }
     line.push('}');
     Ok(line)
@@ -120,6 +122,7 @@ mod tests {
             start,
             duration: end - start,
             bytes: None,
+            peak: None,
         };
         let events = [event(0, 10), event(2, 6), event(5, 12), event(3, 4), event(12, 13), event(9, 20)];
         assert_eq!(lanes(&events), [0, 0, 1, 0, 0, 2]);
@@ -127,8 +130,10 @@ mod tests {
 
     #[test]
     fn every_rank_is_a_process_and_every_kind_of_work_on_a_thread_a_row() {
-        let event =
-            |row, thread, start, bytes| Event { row, name: "a \"name\"".into(), thread, start, duration: 1500, bytes };
+        let event = |row, thread, start, bytes| {
+            let peak = (row == Row::Compute).then_some(77);
+            Event { row, name: "a \"name\"".into(), thread, start, duration: 1500, bytes, peak }
+        };
         let events = vec![
             event(Row::Copy, 1, 2_000_000, Some(3000)),
             event(Row::Compute, 0, 1, None),
@@ -148,6 +153,7 @@ mod tests {
         assert_eq!(spans[0]["ts"].as_f64(), Some(2000.0));
         assert_eq!(spans[0]["dur"].as_f64(), Some(1.5));
         assert_eq!(spans[0]["args"]["GB/s"].as_f64(), Some(2.0));
+        assert_eq!(spans[1]["args"]["bytes in use at most"].as_u64(), Some(77));
         assert_eq!((&spans[1]["tid"], &spans[4]["pid"]), (&1.into(), &1.into()));
     }
 }

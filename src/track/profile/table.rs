@@ -1,9 +1,13 @@
 //! Recordings as a table: where the steps' time went, per rank.
 
+use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::ops::Range;
 
 use crate::device::trace::{ACCELERATOR, Event, Row, Trace};
+
+/// So many segments are told apart by the memory that was in use while they ran.
+const SHOWN: usize = 6;
 
 /// One line of the table, in nanoseconds over all steps.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -67,6 +71,9 @@ fn rank_table(trace: &Trace, out: &mut String) -> std::fmt::Result {
         let busy = busy(trace, thread, &steps);
         writeln!(out, "  {name:<22} {:>10.4} s {:>5.1} % of the time", seconds(busy), share(busy))?;
     }
+    for (name, bytes) in fullest(trace).into_iter().take(SHOWN) {
+        writeln!(out, "  {:>10.1} MiB of the GPU's memory at most: {name}", bytes as f64 / f64::from(1 << 20))?;
+    }
     writeln!(out)
 }
 
@@ -119,6 +126,18 @@ fn own_time(events: &[&Event], steps: &[Range<u64>]) -> Vec<u64> {
     own
 }
 
+/// What took how much of an accelerator's memory at most, the most first.
+fn fullest(trace: &Trace) -> Vec<(&str, u64)> {
+    let mut most: BTreeMap<&str, u64> = BTreeMap::new();
+    for (event, peak) in trace.events.iter().filter_map(|event| Some((event, event.peak?))) {
+        let known = most.entry(&event.name).or_default();
+        *known = peak.max(*known);
+    }
+    let mut most: Vec<_> = most.into_iter().collect();
+    most.sort_by_key(|&(_, bytes)| std::cmp::Reverse(bytes));
+    most
+}
+
 /// How long a thread had any span during the steps.
 fn busy(trace: &Trace, thread: usize, steps: &[Range<u64>]) -> u64 {
     let mut events: Vec<&Event> = trace.events.iter().filter(|e| e.thread == thread).collect();
@@ -154,7 +173,9 @@ mod tests {
     use super::*;
 
     fn event(row: Row, name: &str, thread: usize, span: Range<u64>) -> Event {
-        Event { row, name: name.into(), thread, start: span.start, duration: span.end - span.start, bytes: None }
+        let (start, duration) = (span.start, span.end - span.start);
+        let peak = (thread == 3).then_some(start << 20);
+        Event { row, name: name.into(), thread, start, duration, bytes: None, peak }
     }
 
     #[test]
@@ -194,6 +215,8 @@ mod tests {
         // 20 to 80 and 90 to 100 of two steps of 100.
         assert!(text.contains("\n  GPU                        0.0000 s  35.0 % of the time\n"), "{text}");
         assert!(text.contains("\n  GPU, to the host           0.0000 s  10.0 % of the time\n"), "{text}");
+        let memory = "90.0 MiB of the GPU's memory at most: backward a\n        30.0 MiB of the GPU's memory at most: recompute a\n";
+        assert!(text.contains(memory), "{text}");
         assert!(table(&[Trace { rank: 1, threads: vec![], events: vec![] }]).contains("no whole step"));
     }
 }
