@@ -90,11 +90,13 @@ pub fn note_kept_scratch(bytes: [usize; SCRATCHES], helped: bool) {
     change(|tally| tally.join_scratch(&Tally { scratch: [bytes, helpers], ..Tally::default() }));
 }
 
-/// In a dry run, takes for a moment what the threads of a loop would take, `bytes` each; tasks and cost as
-/// [`parallel_for`](super::threads::parallel_for) is told them.
+/// In a dry run, counts for a moment what the threads of a loop would take, `bytes` each; tasks and cost as
+/// [`parallel_for`](super::threads::parallel_for) is told them. (Memory that was really taken and given back at once would be
+/// optimised away.)
 pub fn touch_scratch(tasks: usize, cost: usize, bytes: usize) {
-    if is_dry() {
-        drop(Vec::<u8>::with_capacity(super::threads::at_once(tasks, cost) * bytes));
+    if is_dry() && tasks > 0 {
+        let bytes = (super::threads::at_once(tasks, cost) * bytes) as isize;
+        change(|tally| tally.peak = tally.peak.max(tally.held + bytes));
     }
 }
 
@@ -111,6 +113,11 @@ mod tests {
             note_flops(4.0);
             note_kept_scratch([5, 1, 0], false);
             note_kept_scratch([2, 2, 0], true);
+            forget_peak();
+            let before = super::tally();
+            touch_scratch(1, 0, 700);
+            touch_scratch(1, 0, 300);
+            assert_eq!((super::tally().held, super::tally().peak), (before.held, before.held + 700));
         });
         assert_eq!((values[0], tally.flops, tally.scratch), (1.0, 7.0, [[5, 2, 0], [2, 2, 0]]));
         assert!(!is_dry() && tally != super::tally());
