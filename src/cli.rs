@@ -117,6 +117,15 @@ pub enum BenchCommand {
         #[arg(long)]
         leave: usize,
     },
+    /// Run single ops forward and backward on recorded inputs, for `benches/ops_torch.py`
+    Ops {
+        /// A safetensors file with the inputs; the ops are in its metadata
+        from: PathBuf,
+        /// Where the results go
+        into: PathBuf,
+        #[arg(long, value_enum, default_value_t = BenchDevice::Cpu)]
+        device: BenchDevice,
+    },
     /// How fast state goes to a drive and comes back, in a temporary file
     Disk {
         /// Folder on the drive

@@ -14,7 +14,7 @@ use dblaunch::cli::{
     RequestArgs, SampleArgs, TrainArgs,
 };
 use dblaunch::config::{self, DeviceKind, Resume};
-use dblaunch::device::{Keeping, Place};
+use dblaunch::device::{Hardware, Keeping, Place};
 use dblaunch::launch::{self, LaunchRequest, Output, Rank, World, status};
 use dblaunch::optim::StateKind;
 use dblaunch::sample::{self, command as sampling};
@@ -170,6 +170,7 @@ fn bench(command: &BenchCommand) -> Result<u8> {
         BenchCommand::Hold { leave } => bench_hold(leave)?,
         BenchCommand::Kernels { limit } => bench_kernels(limit)?,
         BenchCommand::Offload { latent, steps, ref profile } => bench_offload(latent, steps, profile.clone())?,
+        BenchCommand::Ops { ref from, ref into, device } => bench::ops(&bench_hardware(device)?, from, into)?,
         BenchCommand::Layers { batch, latent, repeats, dtype } => {
             bench::layers(batch.get(), latent, repeats.get(), bench_dtype(dtype))?;
         }
@@ -240,6 +241,13 @@ fn bench_kernels(_limit: usize) -> Result<()> {
 #[cfg(not(feature = "cuda"))]
 fn no_gpu_support() -> anyhow::Error {
     dblaunch::Refusal::error("this build of dblaunch has no GPU support: build it with `--features cuda`")
+}
+
+fn bench_hardware(device: BenchDevice) -> Result<Hardware> {
+    match device {
+        BenchDevice::Cpu => Ok(Hardware::cpu()),
+        BenchDevice::Cuda => Hardware::gpu(0, None, 0),
+    }
 }
 
 fn memory_case(args: &MemoryArgs) -> bench::MemoryCase {

@@ -15,6 +15,7 @@ mod layers;
 mod memory;
 #[cfg(feature = "cuda")]
 mod offload;
+mod ops;
 mod shape;
 
 pub use adamw::adamw;
@@ -29,3 +30,4 @@ pub use layers::layers;
 pub use memory::{MemoryCase, memory};
 #[cfg(feature = "cuda")]
 pub use offload::offload;
+pub use ops::ops;

@@ -88,7 +88,7 @@ impl<'f> Wiring<'f> {
             for &slot in segment.inputs.iter().filter(|&&slot| self.readers[slot].is_some_and(|(_, last)| last == i)) {
                 if !self.needed_again(slot, keep) {
                     state.values[slot] = At::Nowhere;
-                } else if keep[i] == Keep::Host {
+                } else if keep[i] == Keep::Host && i + 1 < count {
                     state.values[slot] = At::Host;
                     profile.moved += facts.slots[slot];
                 }
@@ -103,9 +103,9 @@ impl<'f> Wiring<'f> {
         state.grads[facts.prediction] = true;
         for (i, segment) in facts.segments.iter().enumerate().rev() {
             let measured = &segment.measured;
-            if keep[i].recomputes() {
-                let waiting = segment.inputs.iter().filter(|&&slot| state.values[slot] == At::Host);
-                waiting.copied().collect::<Vec<_>>().into_iter().for_each(|slot| state.values[slot] = At::Device);
+            // What the segment before this one runs again from comes back meanwhile, too.
+            for again in (i.saturating_sub(1)..=i).filter(|&i| keep[i].recomputes()) {
+                state.bring_back(&facts.segments[again].inputs);
             }
             // Run again, a segment builds its graph first and then has what it would have kept.
             let again = measured.graph.above.max(self.graphs[i] + measured.pull.above);
@@ -152,6 +152,14 @@ impl<'w, 'f> State<'w, 'f> {
     fn of(wiring: &'w Wiring<'f>) -> Self {
         let (slots, segments) = (wiring.facts.slots.len(), wiring.facts.segments.len());
         State { wiring, values: vec![At::Nowhere; slots], grads: vec![false; slots], graphs: vec![false; segments] }
+    }
+
+    fn bring_back(&mut self, slots: &[usize]) {
+        slots.iter().for_each(|&slot| {
+            if self.values[slot] == At::Host {
+                self.values[slot] = At::Device;
+            }
+        });
     }
 
     /// A turn that takes so much beyond what is held.

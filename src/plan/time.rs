@@ -39,7 +39,7 @@ pub fn seconds(facts: &Facts, terms: &Terms, choice: &Choice, traffic: &Traffic,
         .filter(|(_, keep)| **keep != Keep::Graph)
         .map(|(s, _)| s.measured.plain.flops)
         .sum();
-    let latents = facts.rows as f64 * facts.encoder.flops / machine.flops;
+    let latents = facts.rows as f64 * facts.encoder.flops / speed;
     let mut seconds = Seconds {
         forward: micro * (forward / speed + latents),
         backward: micro * (backward + again) / speed,

@@ -7,6 +7,7 @@ mod value;
 
 pub use graph::{GraphBuilder, Node, Params, Segment, SegmentGraph, SlotId};
 pub use tape::{Keep, Tape};
+pub use value::Aside;
 
 /// Chooses where the ops of segments compute, for who runs them without knowing ops.
 pub use crate::ops::compute_on;

@@ -4,8 +4,7 @@ use candle_core::{Result, Tensor, Var, bail};
 
 use super::graph::{SegmentGraph, SlotId};
 use super::pullback::{carries_gradient, leaf, pullback};
-use super::value::Value;
-use crate::device::Arena;
+use super::value::{Aside, Leaving, Value};
 use crate::device::trace::{Row, span};
 use crate::ops;
 
@@ -40,8 +39,8 @@ pub struct Tape<'g> {
     graph: &'g SegmentGraph,
     keep: Vec<Keep>,
     values: Vec<Option<Value>>,
-    /// The host's memory for activations.
-    host: Arena,
+    /// Where activations wait on the host.
+    host: Option<Aside>,
     grads: Vec<Option<Tensor>>,
     kept: Vec<Option<Kept>>,
     /// Slots that a segment writes; gradients of the others are nobody's concern.
@@ -51,12 +50,13 @@ pub struct Tape<'g> {
 }
 
 impl<'g> Tape<'g> {
+    /// The same for every segment. Nothing can wait on the host.
     pub fn new(graph: &'g SegmentGraph, keep: Keep) -> Self {
-        Self::with_choice(graph, vec![keep; graph.nodes.len()], Arena::new("host activation", None))
+        Self::with_choice(graph, vec![keep; graph.nodes.len()], None)
     }
 
-    /// `keep[i]` says what segment i leaves behind; what it leaves on the host is charged to `host`.
-    pub fn with_choice(graph: &'g SegmentGraph, keep: Vec<Keep>, host: Arena) -> Self {
+    /// `keep[i]` says what segment i leaves behind. Without `host` everything stays on the device.
+    pub fn with_choice(graph: &'g SegmentGraph, keep: Vec<Keep>, host: Option<Aside>) -> Self {
         assert_eq!(keep.len(), graph.nodes.len());
         let slots = graph.slot_names.len();
         let mut written = vec![false; slots];
@@ -82,6 +82,7 @@ impl<'g> Tape<'g> {
     pub fn run(&mut self, i: usize) -> Result<()> {
         let node = &self.graph.nodes[i];
         let inputs = self.inputs(i)?;
+        let leaving = self.send_aside(i)?;
         let outputs = if self.keep[i] == Keep::Graph {
             let leaves = inputs.iter().map(leaf).collect::<Result<Vec<_>>>()?;
             let tracked: Vec<Tensor> = leaves.iter().map(|v| v.as_tensor().clone()).collect();
@@ -92,27 +93,47 @@ impl<'g> Tape<'g> {
         } else {
             node.forward(&inputs)?
         };
+        drop(inputs);
         for (&slot, output) in node.outputs.iter().zip(outputs) {
             self.values[slot] = Some(Value::Device(output));
         }
-        self.drop_read_out(i)
+        for (slot, leaving) in leaving {
+            self.values[slot] = Some(Value::Host(leaving.gone(&node.name)?));
+        }
+        self.drop_read_out(i);
+        Ok(())
     }
 
-    /// After its last reader ran, a slot that nobody recomputes from is dropped, and one that waits on the host moves.
-    fn drop_read_out(&mut self, i: usize) -> Result<()> {
-        let node = &self.graph.nodes[i];
+    /// Begins to copy to the host what waits there from segment `i` on: the copy has the time that the segment takes.
+    fn send_aside(&self, i: usize) -> Result<Vec<(SlotId, Leaving)>> {
+        let (Some(host), node) = (&self.host, &self.graph.nodes[i]) else { return Ok(Vec::new()) };
+        let mut leaving = Vec::new();
+        // The last segment's are needed at once.
+        if self.keep[i] != Keep::Host || i + 1 == self.graph.nodes.len() {
+            return Ok(leaving);
+        }
         for &slot in &node.inputs {
-            let Some((first, last)) = self.readers[slot] else { continue };
-            let needed_again =
-                (first..=last).any(|r| self.keep[r].recomputes() && self.graph.nodes[r].inputs.contains(&slot));
-            if last == i && !needed_again {
-                self.values[slot] = None;
-            } else if last == i && self.keep[i] == Keep::Host {
-                let value = self.values[slot].take();
-                self.values[slot] = value.map(|value| value.move_to_host(&self.host, &node.name)).transpose()?;
+            let last = self.readers[slot].is_some_and(|(_, last)| last == i);
+            if last
+                && !leaving.iter().any(|&(other, _)| other == slot)
+                && let Some(Value::Device(tensor)) = &self.values[slot]
+                && let Some(begun) = host.send(tensor, &node.name)?
+            {
+                leaving.push((slot, begun));
             }
         }
-        Ok(())
+        Ok(leaving)
+    }
+
+    /// After its last reader ran, a slot that nobody recomputes from is dropped.
+    fn drop_read_out(&mut self, i: usize) {
+        for &slot in &self.graph.nodes[i].inputs {
+            let Some((first, last)) = self.readers[slot] else { continue };
+            let mut again = (first..=last).filter(|&r| self.keep[r].recomputes());
+            if last == i && !again.any(|r| self.graph.nodes[r].inputs.contains(&slot)) {
+                self.values[slot] = None;
+            }
+        }
     }
 
     fn inputs(&self, i: usize) -> Result<Vec<Tensor>> {
@@ -128,7 +149,7 @@ impl<'g> Tape<'g> {
     pub fn value(&self, slot: SlotId) -> Option<&Tensor> {
         match self.values[slot].as_ref()? {
             Value::Device(tensor) => Some(tensor),
-            Value::Host { .. } => None,
+            Value::Host(_) | Value::Coming(_) => None,
         }
     }
 
@@ -149,6 +170,8 @@ impl<'g> Tape<'g> {
     /// kept. Its parameters must be fetched and its gradient bucket open.
     pub fn pull(&mut self, i: usize) -> Result<()> {
         let node = &self.graph.nodes[i];
+        // Of the segment before this one, too: the copy has the time that this one takes.
+        (i.saturating_sub(1)..=i).rev().try_for_each(|i| self.bring_back(i))?;
         let dys: Vec<_> = node.outputs.iter().map(|&slot| self.grads[slot].take()).collect();
         let Kept { inputs, outputs } = match (self.keep[i], self.kept[i].take()) {
             (_, Some(kept)) => kept,
@@ -177,15 +200,24 @@ impl<'g> Tape<'g> {
 
     fn recompute(&mut self, i: usize) -> Result<Kept> {
         let _span = span(Row::Compute, || format!("recompute {}", self.graph.nodes[i].name));
-        for &slot in &self.graph.nodes[i].inputs {
-            // Back on the device, for this segment and those before it.
-            if let Some(value @ Value::Host { .. }) = &self.values[slot] {
-                self.values[slot] = Some(Value::Device(value.tensor()?));
-            }
+        let node = &self.graph.nodes[i];
+        for &slot in &node.inputs {
+            let value = self.values[slot].take();
+            self.values[slot] = value.map(|value| value.landed(&node.name)).transpose()?;
         }
         let inputs = self.inputs(i)?.iter().map(leaf).collect::<Result<Vec<_>>>()?;
         let tracked: Vec<Tensor> = inputs.iter().map(|v| v.as_tensor().clone()).collect();
-        let outputs = self.graph.nodes[i].forward(&tracked)?;
+        let outputs = node.forward(&tracked)?;
         Ok(Kept { inputs, outputs })
+    }
+
+    /// Begins to bring back what segment `i` runs again from, for it and the segments before it.
+    fn bring_back(&mut self, i: usize) -> Result<()> {
+        let Some(host) = &self.host else { return Ok(()) };
+        for &slot in self.graph.nodes[i].inputs.iter().filter(|_| self.keep[i].recomputes()) {
+            let value = self.values[slot].take();
+            self.values[slot] = value.map(|value| host.bring(value)).transpose()?;
+        }
+        Ok(())
     }
 }

@@ -19,7 +19,7 @@ use super::network::Network;
 use super::optimizer::StepScale;
 use crate::device::trace::{Row, span};
 use crate::optim::AdamW;
-use crate::segment::{SlotId, Tape};
+use crate::segment::{Aside, SlotId, Tape};
 use crate::zero::Placement;
 
 /// This rank's rows of a micro-batch, as the graph's input slots take them.
@@ -58,7 +58,9 @@ impl Network {
     ) -> Result<()> {
         let Some(inputs) = inputs else { return self.keep_company(then) };
         let (graph, segments) = (&self.graph, self.graph.nodes.len());
-        let mut tape = Tape::with_choice(graph, self.keep.clone(), self.store.tiers().host.activations.clone());
+        let tiers = self.store.tiers();
+        let aside = Aside { arena: tiers.host.activations.clone(), queue: tiers.activations.clone() };
+        let mut tape = Tape::with_choice(graph, self.keep.clone(), Some(aside));
         for (slot, value) in inputs.slots {
             tape.set(slot, value);
         }

@@ -51,6 +51,8 @@ pub struct Tiers {
     pub drive: Option<Arc<StateFile>>,
     /// Copies and collectives, in the order in which they were asked for.
     pub traffic: Arc<Queue>,
+    /// Activations on their way to the host and back.
+    pub activations: Arc<Queue>,
     /// Of the optimizer's pieces, where the device's memory is not the host's.
     pub copies: Option<Arc<Copies>>,
 }
@@ -92,7 +94,8 @@ impl Tiers {
                 None => None,
             },
             memory,
-            traffic: Arc::new(Queue::late("traffic", delays)?),
+            traffic: Arc::new(Queue::late("traffic", delays.clone())?),
+            activations: Arc::new(Queue::late("activations", delays)?),
         })
     }
 

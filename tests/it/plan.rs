@@ -7,12 +7,12 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor};
 use dblaunch::config::{self, RunPlan};
 use dblaunch::device::threads;
-use dblaunch::device::{Buffer, activations, count_activations_from_here};
+use dblaunch::device::{Arena, Buffer, Queue, activations, count_activations_from_here};
 use dblaunch::kernels::Dry;
 use dblaunch::model::{self, Conditioning, Denoiser, TextConfig, UnetConfig, VaeConfig};
 use dblaunch::pipeline::Configs;
 use dblaunch::plan::{Facts, Surroundings, Wiring};
-use dblaunch::segment::{Keep, SlotId, Tape};
+use dblaunch::segment::{Aside, Keep, SlotId, Tape};
 use serde_json::Value;
 
 use crate::harness::{Home, PLAIN};
@@ -67,6 +67,7 @@ fn measured(plan: &RunPlan, configs: &Configs, keep: &[Keep]) -> usize {
             grads.fill(Buffer::unbudgeted(DType::F32, node.params.layout().len).unwrap());
         }
     }
+    let aside = Aside { arena: Arena::new("host", None), queue: Arc::new(Queue::new("activations").unwrap()) };
     let pass = || {
         let ones = |shape: &[usize], dtype| Tensor::ones(shape, dtype, &Device::Cpu).unwrap();
         let mut given: Vec<(SlotId, Tensor)> = vec![
@@ -83,7 +84,7 @@ fn measured(plan: &RunPlan, configs: &Configs, keep: &[Keep]) -> usize {
                 given.push((text.rows, Tensor::zeros(&[rows], DType::U32, &Device::Cpu).unwrap()));
             }
         }
-        let mut tape = Tape::with_choice(&graph, keep.to_vec(), dblaunch::device::Arena::new("host", None));
+        let mut tape = Tape::with_choice(&graph, keep.to_vec(), Some(aside.clone()));
         given.into_iter().for_each(|(slot, value)| tape.set(slot, value));
         (0..graph.nodes.len()).for_each(|i| tape.run(i).unwrap());
         let prediction = tape.take(slots.prediction).unwrap();
@@ -154,6 +155,10 @@ fn small_networks() {
                 compare(&format!("{name} {sets:?} graph"), &plan, &configs, |_| Keep::Graph);
                 compare(&format!("{name} {sets:?} mixed"), &plan, &configs, |i| {
                     if i % 3 == 0 { Keep::Graph } else { Keep::Inputs }
+                });
+                compare(&format!("{name} {sets:?} host"), &plan, &configs, |_| Keep::Host);
+                compare(&format!("{name} {sets:?} host and graph"), &plan, &configs, |i| {
+                    if i % 3 == 0 { Keep::Graph } else { Keep::Host }
                 });
             }
         }

@@ -2,12 +2,11 @@
 
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::cuda_backend::CudaStorageSlice as Slice;
-use candle_core::op::BackpropOp;
-use candle_core::{CudaDevice, CudaStorage, DType, Error, Layout, Result, Shape, Storage, Tensor, bail};
+use candle_core::{CudaDevice, CudaStorage, DType, Error, Layout, Result, Shape, bail};
 use cudarc::driver::{CudaSlice, DevicePtr};
 
 use super::Gpu;
-use crate::device::Accelerator;
+use crate::device::{Accelerator, Moment};
 use crate::kernels::Address;
 
 /// Where a tensor's elements begin. An error if they do not lie one after the other.
@@ -33,35 +32,30 @@ pub fn uninitialised(device: &CudaDevice, shape: &Shape, dtype: DType) -> Result
     unsafe { device.alloc_uninit(shape, dtype) }
 }
 
-/// A tensor of the host's `bytes`, which are free again when this returns: candle itself does not wait for its copy, which
-/// goes on behind its back where the bytes are page-locked.
-pub fn upload(bytes: &[u8], shape: &Shape, dtype: DType, device: &CudaDevice) -> Result<Tensor> {
-    if bytes.len() != shape.elem_count() * dtype.size_in_bytes() {
-        bail!("{} bytes for a tensor of {shape:?}", bytes.len());
-    }
-    let storage = uninitialised(device, shape, dtype)?;
-    let to = address_of(&storage, &Layout::contiguous(shape))?;
-    let copied = || {
-        let gpu = Gpu::of(device)?;
-        // SAFETY: both sides hold as many bytes, and nobody else knows the tensor yet.
-        unsafe { gpu.upload(bytes.as_ptr(), to, bytes.len(), &gpu.moment()?) }
-    };
-    told(copied())?;
-    Ok(Tensor::from_storage(Storage::Cuda(storage), shape.clone(), BackpropOp::none(), false))
+/// What was launched until now, on candle's device.
+pub fn moment(device: &CudaDevice) -> Result<Moment> {
+    told(Gpu::of(device).and_then(|gpu| gpu.moment()))
 }
 
-/// The elements of a contiguous tensor, once they are computed.
-pub fn download(storage: &CudaStorage, layout: &Layout, into: &mut [u8]) -> Result<()> {
+/// Copies the host's `bytes` into a fresh contiguous tensor of this shape, beside the computation and once that has come to
+/// `after`; has ended when this returns.
+pub fn upload(bytes: &[u8], into: &CudaStorage, shape: &Shape, after: &Moment) -> Result<()> {
+    if bytes.len() != shape.elem_count() * into.dtype().size_in_bytes() {
+        bail!("{} bytes for a tensor of {shape:?}", bytes.len());
+    }
+    let to = address_of(into, &Layout::contiguous(shape))?;
+    // SAFETY: both sides hold as many bytes, and nobody uses a fresh tensor yet.
+    told(Gpu::of(into.device()).and_then(|gpu| unsafe { gpu.upload(bytes.as_ptr(), to, bytes.len(), after) }))
+}
+
+/// Copies the elements of a contiguous tensor to the host, likewise; nobody changes them meanwhile.
+pub fn download(storage: &CudaStorage, layout: &Layout, into: &mut [u8], after: &Moment) -> Result<()> {
     if into.len() != layout.shape().elem_count() * storage.dtype().size_in_bytes() {
         bail!("{} bytes of a tensor of {:?}", into.len(), layout.shape());
     }
     let from = address_of(storage, layout)?;
-    let mut copied = || {
-        let gpu = Gpu::of(storage.device())?;
-        // SAFETY: both sides hold as many bytes, and the tensor, whose elements nobody changes, is borrowed.
-        unsafe { gpu.download(from, into.as_mut_ptr(), into.len(), &gpu.moment()?) }
-    };
-    told(copied())
+    // SAFETY: both sides hold as many bytes, and the tensor is borrowed.
+    told(Gpu::of(storage.device()).and_then(|gpu| unsafe { gpu.download(from, into.as_mut_ptr(), into.len(), after) }))
 }
 
 /// What went wrong, as candle's error.
