@@ -27,6 +27,7 @@ parts() {
     part right 150 training-wherever-states-rest env DBLAUNCH_TEST_GPU=1 ./dblaunch-it --test-threads 4 accelerator::
     part right 120 recorded-runs-of-the-peer env DBLAUNCH_TEST_GPU=1 DBLAUNCH_TEST_HOME=. ./dblaunch-it --test-threads 1 parity::
     part right 90 runs-as-on-the-cpu as_on_the_cpu
+    part right 90 half-precision-beside-pytorch half_precision
     part right 20 no-gpu-is-told told 2 "shows no GPU" env CUDA_VISIBLE_DEVICES= ./dblaunch bench gpu
     part right 20 a-run-without-one-is-told told 2 "shows no GPU" env CUDA_VISIBLE_DEVICES= ./dblaunch check --set model.device=cuda configs/demo.toml
     part right 30 one-gpu-for-two-is-told told 2 "were given the same GPU" env CUDA_VISIBLE_DEVICES=0 ./dblaunch bench gpu --nproc 2
@@ -92,6 +93,11 @@ beside_pytorch() {
     python3 gpu_torch.py ./dblaunch --seconds 200
 }
 
+half_precision() {
+    python3 -c 'import torch, safetensors' || { echo "there is no PyTorch with safetensors"; return 77; }
+    python3 ops_torch.py ./dblaunch
+}
+
 describe_machine() {
     nvidia-smi || return 77
     nvidia-smi topo -m 2> /dev/null
@@ -131,7 +137,7 @@ build() {
     strip "$folder"/dblaunch* 2> /dev/null
     # What commands and tests read: configurations, the demo, recorded data.
     cp -r configs demo "$folder/" && mkdir -p "$folder/tests" && cp -r tests/data tests/stand_in "$folder/tests/" &&
-        cp benches/gpu_torch.py "$folder/" || exit 1
+        cp benches/gpu_torch.py benches/ops_torch.py "$folder/" || exit 1
     folder=$(cd "$folder" && pwd)
     tar -C "$(dirname "$folder")" -cJf "$folder.tar.xz" "$(basename "$folder")" || exit 1
     du -sh "$folder" "$folder.tar.xz"
