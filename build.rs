@@ -107,6 +107,7 @@ mod gpu {
 
     fn targets() -> Result<Vec<String>, String> {
         let asked = env::var("DBLAUNCH_CUDA_ARCHS").unwrap_or_else(|_| ARCHITECTURES.to_string());
+        println!("cargo::rustc-env=DBLAUNCH_CUDA_ARCHS={asked}");
         let numbers: Vec<&str> = asked.split_whitespace().collect();
         if numbers.is_empty() || !numbers.iter().all(|number| number.parse::<u32>().is_ok_and(|number| number >= 75)) {
             return Err(format!("DBLAUNCH_CUDA_ARCHS is \"{asked}\" and not a list as \"{ARCHITECTURES}\""));

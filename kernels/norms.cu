@@ -32,7 +32,7 @@
 
 #define GROUP_BACKWARD(T, dtype)                                                                                             \
     extern "C" __global__ void __launch_bounds__(512) group_norm_backward_##dtype(                                           \
-        IN(T) x, IN(T) dy, IN(T) gamma, IN(T) beta, IN(float2) moments, OUT(T) dx, OUT(float2) sums,                         \
+        IN(T) x, IN(T) dy, IN(T) gamma, IN(T) beta, IN(float2) moments, OUT(T) dx, float2* sums,                             \
         unsigned channels, unsigned groups, unsigned pixels, unsigned team, int silu) {                                      \
         DYNAMIC_SHARED(float2, parts);                                                                                       \
         const GroupShape shape = {channels, groups, channels / groups, pixels};                                              \

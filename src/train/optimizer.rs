@@ -4,7 +4,7 @@
 
 use std::collections::VecDeque;
 use std::ops::Range;
-use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
@@ -255,51 +255,49 @@ struct Pipeline {
     sides: Sides,
     /// Where kernels do the work.
     far: Option<OnAccelerator>,
-    /// The job whose pieces are being begun, and the next piece.
-    current: Option<(Arc<Job>, usize)>,
+    /// Jobs of which pieces are still to be begun, each with the next one.
+    waiting: Vec<(Arc<Job>, usize)>,
     reading: VecDeque<Reading>,
     writing: VecDeque<Writing>,
 }
 
 impl Pipeline {
     fn new(jobs: Receiver<Job>, sides: Sides, far: Option<OnAccelerator>) -> Self {
-        Pipeline { jobs, sides, far, current: None, reading: VecDeque::new(), writing: VecDeque::new() }
+        Pipeline { jobs, sides, far, waiting: Vec::new(), reading: VecDeque::new(), writing: VecDeque::new() }
     }
 
     fn run(mut self) {
         loop {
-            while self.reading.len() <= AHEAD && self.next_job() {
-                self.begin();
+            while self.reading.len() <= AHEAD
+                && let Some((job, chunk)) = self.next_piece()
+            {
+                self.begin(job, chunk);
             }
             if let Some(reading) = self.reading.pop_front() {
                 self.compute(reading);
             }
-            let idle = self.reading.is_empty() && self.current.is_none();
+            let idle = self.reading.is_empty() && self.waiting.is_empty();
             while self.writing.len() > if idle { 0 } else { BEHIND } {
                 self.end();
             }
             if idle {
                 match self.jobs.recv() {
-                    Ok(job) => self.current = Some((Arc::new(job), 0)),
+                    Ok(job) => self.waiting.push((Arc::new(job), 0)),
                     Err(_) => return,
                 }
             }
         }
     }
 
-    /// Whether there is a piece to begin, without waiting for one.
-    fn next_job(&mut self) -> bool {
-        if self.current.is_none() {
-            match self.jobs.try_recv() {
-                Ok(job) => self.current = Some((Arc::new(job), 0)),
-                Err(TryRecvError::Empty | TryRecvError::Disconnected) => return false,
-            }
-        }
-        true
+    /// The next piece to begin, without waiting for one: of the segment that the next forward needs first. Gradients
+    /// are complete in the order of the backward, so the first segments' come last, and would wait behind all others.
+    fn next_piece(&mut self) -> Option<(Arc<Job>, usize)> {
+        self.waiting.extend(self.jobs.try_iter().map(|job| (Arc::new(job), 0)));
+        let first = (0..self.waiting.len()).min_by_key(|&at| self.waiting[at].0.segment.index)?;
+        Some(self.waiting.swap_remove(first))
     }
 
-    fn begin(&mut self) {
-        let Some((job, chunk)) = self.current.take() else { return };
+    fn begin(&mut self, job: Arc<Job>, chunk: usize) {
         let segment = job.segment.clone();
         let Some(part) = segment.chunks.get(chunk) else {
             // An empty shard: done before it began.
@@ -315,7 +313,7 @@ impl Pipeline {
             Ok((weights, record, grads)) => {
                 self.reading.push_back(Reading { job: job.clone(), chunk, weights, record, grads });
                 if chunk + 1 < segment.chunks.len() {
-                    self.current = Some((job, chunk + 1));
+                    self.waiting.push((job, chunk + 1));
                 }
             }
             Err(error) => job.done(Err(error)),

@@ -1,8 +1,29 @@
 //! Whether a rank can use the GPU it is to use, from what the driver says of itself and of the GPUs: decisions and their
 //! words only, so that they are tested without either.
 
-/// The oldest generation whose kernels are built: Turing.
+/// The oldest generation whose kernels can be built: Turing.
 pub const OLDEST: u32 = 75;
+
+/// From this generation on kernels have instructions that older code does without: what is launched depends on the GPU.
+const NEWER: u32 = 80;
+
+/// What the program was built with.
+#[derive(Clone, Debug)]
+pub struct Built {
+    /// The CUDA, as the driver numbers versions.
+    pub toolkit: u32,
+    /// The generations that there is code for, in order; for the last one in a form that drivers translate for newer ones.
+    pub code: Vec<u32>,
+}
+
+impl Built {
+    /// The generation whose code runs on a GPU of this one.
+    fn code_for(&self, capability: u32) -> Option<u32> {
+        let own = |&&code: &&u32| code <= capability && code / 10 == capability / 10;
+        let translated = || self.code.last().copied().filter(|&last| last <= capability);
+        self.code.iter().filter(own).max().copied().or_else(translated)
+    }
+}
 
 /// What the driver answers.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -33,9 +54,9 @@ pub fn ordinal(local_rank: usize, cards: usize) -> usize {
     if cards == 1 { 0 } else { local_rank }
 }
 
-/// The GPU a rank is to use, or in one paragraph why it cannot and what to do. `toolkit` is the CUDA that the program was
-/// built with, as the driver numbers versions.
-pub fn choose(found: &Found, local_rank: usize, toolkit: u32) -> Result<(usize, &Card), String> {
+/// The GPU a rank is to use, or in one paragraph why it cannot and what to do.
+pub fn choose<'f>(found: &'f Found, local_rank: usize, built: &Built) -> Result<(usize, &'f Card), String> {
+    let toolkit = built.toolkit;
     if let Some(code) = found.refuses {
         return Err(refusal(code));
     }
@@ -66,6 +87,17 @@ pub fn choose(found: &Found, local_rank: usize, toolkit: u32) -> Result<(usize, 
             card.name,
             capability(card.capability),
             capability(OLDEST)
+        ));
+    }
+    if built.code_for(card.capability).is_none_or(|code| code < NEWER && card.capability >= NEWER) {
+        let code: Vec<String> = built.code.iter().map(|&code| capability(code)).collect();
+        return Err(format!(
+            "GPU {ordinal} ({}) has compute capability {}, and this program was built with kernels for {}: build it with \
+             DBLAUNCH_CUDA_ARCHS=\"{}\", or without that variable for all GPUs",
+            card.name,
+            capability(card.capability),
+            code.join(", "),
+            card.capability
         ));
     }
     Ok((ordinal, card))
@@ -129,14 +161,18 @@ mod tests {
         Card { name: "Test".into(), capability, multiprocessors: 28, uuid: [1; 16], memory: 8 << 30 }
     }
 
+    fn built(code: &[u32]) -> Built {
+        Built { toolkit: 13000, code: code.to_vec() }
+    }
+
     fn problem(found: &Found, local_rank: usize) -> String {
-        choose(found, local_rank, 13000).unwrap_err()
+        choose(found, local_rank, &built(&[75, 80, 86, 89, 90])).unwrap_err()
     }
 
     #[test]
     fn each_way_in_which_a_gpu_cannot_be_used_has_its_words() {
         let good = Found { driver: 13000, refuses: None, cards: vec![card(75), card(90)] };
-        assert_eq!(choose(&good, 1, 13000).unwrap().0, 1);
+        assert_eq!(choose(&good, 1, &built(&[75, 80])).unwrap().0, 1);
         assert!(problem(&good, 2).contains("there are 2 GPUs (0 to 1)"));
         let old = Found { driver: 12080, ..good.clone() };
         assert!(problem(&old, 0).contains("it knows CUDA 12.8 and this program was built with 13.0"));
@@ -153,6 +189,23 @@ mod tests {
     #[test]
     fn a_rank_that_sees_one_gpu_uses_it() {
         let one = Found { driver: 13000, refuses: None, cards: vec![card(80)] };
-        assert_eq!(choose(&one, 3, 13000).unwrap().0, 0);
+        assert_eq!(choose(&one, 3, &built(&[80])).unwrap().0, 0);
+    }
+
+    #[test]
+    fn a_program_whose_kernels_are_for_other_gpus_says_which_to_build() {
+        let one = |capability| Found { driver: 13000, refuses: None, cards: vec![card(capability)] };
+        let fits = |capability, code: &[u32]| choose(&one(capability), 0, &built(code)).map(drop);
+        for capability in [75, 80, 86, 87, 89, 90, 100, 120] {
+            fits(capability, &[75, 80, 86, 89, 90]).unwrap();
+        }
+        // Code of one generation runs on the later ones of the same major number; the last entry's on all later ones.
+        fits(86, &[80]).unwrap();
+        fits(90, &[75, 80]).unwrap();
+        // Code for Turing would be launched as if it were for what is newer.
+        for (capability, code) in [(80, &[75][..]), (90, &[75]), (75, &[80]), (80, &[86]), (89, &[75, 90])] {
+            let told = fits(capability, code).unwrap_err();
+            assert!(told.contains(&format!("DBLAUNCH_CUDA_ARCHS=\"{capability}\"")), "{told}");
+        }
     }
 }

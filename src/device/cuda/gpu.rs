@@ -10,7 +10,7 @@ use cudarc::cublas::sys as cublas;
 use cudarc::driver::sys::CUdevice_attribute as Attribute;
 use cudarc::driver::{CudaContext, result};
 
-use super::found::{self, Card, Found};
+use super::found::{self, Built, Card, Found};
 use super::modules::Modules;
 use super::pool::{Pool, PoolUsage};
 use super::status::{Attempt, Faults};
@@ -20,9 +20,14 @@ use crate::Refusal;
 use crate::kernels::product::{self, Product};
 use crate::kernels::{Address, Arg, Family, Grid, Launcher, Scratch};
 
-/// The CUDA that the kernels were compiled with, as drivers number versions: 13.0 is 13000.
-fn toolkit() -> u32 {
-    env!("DBLAUNCH_CUDA_VERSION").parse().unwrap_or(0)
+/// What the kernels were compiled with and for.
+fn built() -> Built {
+    let mut code: Vec<u32> =
+        env!("DBLAUNCH_CUDA_ARCHS").split_whitespace().filter_map(|code| code.parse().ok()).collect();
+    // The last one is what drivers translate, whatever the order.
+    let last = code.len().saturating_sub(1);
+    code[..last].sort_unstable();
+    Built { toolkit: env!("DBLAUNCH_CUDA_VERSION").parse().unwrap_or(0), code }
 }
 
 /// An opened GPU and candle's device on it. Lives as long as anything computes there.
@@ -50,7 +55,7 @@ pub struct Gpu {
 pub fn check(local_rank: usize) -> Result<Card, String> {
     libraries::load(libraries::DRIVER)?;
     let found = probe().map_err(|error| format!("{error:#}"))?;
-    let (_, card) = found::choose(&found, local_rank, toolkit())?;
+    let (_, card) = found::choose(&found, local_rank, &built())?;
     libraries::load(libraries::CUBLAS)?;
     libraries::load(libraries::CURAND)?;
     Ok(card.clone())
@@ -102,7 +107,7 @@ impl Gpu {
     pub fn open(local_rank: usize, limit: Option<usize>) -> Result<Arc<Gpu>> {
         check(local_rank).map_err(Refusal::error)?;
         let found = probe()?;
-        let (ordinal, card) = found::choose(&found, local_rank, toolkit()).map_err(Refusal::error)?;
+        let (ordinal, card) = found::choose(&found, local_rank, &built()).map_err(Refusal::error)?;
         let device = Device::new_cuda_with_stream(ordinal).with_context(|| format!("opening GPU {ordinal}"))?;
         let candle = device.as_cuda_device()?.clone();
         // SAFETY: what tracking did is ensured by the rules in the module above (Note: streams). Nothing has been
@@ -299,6 +304,8 @@ impl Launcher for Gpu {
     }
 
     fn multiply(&self, product: &Product) -> Result<()> {
+        // cuBLAS takes the thread's context.
+        self.context().bind_to_thread().attempt("multiplying matrices")?;
         // SAFETY: candle's device keeps the handle alive, on the computing stream; the addresses are the caller's promise,
         // as a kernel's are.
         unsafe { products::multiply(*self.candle.cublas_handle().handle(), product, self.allows_tf32()) }

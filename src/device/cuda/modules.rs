@@ -64,6 +64,8 @@ impl Modules {
                 return start(stream, kernel, &known.function, grid, args);
             }
         }
+        // What is asked of the driver below takes the thread's context; launching sets it itself.
+        self.context.bind_to_thread().attempt("loading kernels")?;
         let mut loaded = self.loaded.write().unwrap_or_else(|e| e.into_inner());
         let loaded = match loaded.entry(family) {
             Entry::Occupied(there) => there.into_mut(),

@@ -105,6 +105,7 @@ impl Resample {
     pub fn forward(&self, launcher: &dyn Launcher, x: Address, y: Address) -> Result<()> {
         let ([h, w], [height, wide]) = (self.from, self.to);
         let (source, result) = (self.planes * h * w, self.planes * height * wide);
+        small(source)?;
         if self.doubles(&[x, y]) {
             let args = [x.into(), y.into(), small(source)?.into(), small(w)?.into()];
             let kernel = format!("upsample_double_{}", suffix(self.dtype)?);
