@@ -116,6 +116,7 @@ pub fn memory(rank: &Rank, case: &MemoryCase) -> Result<Vec<Value>> {
         "peak": peaks,
         "activations": held.activations.map(|usage| usage.peak),
         "device": held.device_peak,
+        "device_with_gaps": with_gaps(&hardware)?,
         "host": held.host.peak,
         "drive": tiers.drive.as_ref().map(|drive| drive.traffic().written_bytes - loaded),
         "peak_rss": peak_rss_bytes(),
@@ -136,6 +137,17 @@ pub fn memory(rank: &Rank, case: &MemoryCase) -> Result<Vec<Value>> {
     }
     comm.leave()?;
     Ok(rows)
+}
+
+/// What a GPU's driver held from the system at most, with what was free and gaps.
+#[cfg(feature = "cuda")]
+fn with_gaps(hardware: &Hardware) -> Result<Option<usize>> {
+    hardware.opened().map(|gpu| Ok(gpu.usage()?.held_peak)).transpose()
+}
+
+#[cfg(not(feature = "cuda"))]
+fn with_gaps(_hardware: &Hardware) -> Result<Option<usize>> {
+    Ok(None)
 }
 
 /// Parameters, gradients and optimizer state: on the device, then on the host.

@@ -9,7 +9,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use safetensors::SafeTensors;
 use serde::Deserialize;
 
-use crate::device::{Arena, BucketLayout, GradSlot, Hardware, ParamSlot, WeightRef, bulk};
+use crate::device::{Arena, BucketLayout, GradSlot, Hardware, ParamSlot, WeightRef, bulk, on_host};
 use crate::ops::{self, Activation, Conv2d, Mask};
 
 /// An op and what it takes beside tensors.
@@ -73,12 +73,12 @@ impl Case<'_> {
         let inputs = self.activations.iter().map(there).collect::<candle_core::Result<Vec<_>>>()?;
         let weights = self.weights.iter().map(|values| Weight::new(values, arena)).collect::<Result<Vec<_>>>()?;
         let y = self.forward(&inputs, &weights)?;
-        let mut results = vec![("y".to_string(), y.to_device(&Device::Cpu)?)];
+        let mut results = vec![("y".to_string(), on_host(&y)?)];
         // The gradient of sum(y * dy) by y is dy.
         let mut grads = (&y * self.dy.to_device(device)?)?.sum_all()?.backward()?;
         for (i, input) in inputs.iter().enumerate() {
             let grad = grads.remove(input).with_context(|| format!("activation {i} has no gradient"))?;
-            results.push((format!("dx{i}"), grad.contiguous()?.to_device(&Device::Cpu)?));
+            results.push((format!("dx{i}"), on_host(&grad)?));
         }
         for (i, (weight, values)) in weights.iter().zip(&self.weights).enumerate() {
             results.push((format!("dw{i}"), weight.gradient(values)?));

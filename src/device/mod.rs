@@ -79,6 +79,15 @@ pub fn gpu(_local_rank: usize) -> Result<FoundGpu, String> {
     Err("this build of dblaunch has no GPU support (feature `cuda`)".to_string())
 }
 
+/// A tensor's values in the processor's memory, once they are computed.
+pub fn on_host(tensor: &candle_core::Tensor) -> candle_core::Result<candle_core::Tensor> {
+    #[cfg(feature = "cuda")]
+    if tensor.device().is_cuda() {
+        return cuda::on_host(tensor);
+    }
+    tensor.to_device(&Device::Cpu)
+}
+
 /// Where and in what precision a run computes; taken from the configuration by everything that allocates.
 #[derive(Clone, Debug)]
 pub struct Compute {

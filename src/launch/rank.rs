@@ -100,7 +100,12 @@ pub fn exit_status(error: &anyhow::Error) -> u8 {
 
 /// Tells whoever must know that this process fails: the launcher if there is one, which then writes the one message for
 /// all ranks, else standard error; and the other ranks, so that they do not wait. Returns the exit status to leave with.
+/// Only the first call tells; what follows is a consequence.
 pub fn report_failure(error: &anyhow::Error) -> u8 {
+    static TOLD: AtomicBool = AtomicBool::new(false);
+    if TOLD.swap(true, Ordering::Relaxed) {
+        return exit_status(error);
+    }
     let because_of = error.chain().find_map(|cause| cause.downcast_ref::<PeerFailure>()).map(|failure| failure.rank);
     let status = exit_status(error);
     let failure = Failure { message: format!("{error:#}"), refused: status == status::REFUSED, because_of };

@@ -46,7 +46,7 @@ impl Budgets {
 
     /// By how much the worst of the budgets is exceeded, as a factor; at most 1 if all fit.
     pub fn strain(&self, bytes: &Bytes) -> f64 {
-        let (device, host) = (bytes.device.bound, bytes.host.bound);
+        let (device, host) = (bytes.device.room, bytes.host.room);
         let part = |bytes: usize, budget: Option<u64>| budget.map_or(0.0, |budget| bytes as f64 / budget.max(1) as f64);
         part(device, self.device).max(part(host, self.host)).max(part(device + host, self.together))
     }
@@ -250,7 +250,7 @@ impl<'a> Question<'a> {
                 prediction.seconds.step, instead.seconds.step
             );
         }
-        let (device, host) = (instead.bytes.device.bound, instead.bytes.host.bound);
+        let (device, host) = (instead.bytes.device.room, instead.bytes.host.room);
         let over = |what: &str, bytes: usize, budget: Option<u64>| {
             let budget = budget.filter(|&budget| bytes as u64 > budget)?;
             Some(format!(

@@ -47,7 +47,7 @@ pub struct Compared {
 impl Decision {
     pub(super) fn new(choice: Choice, prediction: Prediction, budgets: Budgets, reasons: Vec<String>) -> Self {
         let Choice { stage, placement, keep } = choice;
-        let (device, host) = (prediction.bytes.device.bound as u64, prediction.bytes.host.bound as u64);
+        let (device, host) = (prediction.bytes.device.room as u64, prediction.bytes.host.room as u64);
         // Memory that both tiers share is split as was planned; what is left over is either's.
         let left = budgets.together.map(|all| all.saturating_sub(device + host));
         let limit = |own: Option<u64>, planned: u64| own.or(left.map(|left| planned + left));

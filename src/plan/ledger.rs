@@ -12,6 +12,10 @@ use crate::optim::{CHUNK, RecordLayout, StateKind};
 use crate::segment::Keep;
 use crate::zero::{IN_FLIGHT, Placement};
 
+/// A GPU's driver holds so much of what it has handed out once more, as gaps. Sizes repeat from step to step, so they are
+/// few.
+const GAPS: usize = 24;
+
 /// What is chosen.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Choice {
@@ -52,8 +56,10 @@ pub struct TierBytes {
     pub activations: usize,
     /// Of all together: less than their sum, since they are not at most at the same time.
     pub total: usize,
-    /// With what the compute threads keep as scratch besides: what a budget must have room for.
+    /// With what the compute threads keep as scratch besides.
     pub bound: usize,
+    /// With gaps between what a GPU's driver has handed out besides: what a budget must have room for.
+    pub room: usize,
 }
 
 /// Bytes of an arena in a turn beyond those at rest: at its beginning, and through it.
@@ -370,6 +376,8 @@ impl<'a> Ledger<'a> {
         };
         host.total = host.parameters + host.gradients + host.optimizer + host.activations;
         (host.bound, device.bound) = (host.total, device.total + self.facts.scratch);
+        let gaps = if self.terms.apart { device.bound / GAPS } else { 0 };
+        (host.room, device.room) = (host.bound, device.bound + gaps);
         Bytes {
             state_by_rank: if place.optimizer == Place::Nvme { state_staged } else { self.state_by_rank() },
             device,

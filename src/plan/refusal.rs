@@ -62,7 +62,7 @@ pub fn refusal(
         let budget = budget.filter(|&budget| bytes as u64 > budget)?;
         Some(format!("{what} would hold {} of {} ({key})", size(bytes), size(budget as usize)))
     };
-    let (device, host) = (bytes.device.bound, bytes.host.bound);
+    let (device, host) = (bytes.device.room, bytes.host.room);
     let why = [
         over("the device", "memory.vram, or what there is", device, budgets.device),
         over("the host", "memory.ram for all ranks, or what there is", host, budgets.host),

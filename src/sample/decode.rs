@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Tensor};
 use image::RgbImage;
 
 use super::tiles::{Plane, Tiles};
-use crate::device::Compute;
+use crate::device::{Compute, on_host};
 use crate::model::{self, Component, VaeConfig};
 use crate::pipeline::{Frozen, PipelineWeights};
 use crate::segment::SlotId;
@@ -58,7 +58,7 @@ impl Network {
         let input = Tensor::from_vec(latents.values, shape, device)?.to_dtype(self.dtype)?;
         let output = self.frozen.run(vec![(self.latents, input)], self.pixels)?;
         let (_, channels, height, width) = output.dims4()?;
-        let values = output.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+        let values = on_host(&output)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
         Ok(Plane { channels, height, width, values })
     }
 }

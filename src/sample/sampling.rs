@@ -7,7 +7,7 @@ use super::decode::Decoder;
 use super::request::{Ending, Made, Picture, Request, Settings};
 use crate::comm::CommunicatorExt;
 use crate::data::Tokens;
-use crate::device::Compute;
+use crate::device::{Compute, on_host};
 use crate::diffusion::guide;
 use crate::diffusion::sampler::{LatentShape, SamplerConfig};
 use crate::launch::{Event, Rank};
@@ -172,7 +172,8 @@ impl Sampling<'_> {
             let _fetched = parameters.fetch()?;
             tape.run(i).with_context(|| format!("running {}", node.name))?;
         }
-        let prediction = tape.take(self.slots.prediction)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+        let prediction =
+            on_host(&tape.take(self.slots.prediction)?)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
         if !settings.guided() {
             return Ok(prediction);
         }

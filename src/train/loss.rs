@@ -5,6 +5,7 @@ use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
 
 use super::rows::Rows;
+use crate::device::on_host;
 use crate::device::trace::{Row, span};
 use crate::diffusion::loss_and_gradient;
 use crate::ops::Objective;
@@ -43,7 +44,7 @@ impl<'a> Loss<'a> {
             return Ok(gradient);
         }
         let dims = prediction.dims4()?;
-        let values = prediction.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+        let values = on_host(&prediction.to_dtype(DType::F32)?)?.flatten_all()?.to_vec1::<f32>()?;
         let mut gradient = vec![0f32; values.len()];
         let Rows { targets, weights, .. } = self.rows;
         let value =
@@ -60,7 +61,7 @@ impl<'a> Loss<'a> {
             Value::Known(errors) => errors,
             Value::Coming(errors) => {
                 let _span = span(Row::Wait, "the GPU");
-                errors.to_vec1::<f64>()?
+                on_host(&errors)?.to_vec1::<f64>()?
             }
         };
         let loss = row_mse.iter().zip(&self.rows.weights).fold(0.0, |sum, (mse, weight)| sum + weight * mse);

@@ -16,7 +16,7 @@ use crate::comm::{CommunicatorExt, SliceMut};
 use crate::config::RunPlan;
 use crate::device::Place;
 use crate::device::nvme::wear_note;
-use crate::launch::{Event, Rank};
+use crate::launch::{Event, Rank, report_failure};
 use crate::pipeline::Configs;
 use crate::plan::command::decide;
 use crate::sample;
@@ -32,16 +32,26 @@ pub fn run(plan: &RunPlan, model_dir: &Path, rank: &Rank, profile: Option<NonZer
         return Ok(Ending::Interrupted);
     }
     let mut trainer = setup::build(plan, decision, model_dir, configs, rank, &hardware)?;
+    let ended = lead(&mut trainer, plan, model_dir, profile);
+    if let Err(error) = &ended {
+        // Before memory and device are given back, which takes time, and may fail, too, if the device has.
+        report_failure(error);
+    }
+    ended
+}
+
+/// From the first step, or where the run goes on, to the pipeline.
+fn lead(trainer: &mut Trainer, plan: &RunPlan, model_dir: &Path, profile: Option<NonZeroU32>) -> Result<Ending> {
     trainer.profiler = Profiler::new(profile);
-    trainer.comm.agree(prepare_output(&trainer))?;
+    trainer.comm.agree(prepare_output(trainer))?;
     let begun = trainer.begin();
     trainer.comm.agree(begun)?;
     let start = Event::Start { total_steps: trainer.total_steps, done_steps: trainer.position.step };
-    rank.events.send(&start);
-    say_where_state_rests(&trainer);
-    let before = Written::of(&trainer);
+    trainer.rank.events.send(&start);
+    say_where_state_rests(trainer);
+    let before = Written::of(trainer);
     let ending = trainer.train()?;
-    say_what_was_written(&trainer, before)?;
+    say_what_was_written(trainer, before)?;
     if ending == Ending::Done {
         let export = Export {
             model_dir,
@@ -51,7 +61,7 @@ pub fn run(plan: &RunPlan, model_dir: &Path, rank: &Rank, profile: Option<NonZer
         };
         export::export(&trainer.network, &trainer.weights, &*trainer.comm, &export).context("writing the pipeline")?;
         trainer.report_memory()?;
-        rank.events.send(&Event::Done);
+        trainer.rank.events.send(&Event::Done);
     }
     trainer.comm.leave()?;
     Ok(ending)

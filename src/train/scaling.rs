@@ -10,6 +10,7 @@ use super::step::Inputs;
 use super::trainer::Trainer;
 use crate::checkpoint;
 use crate::comm::{Slice, SliceMut};
+use crate::device::on_host;
 use crate::optim::{LossScale, Overflow};
 use crate::segment::{Keep, Tape};
 use crate::zero::Partition;
@@ -118,6 +119,6 @@ impl Network {
 }
 
 fn all_finite(tensor: &Tensor) -> Result<bool> {
-    let values = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+    let values = on_host(tensor)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
     Ok(checkpoint::all_finite(&values))
 }

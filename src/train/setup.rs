@@ -136,7 +136,7 @@ pub(super) fn hardware(plan: &RunPlan, decision: &Decision, rank: &Rank) -> Resu
         DeviceKind::Cpu => Ok(Hardware::cpu()),
         DeviceKind::Cuda => {
             let limit = decision.device_limit.map(|bytes| bytes as usize);
-            Hardware::gpu(rank.world.local_rank, limit, decision.prediction.bytes.device.bound)
+            Hardware::gpu(rank.world.local_rank, limit, decision.prediction.bytes.device.room)
         }
     };
     let hardware = rank.communicator.agree(opened)?;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use anyhow::{Result, ensure};
 use candle_core::{DType, Device, Tensor};
 
-use crate::device::Compute;
+use crate::device::{Compute, on_host};
 use crate::model::{self, Component, VaeConfig};
 use crate::pipeline::{Frozen, PipelineWeights};
 use crate::segment::SlotId;
@@ -75,7 +75,7 @@ impl Encoder {
         // Rounded here, so that only what is needed travels.
         let pixels = picture.to_dtype(dtype)?.to_device(&self.device)?;
         let output = network.run(vec![(self.pixels, pixels)], self.moments)?;
-        Ok(output.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?)
+        Ok(on_host(&output)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?)
     }
 }
 

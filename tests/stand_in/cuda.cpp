@@ -360,6 +360,8 @@ CALL cuStreamSynchronize(void* handle) {
     auto which = stream(handle);
     return which ? which->wait(), int(sticky) : int(INVALID_HANDLE);
 }
+// For libraries that cannot be closed after a failure.
+CALL stand_in_broken() { return sticky; }
 // For what puts work of its own on streams.
 CALL stand_in_put(void* handle, void (*what)(void*), void* with) {
     auto which = stream(handle);

@@ -85,7 +85,12 @@ double scalar(const void* at, int way) {
 } // namespace
 
 CALL cublasCreate_v2(Handle** to) { return *to = new Handle, SUCCESS; }
-CALL cublasDestroy_v2(Handle* handle) { return delete handle, SUCCESS; }
+// As on a GPU that has failed, where nothing can be closed any more.
+static int closed() {
+    auto broken = reinterpret_cast<int (*)()>(dlsym(RTLD_DEFAULT, "stand_in_broken"));
+    return broken && broken() ? INVALID : SUCCESS;
+}
+CALL cublasDestroy_v2(Handle* handle) { return delete handle, closed(); }
 CALL cublasSetStream_v2(Handle* handle, void* stream) { return handle->stream = stream, SUCCESS; }
 CALL cublasSetWorkspace_v2(Handle*, void* at, size_t bytes) { return at && bytes ? SUCCESS : INVALID; }
 CALL cublasSetMathMode(Handle*, int) { return SUCCESS; }
@@ -119,7 +124,7 @@ CALL cublasGemmEx(Handle* handle, int turn_a, int turn_b, int m, int n, int k, c
 
 static char generator;
 CALL curandCreateGenerator(void** to, int) { return *to = &generator, SUCCESS; }
-CALL curandDestroyGenerator(void*) { return SUCCESS; }
+CALL curandDestroyGenerator(void*) { return closed(); }
 CALL curandSetStream(void*, void*) { return SUCCESS; }
 CALL curandSetPseudoRandomGeneratorSeed(void*, unsigned long long) { return SUCCESS; }
 CALL curandSetGeneratorOffset(void*, unsigned long long) { return SUCCESS; }

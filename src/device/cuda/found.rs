@@ -113,6 +113,11 @@ fn no_gpu() -> String {
 fn refusal(code: u32) -> String {
     match code {
         100 => no_gpu(),
+        802 => {
+            "the NVIDIA driver waits for the fabric between the GPUs: see that the service nvidia-fabricmanager runs, in the \
+             driver's version"
+                .to_string()
+        }
         35 | 804 => "the NVIDIA driver is too old for this machine's CUDA libraries: install a newer one".to_string(),
         803 => {
             "the NVIDIA driver's library and its kernel module are of different versions, as after an update: restart \

@@ -43,6 +43,8 @@ pub struct Gpu {
     downloads: Stream,
     pool: Arc<Pool>,
     faults: Faults,
+    /// Held while a product is launched: cuBLAS has one handle and one scratch for all threads.
+    multiplying: Mutex<()>,
     /// Whether products in fp32 may be taken in tf32.
     tf32: AtomicBool,
     modules: Modules,
@@ -143,6 +145,7 @@ impl Gpu {
             downloads,
             pool,
             faults,
+            multiplying: Mutex::new(()),
             tf32: AtomicBool::new(false),
         });
         gpu.self_test().with_context(|| format!("GPU {ordinal} ({}) fails its self-test", gpu.card.name))?;
@@ -238,6 +241,15 @@ impl Gpu {
         self.tf32.store(allowed, Ordering::Relaxed);
     }
 
+    /// Makes room for what could not be handed out, at the cost of a stop.
+    pub(super) fn gather(&self) -> Result<()> {
+        self.pool.gather()
+    }
+
+    pub(super) fn does_not_fit(&self, bytes: usize, what: &str) -> anyhow::Error {
+        self.pool.does_not_fit(bytes, what)
+    }
+
     /// Gives what is not handed out back to the system.
     pub fn trim(&self) -> Result<()> {
         self.pool.trim()
@@ -290,6 +302,11 @@ fn give_blas_scratch(candle: &CudaDevice, computing: &Stream, capability: u32) -
 
 impl Drop for Gpu {
     fn drop(&mut self) {
+        if self.computing.cudarc().synchronize().is_err() {
+            // Nothing can be closed properly after a failure of the GPU, and candle's device would panic in trying, before
+            // anybody has heard of the cause. The system cleans up.
+            std::mem::forget(self.candle.clone());
+        }
         // Setting the stream makes cuBLAS fall back to scratch of its own; candle's device may live on.
         let handle = *self.candle.cublas_handle().handle();
         // SAFETY: the handle and the stream are alive. An error leaves a handle that nobody uses any more.
@@ -306,6 +323,7 @@ impl Launcher for Gpu {
     fn multiply(&self, product: &Product) -> Result<()> {
         // cuBLAS takes the thread's context.
         self.context().bind_to_thread().attempt("multiplying matrices")?;
+        let _one = self.multiplying.lock().unwrap_or_else(|e| e.into_inner());
         // SAFETY: candle's device keeps the handle alive, on the computing stream; the addresses are the caller's promise,
         // as a kernel's are.
         unsafe { products::multiply(*self.candle.cublas_handle().handle(), product, self.allows_tf32()) }

@@ -67,4 +67,4 @@ pub use status::Faults;
 #[cfg(feature = "cuda")]
 pub use stream::Stream;
 #[cfg(feature = "cuda")]
-pub use tensors::{address_of, download, moment, uninitialised, upload};
+pub use tensors::{address_of, download, moment, on_host, uninitialised, upload};

@@ -158,6 +158,12 @@ impl Pool {
         unsafe { result::mem_pool::trim_to(raw, 0) }.attempt("giving memory back")
     }
 
+    /// Waits for what the GPU has to do and gives back what is free then, so that what was in pieces can be handed out whole.
+    pub fn gather(&self) -> Result<()> {
+        self.context.synchronize().attempt("making room")?;
+        self.trim()
+    }
+
     /// Bytes for whoever waits for `stream`. Errors name `what` was wanted, and the limit.
     pub fn take(&self, stream: sys::CUstream, bytes: usize, what: &str) -> Result<sys::CUdeviceptr> {
         // The driver hands out nothing for nothing.
@@ -169,12 +175,16 @@ impl Pool {
         }
         self.context.bind_to_thread().attempt(what)?;
         let mut address: sys::CUdeviceptr = 0;
-        let status = match self.raw {
+        let mut ask = || match self.raw {
             // SAFETY: a place for the address; the pool and the stream are alive.
             Some(raw) => unsafe { sys::cuMemAllocFromPoolAsync(&mut address, bytes, raw, stream) },
             // SAFETY: as above.
             None => unsafe { sys::cuMemAlloc_v2(&mut address, bytes) },
         };
+        let mut status = ask();
+        if status == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY && self.gather().is_ok() {
+            status = ask();
+        }
         match status {
             sys::CUresult::CUDA_SUCCESS => {
                 let taken = self.taken.fetch_add(bytes, Relaxed) + bytes;
@@ -205,12 +215,14 @@ impl Pool {
         }
     }
 
-    fn does_not_fit(&self, bytes: usize, what: &str) -> anyhow::Error {
+    /// Why there is no room for what could not be handed out.
+    pub fn does_not_fit(&self, bytes: usize, what: &str) -> anyhow::Error {
         let PoolUsage { used, held, .. } = self.usage().unwrap_or_default();
+        let (left, _) = self.context.mem_get_info().unwrap_or_default();
         match self.limit {
             Some(limit) => anyhow::anyhow!(
                 "{what}: {bytes} bytes do not fit into the device memory: {used} of {limit} bytes are in use, {held} are \
-                 held with gaps and what was freed"
+                 held with gaps and what was freed, and the GPU has {left} bytes left"
             ),
             None => anyhow::anyhow!(
                 "{what}: the GPU has no {bytes} bytes of memory left; this program uses {used} bytes of it"

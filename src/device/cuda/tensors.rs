@@ -2,7 +2,7 @@
 
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::cuda_backend::CudaStorageSlice as Slice;
-use candle_core::{CudaDevice, CudaStorage, DType, Error, Layout, Result, Shape, bail};
+use candle_core::{CudaDevice, CudaStorage, DType, Device, Error, Layout, Result, Shape, Storage, Tensor, bail};
 use cudarc::driver::{CudaSlice, DevicePtr};
 
 use super::Gpu;
@@ -29,7 +29,24 @@ pub fn address_of(storage: &CudaStorage, layout: &Layout) -> Result<Address> {
 /// A tensor's storage whose contents are whatever was there: for what a kernel writes whole.
 pub fn uninitialised(device: &CudaDevice, shape: &Shape, dtype: DType) -> Result<CudaStorage> {
     // SAFETY: numbers have no invalid bits, and kernels write what they are given before anyone reads it.
-    unsafe { device.alloc_uninit(shape, dtype) }
+    let ask = || unsafe { device.alloc_uninit(shape, dtype) };
+    ask().or_else(|_| {
+        let gpu = told(Gpu::of(device))?;
+        told(gpu.gather())?;
+        let bytes = shape.elem_count() * dtype.size_in_bytes();
+        ask().or_else(|_| told(Err(gpu.does_not_fit(bytes, "a tensor"))))
+    })
+}
+
+/// A tensor's values in the processor's memory, once they are computed.
+pub fn on_host(tensor: &Tensor) -> Result<Tensor> {
+    let tensor = tensor.contiguous()?;
+    let mut bytes = vec![0u8; tensor.elem_count() * tensor.dtype().size_in_bytes()];
+    let (storage, layout) = tensor.storage_and_layout();
+    if let Storage::Cuda(storage) = &*storage {
+        download(storage, layout, &mut bytes, &moment(storage.device())?)?;
+    }
+    Tensor::from_raw_buffer(&bytes, tensor.dtype(), tensor.dims(), &Device::Cpu)
 }
 
 /// What was launched until now, on candle's device.
