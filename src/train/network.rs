@@ -48,6 +48,7 @@ impl Network {
         let store = ParamStore::load(&ranks, dtype, &tiers, slots, source)?;
         let grads = graph.nodes.iter().map(|n| n.grads.as_ref());
         let reducer = GradReducer::new(&ranks, &tiers, &store, grads)?;
+        reducer.lend(&store);
         let optimizer = Optimizer::new(&tiers, &store, &reducer, state, seed)?;
         Ok(Network { graph, store, reducer, optimizer, keep })
     }

@@ -57,14 +57,14 @@ impl Network {
         objective: impl FnOnce(&Tensor) -> Result<Tensor>,
     ) -> Result<()> {
         let Some(inputs) = inputs else { return self.keep_company(then) };
-        let (graph, segments) = (&self.graph, self.graph.nodes.len());
+        let graph = &self.graph;
         let tiers = self.store.tiers();
         let aside = Aside { arena: tiers.host.activations.clone(), queue: tiers.activations.clone() };
         let mut tape = Tape::with_choice(graph, self.keep.clone(), Some(aside));
         for (slot, value) in inputs.slots {
             tape.set(slot, value);
         }
-        let mut parameters = self.store.walk((0..segments).chain((0..segments).rev()));
+        let mut parameters = self.store.there_and_back();
         for (i, node) in graph.nodes.iter().enumerate() {
             let _fetched = parameters.fetch()?;
             let _span = span(Row::Compute, || format!("forward {}", node.name));
@@ -90,7 +90,7 @@ impl Network {
     /// The same collectives in the same order, without rows.
     fn keep_company(&mut self, then: Then) -> Result<()> {
         let segments = self.graph.nodes.len();
-        let mut parameters = self.store.walk((0..segments).chain((0..segments).rev()));
+        let mut parameters = self.store.there_and_back();
         (0..segments).try_for_each(|_| parameters.fetch().map(drop))?;
         for i in (0..segments).rev() {
             drop(parameters.fetch()?);

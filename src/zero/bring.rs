@@ -66,19 +66,25 @@ impl Space {
             return Ok(Landed { bucket, _way: [None, None] });
         }
         let Some(resting) = resting else {
-            let (bucket, shard) = collect(ranks, rest, bucket, shard)?;
+            let (bucket, shard) = collect(ranks, stored, rest, bucket, shard)?;
             return Ok(Landed { bucket, _way: [None, shard] });
         };
-        let (resting, shard) = collect(ranks, rest, resting, shard)?;
+        let (resting, shard) = collect(ranks, stored, rest, resting, shard)?;
         cast(&resting, &mut bucket)?;
         Ok(Landed { bucket, _way: [Some(resting), shard] })
     }
 }
 
 /// All of it into `whole`, which has the dtype in which it rests; through `shard` if it is read from a drive and gathered.
-fn collect(ranks: &Ranks, rest: &Rest, whole: Buffer, shard: Option<Buffer>) -> Result<(Buffer, Option<Buffer>)> {
+fn collect(
+    ranks: &Ranks,
+    stored: &Stored,
+    rest: &Rest,
+    whole: Buffer,
+    shard: Option<Buffer>,
+) -> Result<(Buffer, Option<Buffer>)> {
     if rest.len() == whole.len() {
-        return Ok((rest.read_all(whole)?, None));
+        return Ok((read_all(stored, rest, whole)?, None));
     }
     let mut whole = whole;
     let Some(shard) = shard else {
@@ -86,9 +92,17 @@ fn collect(ranks: &Ranks, rest: &Rest, whole: Buffer, shard: Option<Buffer>) -> 
         gather(ranks, &memory, &mut whole)?;
         return Ok((whole, None));
     };
-    let shard = rest.read_all(shard)?;
+    let shard = read_all(stored, rest, shard)?;
     gather(ranks, &shard, &mut whole)?;
     Ok((whole, Some(shard)))
+}
+
+/// All that rests here, from where it was read early if it was.
+fn read_all(stored: &Stored, rest: &Rest, mut into: Buffer) -> Result<Buffer> {
+    match stored.early.get() {
+        Some(early) if early.take(&mut into)? => Ok(into),
+        _ => rest.read_all(into),
+    }
 }
 
 /// Makes what the owners changed visible in every rank's resident copy.

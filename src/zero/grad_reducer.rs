@@ -3,12 +3,13 @@
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use anyhow::{Context, Result, bail};
 use candle_core::DType;
 
-use super::param_store::locked;
+use super::early::Early;
+use super::param_store::{At, locked};
 use super::reduce::Room;
 use super::rest::{Coming, Piece, Staging};
 use super::{ParamStore, Ranks, Tiers};
@@ -34,7 +35,7 @@ pub struct GradReducer {
 type Spent = (Option<Buffer>, Room);
 
 /// A segment's sums at rest.
-struct Summed {
+pub(super) struct Summed {
     slot: Arc<GradSlot>,
     name: String,
     padded_len: usize,
@@ -82,6 +83,18 @@ impl GradReducer {
         };
         let segments = slots.enumerate().map(summed).collect::<Result<_>>()?;
         Ok(GradReducer { ranks: ranks.clone(), tiers: tiers.clone(), segments, leaving: None })
+    }
+
+    /// Lets the store read parameters early into the memory of sums that is not used.
+    pub fn lend(&self, store: &ParamStore) {
+        for (stored, summed) in store.stored.iter().zip(&self.segments) {
+            if let (At::Rest(rest), Some(summed)) = (&stored.at, summed)
+                && let Some(early) = Early::of(rest, summed)
+            {
+                // Once in a store's life.
+                let _ = stored.early.set(early);
+            }
+        }
     }
 
     /// Whether a whole bucket, as ops fill it, is what rests on the device.
@@ -213,6 +226,20 @@ impl GradReducer {
 }
 
 impl Summed {
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub(super) fn memory(&self) -> MutexGuard<'_, Option<Buffer>> {
+        locked(&self.sum)
+    }
+
+    /// Its memory, if nothing in it matters.
+    pub(super) fn unused(&self) -> Option<MutexGuard<'_, Option<Buffer>>> {
+        let sum = locked(&self.sum);
+        self.fresh.load(Relaxed).then_some(sum)
+    }
+
     /// Adds a micro-batch's bucket to the sum. In stages 0 and 1 the bucket is the sum so far, this micro-batch included.
     /// Returns the bucket, unless it is what rests here.
     fn store(&self, ranks: &Ranks, room: &mut Room, mut bucket: Buffer, last: bool) -> Result<Option<Buffer>> {

@@ -3,6 +3,7 @@
 
 mod bring;
 mod collect;
+mod early;
 mod grad_reducer;
 mod owned;
 mod param_store;

@@ -2,12 +2,13 @@
 //! is used; dropping what it returns is the release.
 
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use anyhow::{Context, Result};
 use candle_core::DType;
 
 use super::bring::{Landed, Space, publish, read_rounded};
+use super::early::Early;
 use super::rest::Rest;
 use super::{Partition, Stage, Tiers};
 use crate::comm::Communicator;
@@ -47,6 +48,8 @@ pub(super) struct Stored {
     /// fp32 weights of what the optimizer sees, where the parameters themselves are in another precision.
     pub master: Option<Rest>,
     turn: Mutex<Turn>,
+    /// Where they can be read for the backward before it begins.
+    pub early: OnceLock<Early>,
 }
 
 /// Where parameters are between uses.
@@ -113,6 +116,7 @@ impl ParamStore {
                 at,
                 master: None,
                 turn: Mutex::default(),
+                early: OnceLock::new(),
             })
         };
         let stored = slots.map(stored).collect();
@@ -140,7 +144,8 @@ impl ParamStore {
             }
             false => None,
         };
-        Ok(Stored { slot: slot.clone(), trainable, padded_len, at, master, turn: Mutex::default() })
+        let (slot, turn, early) = (slot.clone(), Mutex::default(), OnceLock::new());
+        Ok(Stored { slot, trainable, padded_len, at, master, turn, early })
     }
 
     fn read(&self, stored: &Stored, source: &dyn WeightSource) -> Result<()> {
@@ -206,6 +211,7 @@ impl ParamStore {
     /// owners' shards are published.
     pub fn updating(&self, i: usize, update: Pending<()>) {
         let stored = &self.stored[i];
+        stored.early.get().into_iter().for_each(Early::forget);
         let mut turn = locked(&stored.turn);
         turn.update = Some(update);
         turn.stale = self.ranks.stage.partitions_optimizer() && !self.ranks.alone() && matches!(stored.at, At::Slot);
@@ -220,7 +226,13 @@ impl ParamStore {
 
     /// Segment after segment, in this order, each a collective where parameters are partitioned.
     pub fn walk(&self, order: impl IntoIterator<Item = usize>) -> Walk<'_> {
-        Walk { store: self, order: order.into_iter().collect(), at: 0, coming: None }
+        Walk { store: self, order: order.into_iter().collect(), turn: None, at: 0, coming: None }
+    }
+
+    /// All segments, for a forward, and back.
+    pub fn there_and_back(&self) -> Walk<'_> {
+        let count = self.len();
+        Walk { turn: Some(count), ..self.walk((0..count).chain((0..count).rev())) }
     }
 
     /// One segment alone; see [`Self::walk`].
@@ -278,6 +290,8 @@ enum Coming {
 pub struct Walk<'a> {
     store: &'a ParamStore,
     order: Vec<usize>,
+    /// How many there are before the way back.
+    turn: Option<usize>,
     at: usize,
     coming: Option<Coming>,
 }
@@ -290,6 +304,11 @@ impl<'a> Walk<'a> {
         let coming = self.coming.take().map_or_else(|| self.store.begin(i), Ok)?;
         let fetched = self.store.arrive(i, coming)?;
         self.at += 1;
+        if self.turn == Some(self.at) {
+            // All updates have been waited for.
+            let ahead = &self.store.tiers.ahead;
+            self.order[self.at..].iter().for_each(|&i| Early::begin(&self.store.stored[i], ahead));
+        }
         if let Some(&following) = self.order.get(self.at)
             && self.store.tiers.prefetch
             && !matches!(self.store.stored[following].at, At::Slot)

@@ -53,6 +53,8 @@ pub struct Tiers {
     pub traffic: Arc<Queue>,
     /// Activations on their way to the host and back.
     pub activations: Arc<Queue>,
+    /// Parameters that are read for the backward before it begins.
+    pub ahead: Arc<Queue>,
     /// Of the optimizer's pieces, where the device's memory is not the host's.
     pub copies: Option<Arc<Copies>>,
 }
@@ -95,7 +97,8 @@ impl Tiers {
             },
             memory,
             traffic: Arc::new(Queue::late("traffic", delays.clone())?),
-            activations: Arc::new(Queue::late("activations", delays)?),
+            activations: Arc::new(Queue::late("activations", delays.clone())?),
+            ahead: Arc::new(Queue::late("read ahead", delays)?),
         })
     }
 
