@@ -34,7 +34,7 @@ parts() {
     part right 90 two-ranks-over-nccl env DBLAUNCH_SHARE_GPU=1 ./dblaunch bench gpu --nproc 2
     part right 60 a-failing-rank-ends-the-others told 1 "failed on purpose" env DBLAUNCH_SHARE_GPU=1 ./dblaunch bench gpu --nproc 2 --fail
     part right 60 a-card-too-small-is-told capped 1500000000 told 2 "MiB left" ./dblaunch --set model.device=cuda --set memory.vram=4GiB \
-        --set data.resolution=512 --set train.batch_size=64 --set output.dir="$OUT/too-small" tests/stand_in/train.toml
+        --set data.resolution=1024 --set train.batch_size=64 --set output.dir="$OUT/too-small" tests/stand_in/train.toml
     part fast 90 sd15-under-6-GB capped 6000000000 sd15 --vram 5100000000 --ram 16000000000 --parameters host --optimizer host --keep graph
     part fast 90 sd15-under-4-GB capped 4000000000 sd15 --vram 3100000000 --parameters host --gradients host --optimizer host
     part fast 90 sd15-with-text-under-8-GB capped 8000000000 sd15 --vram 7100000000 --text-encoder --parameters host --optimizer host
