@@ -11,6 +11,7 @@ use serde::Deserialize;
 
 use crate::device::{Arena, BucketLayout, GradSlot, Hardware, ParamSlot, WeightRef, bulk, on_host};
 use crate::ops::{self, Activation, Conv2d, Mask};
+use crate::segment::{leaf, pullback};
 
 /// An op and what it takes beside tensors.
 #[derive(Deserialize)]
@@ -69,15 +70,14 @@ struct Weight {
 
 impl Case<'_> {
     fn run(&self, device: &Device, arena: &Arena) -> Result<Vec<(String, Tensor)>> {
-        let there = |tensor: &Tensor| Var::from_tensor(&tensor.to_device(device)?);
+        let there = |tensor: &Tensor| leaf(&tensor.to_device(device)?);
         let inputs = self.activations.iter().map(there).collect::<candle_core::Result<Vec<_>>>()?;
         let weights = self.weights.iter().map(|values| Weight::new(values, arena)).collect::<Result<Vec<_>>>()?;
         let y = self.forward(&inputs, &weights)?;
         let mut results = vec![("y".to_string(), on_host(&y)?)];
-        // The gradient of sum(y * dy) by y is dy.
-        let mut grads = (&y * self.dy.to_device(device)?)?.sum_all()?.backward()?;
-        for (i, input) in inputs.iter().enumerate() {
-            let grad = grads.remove(input).with_context(|| format!("activation {i} has no gradient"))?;
+        let dy = self.dy.to_device(device)?;
+        for (i, grad) in pullback(&[y], &[Some(dy)], &inputs)?.into_iter().enumerate() {
+            let grad = grad.with_context(|| format!("activation {i} has no gradient"))?;
             results.push((format!("dx{i}"), on_host(&grad)?));
         }
         for (i, (weight, values)) in weights.iter().zip(&self.weights).enumerate() {

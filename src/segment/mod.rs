@@ -6,6 +6,7 @@ mod tape;
 mod value;
 
 pub use graph::{GraphBuilder, Node, Params, Segment, SegmentGraph, SlotId};
+pub(crate) use pullback::{leaf, pullback};
 pub use tape::{Keep, Tape};
 pub use value::Aside;
 
