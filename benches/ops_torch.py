@@ -1,127 +1,120 @@
-#!/usr/bin/env python3
-"""Half precision: the error of our ops against fp64, beside that of PyTorch's own ops with the same inputs.
+"""Compares `benches/ops.rs` with PyTorch: both measure each case in turn, several times, and the ratio of rates is printed.
 
-usage: ops_torch.py DBLAUNCH [--device cuda|cpu] [--theirs cuda|cpu] [--small]
-Each op runs forward and backward in bf16 and fp16 in both, and in fp64 on the CPU. Errors are root mean square and maximum
-over a result's numbers; no error is taken for less than a quarter (maximum: a half) of what rounding one number costs. Exit
-status 1 if ours is more than twice PyTorch's anywhere. Needs torch and safetensors. No part of the test command."""
-import argparse, json, os, subprocess, sys, tempfile
-import torch
-import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+    cargo bench --bench ops --no-run        # names the program
+    python benches/ops_torch.py PROGRAM [--rounds 5] [--only TEXT] [--json FILE] [--cpu-time]
+"""
 
-p = argparse.ArgumentParser()
-p.add_argument("dblaunch"); p.add_argument("--device", default="cuda"); p.add_argument("--theirs")
-p.add_argument("--small", action="store_true", help="sizes for an emulated GPU")
-a = p.parse_args()
-theirs_on = a.theirs or a.device
-torch.manual_seed(7)
-torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import time
 
-def heads_apart(x, heads):
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+THREADS = os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("MKL_NUM_THREADS", THREADS)
+os.environ.setdefault("MKL_DYNAMIC", "FALSE")
+# candle's own threads only wait in a circle here.
+os.environ.setdefault("CANDLE_NUM_THREADS", "1")
 
-def attention(o, x, w):
-    q, k, v = (heads_apart(t, o["heads"]) for t in x)
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+import torch  # noqa: E402  (reads the environment when imported)
+import torch.nn.functional as F  # noqa: E402
 
-def group_norm(o, x, w):
-    y = F.group_norm(x[0], o["groups"], w[0], w[1], 1e-5)
-    return F.silu(y) if o["silu"] else y
+torch.set_num_threads(int(THREADS))
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
-def geglu(o, x, w):
-    value, gate = x[0].chunk(2, dim=-1)
-    return value * F.gelu(gate)
 
-TORCH = {
-    "attention": attention, "group_norm": group_norm, "geglu": geglu,
-    "conv2d": lambda o, x, w: F.conv2d(x[0], w[0], w[1], stride=o["stride"], padding=o["padding"]),
-    "linear": lambda o, x, w: F.linear(x[0], w[0], w[1]),
-    "layer_norm": lambda o, x, w: F.layer_norm(x[0], x[0].shape[-1:], w[0], w[1], 1e-5),
-    "silu": lambda o, x, w: F.silu(x[0]), "gelu": lambda o, x, w: F.gelu(x[0]),
-    "add_channels": lambda o, x, w: x[0] + x[1][:, :, None, None],
-    "upsample": lambda o, x, w: F.interpolate(x[0], size=(o["height"], o["width"]), mode="nearest"),
-}
+def prepare(case):
+    """The case as a function, and its number of floating-point operations."""
+    dtype, pass_, kind, *sizes = case.split()
+    sizes = [int(s) for s in sizes]
+    new = lambda *shape: torch.rand(*shape).mul_(2).sub_(1).to(DTYPES[dtype])
+    if kind == "linear":
+        rows, inputs, outputs = sizes
+        x, w, b, dy = new(rows, inputs), new(outputs, inputs), new(outputs), new(rows, outputs)
+        operations = 2 * rows * inputs * outputs
+        if pass_ == "forward":
+            return lambda: F.linear(x, w, b), operations
+        if pass_ == "data":
+            return lambda: dy @ w, operations
+        return lambda: (dy @ w, dy.t() @ x, dy.sum(0)), 2 * operations
+    images, inputs, outputs, height, width, kernel, stride, padding = sizes
+    x, w, b = new(images, inputs, height, width), new(outputs, inputs, kernel, kernel), new(outputs)
+    y = F.conv2d(x, w, b, stride, padding)
+    dy = new(*y.shape)
+    operations = 2 * y.numel() * inputs * kernel * kernel
+    if pass_ == "forward":
+        return lambda: F.conv2d(x, w, b, stride, padding), operations
+    mask = [True, pass_ == "backward", pass_ == "backward"]
+    two = lambda n: [n, n]
+    backward = lambda: torch.ops.aten.convolution_backward(
+        dy, x, w, [outputs], two(stride), two(padding), two(1), False, two(0), 1, mask
+    )
+    return backward, operations * (2 if pass_ == "backward" else 1)
 
-def cases():
-    """Name, what the op takes beside tensors, shapes of activations and weights: those of SD 1.5, 2.1 and SDXL."""
-    s = 4 if a.small else 1
-    for tokens, keys, width in [(4096, 4096, 40), (1024, 1024, 80), (256, 256, 160), (4096, 77, 40), (1024, 77, 64)]:
-        heads, tokens = (2 if a.small else 8), max(64, tokens // s**3)
-        keys = keys if keys == 77 else tokens
-        inner = heads * width
-        yield f"attention {tokens}x{keys} of {width}", {"op": "attention", "heads": heads}, [[1, tokens, inner], [1, keys, inner], [1, keys, inner]], []
-    for side, ins, outs, kernel, stride in [(64, 320, 320, 3, 1), (32, 640, 640, 3, 2), (8, 1280, 1280, 3, 1), (64, 4, 320, 3, 1), (16, 1280, 640, 1, 1)]:
-        side, ins, outs = max(8, side // s), max(4, ins // s**2), outs // s**2
-        yield f"conv2d {kernel}x{kernel} {ins} to {outs} at {side}, stride {stride}", {"op": "conv2d", "stride": stride, "padding": kernel // 2}, [[2, ins, side, side]], [[outs, ins, kernel, kernel], [outs]]
-    for tokens, ins, outs in [(4096, 320, 2560), (77, 768, 320), (1, 320, 1280), (1024, 2560, 640)]:
-        tokens, ins, outs = max(1, tokens // s**2), ins // s, outs // s
-        yield f"linear {ins} to {outs}", {"op": "linear"}, [[2, tokens, ins]], [[outs, ins], [outs]]
-    for channels, side in [(320, 64), (1280, 16), (960, 32)]:
-        side = max(8, side // s)
-        for silu in [False, True]:
-            yield f"group_norm{' silu' if silu else ''} {channels} at {side}", {"op": "group_norm", "groups": 32, "silu": silu}, [[2, channels, side, side]], [[channels], [channels]]
-    for tokens, width in [(4096, 320), (256, 1280)]:
-        yield f"layer_norm {width}", {"op": "layer_norm"}, [[1, tokens // s**2, width]], [[width], [width]]
-    yield "geglu", {"op": "geglu"}, [[1, 1024 // s**2, 5120]], []
-    yield "silu", {"op": "silu"}, [[2, 1280]], []
-    yield "gelu", {"op": "gelu"}, [[2, 77, 3072]], []
-    yield "add_channels", {"op": "add_channels"}, [[2, 320, 32, 32], [2, 320]], []
-    yield "upsample", {"op": "upsample", "height": 32, "width": 32}, [[2, 320, 16, 16]], []
 
-def made(spec, xs, ws, dtype):
-    """Numbers as a trained network has them, rounded to `dtype`, so that all compute from the same."""
-    x = [torch.randn(shape).to(dtype) for shape in xs]
-    norm = spec["op"] in ("group_norm", "layer_norm")
-    w = []
-    for i, shape in enumerate(ws):
-        fan_in = torch.Size(shape[1:]).numel()
-        w.append(((1 + 0.2 * torch.randn(shape)) if norm and i == 0 else torch.randn(shape) * fan_in**-0.5).to(dtype))
-    if norm:
-        x = [(t.float() * 1.7 + 0.6).to(dtype) for t in x]
-    return x, w
+def best(run, clock):
+    """As in ops.rs."""
+    run()
 
-def theirs(spec, x, w, dy, dtype, device):
-    x, w = ([t.to(device, dtype).requires_grad_() for t in ts] for ts in (x, w))
-    y = TORCH[spec["op"]](spec, x, w)
-    grads = torch.autograd.grad(y, [*x, *w], dy.to(device, dtype))
-    names = ["y"] + [f"dx{i}" for i in range(len(x))] + [f"dw{i}" for i in range(len(w))]
-    return {name: t.detach().double().cpu() for name, t in zip(names, [y, *grads])}
+    def measure(count):
+        start = clock()
+        for _ in range(count):
+            run()
+        return clock() - start
 
-def compare(dtype, unit):
-    specs, tensors, kept = {}, {}, {}
-    for name, spec, xs, ws in cases():
-        x, w = made(spec, xs, ws, dtype)
-        with torch.no_grad():
-            shape = TORCH[spec["op"]](spec, [t.float() for t in x], [t.float() for t in w]).shape
-        dy = torch.randn(shape).to(dtype)
-        specs[name], kept[name] = spec, (x, w, dy)
-        tensors.update({f"{name}/{kind}{i}": t for kind, ts in (("x", x), ("w", w)) for i, t in enumerate(ts)})
-        tensors[f"{name}/dy"] = dy
-    with tempfile.TemporaryDirectory() as folder:
-        given, done = os.path.join(folder, "given"), os.path.join(folder, "done")
-        save_file({k: t.contiguous() for k, t in tensors.items()}, given, {"ops": json.dumps(specs)})
-        subprocess.run([a.dblaunch, "bench", "ops", given, done, "--device", a.device], check=True)
-        ours = load_file(done)
-    worst = 0
-    for name, spec in specs.items():
-        x, w, dy = kept[name]
-        exact = theirs(spec, x, w, dy, torch.float64, "cpu")
-        torchs = theirs(spec, x, w, dy, dtype, theirs_on)
-        for part, want in exact.items():
-            scale, most = want.square().mean().sqrt(), want.abs().max()
-            off = [(got - want).abs() for got in (ours[f"{name}/{part}"].double(), torchs[part])]
-            rms = [max((e.square().mean().sqrt() / scale).item(), 0.25 * unit) for e in off]
-            top = [max((e.max() / most).item(), 0.5 * unit) for e in off]
-            ratio = max(rms[0] / rms[1], top[0] / top[1])
-            worst = max(worst, ratio)
-            print(json.dumps({"dtype": str(dtype)[6:], "op": name, "of": part, "rms": rms, "max": top, "ours/torch": round(ratio, 3)}), flush=True)
-    return worst
+    count = 1
+    while measure(count) < 0.02:
+        count *= 2
+    times = []
+    while len(times) < 3 or sum(times) < 0.3:
+        times.append(measure(count))
+    return min(times) / count
 
-print(json.dumps({"torch": torch.__version__, "ours on": a.device, "theirs on": theirs_on}))
-capable = a.device == "cpu" or theirs_on == "cpu" or torch.cuda.get_device_capability() >= (8, 0)
-halves = [(torch.float16, 2**-11)] + ([(torch.bfloat16, 2**-8)] if capable else [])
-worst = max(compare(dtype, unit) for dtype, unit in halves)
-print(json.dumps({"worst ours/torch": worst}))
-sys.exit(worst > 2)
+
+def main():
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("program")
+    arguments.add_argument("--rounds", type=int, default=3)
+    arguments.add_argument("--only", default="")
+    arguments.add_argument("--json")
+    arguments.add_argument("--cpu-time", action="store_true", help="one thread, by its time on a core")
+    arguments = arguments.parse_args()
+    command = [arguments.program, "--serve", "--threads", THREADS]
+    clock = time.perf_counter
+    if arguments.cpu_time:
+        command.append("--cpu-time")
+        torch.set_num_threads(1)
+        clock = time.thread_time
+    ours = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ask(line):
+        print(line, file=ours.stdin, flush=True)
+        return ours.stdout.readline().strip()
+
+    cases, line = [], ask("list")
+    while line:
+        cases.append(line)
+        line = ours.stdout.readline().strip()
+    report = []
+    print(f"{'case':46} {'ours':>9} {'torch':>9} GFLOP/s   ratio (lowest to highest)")
+    with torch.no_grad():
+        for case in cases:
+            if arguments.only not in case:
+                continue
+            run, operations = prepare(case)
+            pairs = [(int(ask(case)) / 1e9, best(run, clock)) for _ in range(arguments.rounds)]
+            ratios = [theirs / mine for mine, theirs in pairs]
+            mine, theirs = (operations / min(times) / 1e9 for times in zip(*pairs))
+            ratio = statistics.median(ratios)
+            print(f"{case:46} {mine:9.1f} {theirs:9.1f}           {ratio:5.2f} ({min(ratios):.2f} to {max(ratios):.2f})", flush=True)
+            report.append({"case": case, "gflops": mine, "torch_gflops": theirs, "ratio": ratio, "ratios": ratios})
+    ours.stdin.close()
+    ours.wait()
+    if arguments.json:
+        with open(arguments.json, "w") as file:
+            json.dump({"threads": int(THREADS), "torch": torch.__version__, "cases": report}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -117,7 +117,7 @@ pub enum BenchCommand {
         #[arg(long)]
         leave: usize,
     },
-    /// Run single ops forward and backward on recorded inputs, for `benches/ops_torch.py`
+    /// Run single ops forward and backward on recorded inputs, for `benches/half_torch.py`
     Ops {
         /// A safetensors file with the inputs; the ops are in its metadata
         from: PathBuf,

@@ -1,4 +1,4 @@
-//! Single ops on recorded inputs, forward and backward: what `benches/ops_torch.py` compares with the same ops of PyTorch.
+//! Single ops on recorded inputs, forward and backward: what `benches/half_torch.py` compares with the same ops of PyTorch.
 
 use std::collections::HashMap;
 use std::path::Path;
