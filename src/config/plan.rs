@@ -100,6 +100,7 @@ impl RunPlan {
             interpolation: self.data.interpolation,
             keep_bytes: KEEP_BYTES,
             verify,
+            decode_bytes: None,
         }
     }
 

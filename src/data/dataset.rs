@@ -3,9 +3,12 @@
 
 use super::captions::{CaptionOptions, captions, is_caption_file};
 use super::crop::{Crop, Window, center, fit, scale_draw};
-use super::decode::{Picture, decode};
+use super::decode::{self, Picture};
+use super::footprint::{Footprint, Part};
+use super::header::Header;
 use super::resize::{Interpolation, resize};
 use crate::Refusal;
+use crate::device;
 use crate::diffusion::Row;
 use anyhow::Result;
 use rayon::prelude::*;
@@ -32,7 +35,12 @@ pub struct DatasetOptions {
     pub keep_bytes: usize,
     /// Whether opening decodes every picture to find damaged ones; without, they are found when they are used.
     pub verify: bool,
+    /// Bytes that decoding one may take, as [`Footprint::decoding`] counts them.
+    pub decode_bytes: Option<usize>,
 }
+
+/// Bytes that verifying may take for several pictures at a time.
+const VERIFY_BYTES: usize = 1 << 30;
 
 /// [`DatasetOptions::keep_bytes`] unless there is a reason.
 pub const KEEP_BYTES: usize = 1 << 30;
@@ -117,12 +125,31 @@ impl Dataset {
             kept: AtomicUsize::new(0),
         };
         if options.verify {
-            let images: Vec<(&Image, Row)> = dataset.images().collect();
-            let found: Vec<Option<String>> =
-                images.par_iter().map(|(image, row)| dataset.load(image, *row).err().map(|e| e.to_string())).collect();
-            problems.extend(found.into_iter().flatten());
+            problems.extend(dataset.verify());
         }
         if problems.is_empty() { Ok(dataset) } else { Err(Refusal { problems }.into()) }
+    }
+
+    /// What is wrong with the pictures. As many at a time as there are threads, but not more than there is memory for.
+    fn verify(&self) -> Vec<String> {
+        let images: Vec<(&Image, Row)> = self.images().collect();
+        let taken = |(image, row): &(&Image, Row)| {
+            Footprint::read(&image.path, &self.options, *row).map_or(0, |footprint| footprint.decoding)
+        };
+        let taken: Vec<usize> = images.par_iter().map(taken).collect();
+        let (mut problems, mut from) = (Vec::new(), 0);
+        while from < images.len() {
+            let mut sum = 0;
+            let fits = taken[from..].iter().take_while(|&&bytes| {
+                sum += bytes;
+                sum <= VERIFY_BYTES
+            });
+            let to = from + fits.count().max(1);
+            let found = images[from..to].par_iter().map(|(image, row)| self.load(image, *row).err());
+            problems.extend(found.collect::<Vec<_>>().into_iter().flatten().map(|error| error.to_string()));
+            from = to;
+        }
+        problems
     }
 
     /// The number of items, max(instance images, class images): one epoch.
@@ -245,30 +272,17 @@ impl Dataset {
 
     /// Decodes a picture, notes its size, and keeps the part of it that crops are taken from if there is room.
     fn load<'a>(&self, image: &'a Image, row: Row) -> Result<Loaded<'a>> {
-        let picture = decode(&image.path).map_err(|e| {
-            Refusal::error(format!(
-                "{} cannot be used as a training image: {e:#}. Replace the file by a whole PNG, JPEG or WebP image, or take it out of the folder.",
-                image.path.display()
-            ))
-        })?;
+        let picture = self.decode(image, row)?;
         image.size.get_or_init(|| (picture.width, picture.height));
-        let r = self.options.resolution;
-        let (width, height) = fit((picture.width, picture.height), r);
-        let (mut columns, mut rows) = (0..width, 0..height);
-        if self.options.center_crop {
-            let (top, left) = (center(height - r), center(width - r));
-            rows = top..top + r;
-            // The middle of a mirrored picture of even width over an odd one begins a column further.
-            let mirrored = if self.options.random_flip && row == Row::Instance { width - r - left } else { left };
-            columns = left.min(mirrored)..left.max(mirrored) + r;
-        }
-        let bytes = columns.len() * rows.len() * 3;
+        let part = Part::of((picture.width, picture.height), &self.options, row);
+        let bytes = part.bytes();
         let room = |kept: usize| kept.checked_add(bytes).filter(|&sum| sum <= self.options.keep_bytes);
         if self.kept.fetch_update(Ordering::Relaxed, Ordering::Relaxed, room).is_err() {
             return Ok(Loaded::Passing(picture));
         }
+        let Part { resized, columns, rows } = part;
         let (top, left) = (rows.start, columns.start);
-        let picture = resize(&picture, (width, height), columns, rows, self.options.interpolation);
+        let picture = resize(&picture, resized, columns, rows, self.options.interpolation);
         // Not inside the closure: work on rayon's threads might come back to this very cell.
         let window = Window { picture, top, left };
         let mut first = false;
@@ -281,6 +295,29 @@ impl Dataset {
             self.kept.fetch_sub(bytes, Ordering::Relaxed);
         }
         Ok(Loaded::Kept(kept))
+    }
+
+    /// The whole picture, if it takes no more than is allowed.
+    fn decode(&self, image: &Image, row: Row) -> Result<Picture> {
+        let path = image.path.display();
+        let unusable = |e: anyhow::Error| {
+            Refusal::error(format!(
+                "{path} cannot be used as a training image: {e:#}. Replace the file by a whole PNG, JPEG or WebP image, or take it out of the folder."
+            ))
+        };
+        let bytes = decode::read(&image.path).map_err(unusable)?;
+        if let (Some(most), Some(header)) = (self.options.decode_bytes, Header::read(&bytes))
+            && let taken = Footprint::of(&header, &self.options, row).decoding
+            && taken > most
+        {
+            return Err(Refusal::error(format!(
+                "decoding {path} takes {taken} bytes, and when the run was planned none of its pictures took more than {most}: \
+                 the file has changed since. Start the run again; checkpoint.resume = \"latest\" goes on where it stands."
+            )));
+        }
+        let picture = decode::decode(bytes).map_err(unusable)?;
+        device::within_budget()?;
+        Ok(picture)
     }
 }
 
@@ -349,6 +386,7 @@ mod tests {
             interpolation: Interpolation::Bilinear,
             keep_bytes: KEEP_BYTES,
             verify: true,
+            decode_bytes: None,
         }
     }
 
@@ -457,6 +495,20 @@ mod tests {
         let bad = ["corrupt.png", "cut.png", "cut.jpg", "cut.webp", "text.png", "empty.jpg"];
         assert!(bad.iter().all(|name| named(name)), "{problems:?}");
         assert_eq!(problems.len(), bad.len());
+    }
+
+    #[test]
+    fn a_picture_that_takes_more_than_was_planned_is_refused() {
+        let planned = |decode_bytes: Option<usize>| {
+            let options = DatasetOptions { decode_bytes, verify: false, ..options(data().join("rough/instance"), 16) };
+            let path = Dataset::open(&options).unwrap().path(Row::Instance, 0).to_path_buf();
+            let taken = Footprint::read(&path, &options, Row::Instance).unwrap().decoding;
+            (Dataset::open(&options).unwrap().crop_range(Row::Instance, 0), taken)
+        };
+        let (_, taken) = planned(None);
+        assert!(planned(Some(taken)).0.is_ok());
+        let error = planned(Some(taken - 1)).0.unwrap_err();
+        assert!(error.is::<Refusal>() && error.to_string().contains("the file has changed since"), "{error}");
     }
 
     #[test]

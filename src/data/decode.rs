@@ -19,14 +19,19 @@ pub(super) struct Picture {
 /// No picture may take more memory than this while it is decoded; a larger one is damaged or not a photograph.
 const LARGEST: u64 = 2 << 30;
 
-/// Decodes a file. An error's text says what is wrong with the file, without naming it.
-pub(super) fn decode(path: &Path) -> Result<Picture> {
+/// A whole file. An error's text says what is wrong with it, without naming it.
+pub(super) fn read(path: &Path) -> Result<Vec<u8>> {
     let unreadable = |e| anyhow::anyhow!("it cannot be read: {e}");
     // A pipe would be waited for.
     if !std::fs::metadata(path).map_err(unreadable)?.is_file() {
         bail!("it is not a file");
     }
-    let bytes = std::fs::read(path).map_err(unreadable)?;
+    std::fs::read(path).map_err(unreadable)
+}
+
+/// Decodes a file's contents, which go before the picture is turned upright: [`super::header`] tells beforehand what all of
+/// this takes, and has to follow what is done here. Errors as those of [`read`].
+pub(super) fn decode(bytes: Vec<u8>) -> Result<Picture> {
     let (picture, orientation) = match image::guess_format(&bytes) {
         Ok(ImageFormat::Png) => png(&bytes).context("it is a PNG file that is damaged or truncated")?,
         Ok(ImageFormat::Jpeg) => {
@@ -49,6 +54,7 @@ pub(super) fn decode(path: &Path) -> Result<Picture> {
         Err(_) if bytes.is_empty() => bail!("it is empty"),
         Err(_) => bail!("its contents are not those of an image"),
     };
+    drop(bytes);
     Ok(orientation.upright(picture))
 }
 
@@ -69,17 +75,18 @@ fn through_image(mut decoder: impl ImageDecoder) -> Result<(Picture, Orientation
         ColorType::Rgba8 => 4,
         other => bail!("pixels of type {other:?}"),
     };
-    Ok((Picture::new(width as usize, height as usize, channels, &bytes), orientation))
+    Ok((Picture::new(width as usize, height as usize, channels, bytes), orientation))
 }
 
 fn jpeg(bytes: &[u8]) -> Result<(Picture, Orientation)> {
-    let mut decoder = image::codecs::jpeg::JpegDecoder::new(Cursor::new(bytes))?;
+    // It has a copy of the file, and so is not kept while our own decoder works.
+    let decoder = || image::codecs::jpeg::JpegDecoder::new(Cursor::new(bytes));
+    let mut of_metadata = decoder()?;
+    let (exif, xmp) = (of_metadata.exif_metadata()?, of_metadata.xmp_metadata()?);
+    drop(of_metadata);
     match super::jpeg::decode(bytes, LARGEST) {
-        Some(picture) => {
-            let (exif, xmp) = (decoder.exif_metadata()?, decoder.xmp_metadata()?);
-            Ok((picture, orientation::find(exif.as_deref(), xmp.as_deref())))
-        }
-        None => through_image(decoder),
+        Some(picture) => Ok((picture, orientation::find(exif.as_deref(), xmp.as_deref()))),
+        None => through_image(decoder()?),
     }
 }
 
@@ -99,32 +106,35 @@ fn png(bytes: &[u8]) -> Result<(Picture, Orientation)> {
     if frame.bit_depth == png::BitDepth::Sixteen {
         // Pillow has no 16-bit colour and keeps the high byte; but 16-bit grey it holds as integers, and clips those.
         let grey = info.color_type == png::ColorType::Grayscale;
-        data = data
-            .as_chunks::<2>()
-            .0
-            .iter()
-            .map(|&[high, low]| {
-                if grey && high > 0 {
-                    255
-                } else if grey {
-                    low
-                } else {
-                    high
-                }
-            })
-            .collect();
+        for i in 0..data.len() / 2 {
+            let (high, low) = (data[2 * i], data[2 * i + 1]);
+            data[i] = if !grey {
+                high
+            } else if high > 0 {
+                255
+            } else {
+                low
+            };
+        }
+        data.truncate(data.len() / 2);
     }
-    let picture = Picture::new(frame.width as usize, frame.height as usize, frame.color_type.samples(), &data);
+    let picture = Picture::new(frame.width as usize, frame.height as usize, frame.color_type.samples(), data);
     Ok((picture, orientation::of_png(info)))
 }
 
 impl Picture {
-    /// Drops alpha and repeats grey. `pixels`: (height, width, channels), grey, grey+alpha, RGB or RGBA.
-    fn new(width: usize, height: usize, channels: usize, pixels: &[u8]) -> Self {
+    /// Drops alpha (in place) and repeats grey. `pixels`: (height, width, channels), grey, grey+alpha, RGB or RGBA.
+    fn new(width: usize, height: usize, channels: usize, mut pixels: Vec<u8>) -> Self {
         let rgb = match channels {
             1 | 2 => pixels.chunks_exact(channels).flat_map(|p| [p[0]; 3]).collect(),
-            3 => pixels.to_vec(),
-            _ => pixels.chunks_exact(channels).flat_map(|p| [p[0], p[1], p[2]]).collect(),
+            3 => pixels,
+            _ => {
+                for i in 0..width * height {
+                    pixels.copy_within(4 * i..4 * i + 3, 3 * i);
+                }
+                pixels.truncate(3 * width * height);
+                pixels
+            }
         };
         Picture { width, height, rgb }
     }

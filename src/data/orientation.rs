@@ -9,7 +9,18 @@ use exif::{In, Tag};
 pub(super) struct Orientation(u8);
 
 impl Orientation {
-    const UPRIGHT: Orientation = Orientation(1);
+    pub(super) const UPRIGHT: Orientation = Orientation(1);
+    /// The camera stood on its side.
+    pub(super) const QUARTER: Orientation = Orientation(6);
+
+    /// Whether nothing has to be turned.
+    pub(super) fn is_upright(self) -> bool {
+        !(2..=8).contains(&self.0)
+    }
+
+    pub(super) fn swaps_sides(self) -> bool {
+        (5..=8).contains(&self.0)
+    }
 
     /// Turns and mirrors `picture` so that it is seen as its photographer saw it.
     pub(super) fn upright(self, picture: Picture) -> Picture {
@@ -25,7 +36,7 @@ impl Orientation {
             8 => |x, y, w, _| (w - 1 - y, x),
             _ => return picture,
         };
-        let (width, height) = if self.0 >= 5 { (h, w) } else { (w, h) };
+        let (width, height) = if self.swaps_sides() { (h, w) } else { (w, h) };
         let mut rgb = Vec::with_capacity(picture.rgb.len());
         for y in 0..height {
             for x in 0..width {

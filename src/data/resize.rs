@@ -159,7 +159,7 @@ pub(super) fn resize(
         (None, None) => window(source, columns, rows),
         (Some(h), None) => along_rows(source, &h, rows),
         (None, Some(v)) => along_columns(source, &v, columns),
-        (Some(h), Some(v)) if columns_first(source, (width, height)) => {
+        (Some(h), Some(v)) if columns_first((source.width, source.height), (width, height)) => {
             let between = along_columns(source, &v, needed_columns.clone());
             along_rows(&between, &h.shifted(needed_columns.start), 0..rows.len())
         }
@@ -170,12 +170,32 @@ pub(super) fn resize(
     }
 }
 
+/// Bytes that [`resize`] takes at most beside its source (of such a width and height), its result among them.
+pub(super) fn bytes_at_most(
+    source: (usize, usize),
+    (width, height): (usize, usize),
+    columns: Range<usize>,
+    rows: Range<usize>,
+    filter: Interpolation,
+) -> usize {
+    let result = 3 * columns.len() * rows.len();
+    if filter == Interpolation::Nearest || source.0 == width || source.1 == height {
+        return result;
+    }
+    let between = if columns_first(source, (width, height)) {
+        rows.len() * Axis::new(source.0, width, columns, filter).needed().len()
+    } else {
+        columns.len() * Axis::new(source.1, height, rows, filter).needed().len()
+    };
+    3 * between + result
+}
+
 /// Whether the pass along columns comes first: since Pillow 13, where it takes away more than twice as many rows as
 /// the other takes columns. The order shows in the last bit, because the passes round in between.
-fn columns_first(source: &Picture, (width, height): (usize, usize)) -> bool {
+fn columns_first(source: (usize, usize), (width, height): (usize, usize)) -> bool {
     let gone = |from: usize, to: usize| from as i64 - to as i64;
-    let rows = gone(source.height, height);
-    rows > 0 && rows > 2 * gone(source.width, width)
+    let rows = gone(source.1, height);
+    rows > 0 && rows > 2 * gone(source.0, width)
 }
 
 fn window(source: &Picture, columns: Range<usize>, rows: Range<usize>) -> Picture {
@@ -290,9 +310,9 @@ mod tests {
 
     #[test]
     fn the_pass_that_takes_much_more_away_comes_first() {
-        assert!(!columns_first(&picture(48, 64), (24, 32)));
-        assert!(columns_first(&picture(48, 144), (24, 72 - 1 + 24)));
-        assert!(columns_first(&picture(10, 20), (30, 19)));
-        assert!(!columns_first(&picture(10, 20), (30, 21)));
+        assert!(!columns_first((48, 64), (24, 32)));
+        assert!(columns_first((48, 144), (24, 72 - 1 + 24)));
+        assert!(columns_first((10, 20), (30, 19)));
+        assert!(!columns_first((10, 20), (30, 21)));
     }
 }

@@ -303,6 +303,7 @@ mod tests {
             scratch: MIB,
             around: 0,
             kept: 0,
+            decoding: 0,
             encoder: FrozenFacts { weights: MIB, turns: vec![[MIB / 2, 0, 5 * MIB]], flops: 1e8 },
             validation: None,
         }

@@ -11,7 +11,7 @@ use super::facts::{Facts, Surroundings};
 use super::table::Table;
 use crate::Refusal;
 use crate::config::{self, ModelSource, RunPlan, Toggle};
-use crate::data::{self, ClipTokenizer};
+use crate::data::{self, ClipTokenizer, Footprint, Row};
 use crate::device::threads;
 use crate::hub;
 use crate::model::{self, TextConfig, UnetConfig, VaeConfig};
@@ -107,38 +107,44 @@ fn published(id: &str) -> Option<Configs> {
     Some(Configs { unet, text, vae: VaeConfig::sd_shape() })
 }
 
-/// Photographs that are not there are taken for so many.
+/// Photographs that are not there are taken for so many, of such a width and height: as today's cameras take them.
 const UNSEEN: usize = 8;
+const CAMERA: (usize, usize) = (4000, 6000);
 
 impl Surroundings {
-    /// What pictures and latents will be kept, from the pictures' headers. Pictures that are not there are taken for
-    /// squares, as those that the run makes are.
+    /// What pictures and latents will be kept and what decoding takes, from the pictures' headers. Of pictures that are not
+    /// there, photographs are taken for a camera's, and class pictures for squares, as those that the run makes are.
     pub fn of(plan: &RunPlan, tokens: usize, world_size: usize) -> Self {
         let r = plan.data.resolution;
         let caches = plan.data.cache_latents != Toggle::Off;
-        let mut around = Surroundings { tokens, items: 1, latents_kept: 0, pictures_bytes: 0 };
-        let mut folders = vec![(plan.data.instance_dir.as_path(), usize::MAX, UNSEEN, plan.data.random_flip)];
+        let options = plan.dataset_options(false);
+        let mut around = Surroundings { tokens, items: 1, latents_kept: 0, pictures_bytes: 0, decoding: 0 };
+        let mut folders = vec![(plan.data.instance_dir.as_path(), usize::MAX, UNSEEN, Row::Instance)];
         if let Some(prior) = &plan.prior {
-            folders.push((prior.class_dir.as_path(), prior.num_class_images, prior.num_class_images, false));
+            folders.push((prior.class_dir.as_path(), prior.num_class_images, prior.num_class_images, Row::Class));
         }
-        for (dir, most, unseen, mirrored) in folders {
-            let captioned = dir == plan.data.instance_dir && plan.data.captions;
-            let mut sizes: Vec<(usize, usize)> = data::list_pictures(dir, captioned)
-                .unwrap_or_default()
+        for (dir, most, unseen, row) in folders {
+            let unseen_one = match row {
+                Row::Instance => Footprint::unseen(CAMERA, true, &options, row),
+                Row::Class => Footprint::unseen((r, r), false, &options, row),
+            };
+            let listed = data::list_pictures(dir, row == Row::Instance && plan.data.captions).unwrap_or_default();
+            let mut pictures: Vec<Footprint> = listed
                 .iter()
                 .take(most)
-                .map(|path| image::image_dimensions(path).map_or((r, r), |(w, h)| (w as usize, h as usize)))
+                .map(|path| Footprint::read(path, &options, row).unwrap_or(unseen_one))
                 .collect();
             // Class pictures that are missing are made; of photographs, some are there by then.
-            let expected = if most == usize::MAX && !sizes.is_empty() { sizes.len() } else { unseen };
-            sizes.resize(expected.max(sizes.len()), (r, r));
+            let expected = if most == usize::MAX && !pictures.is_empty() { pictures.len() } else { unseen };
+            pictures.resize(expected.max(pictures.len()), unseen_one);
             // An epoch is the larger of the two numbers, and no micro-batch is larger than an epoch.
-            around.items = around.items.max(sizes.len().div_ceil(world_size));
-            for (width, height) in sizes {
-                let (short, long) = (width.min(height).max(1), width.max(height));
-                let long = if plan.data.center_crop { r } else { r * long / short };
-                around.latents_kept += usize::from(caches && !mirrored && long == r);
-                around.pictures_bytes += 3 * r * long;
+            around.items = around.items.max(pictures.len().div_ceil(world_size));
+            let mirrored = row == Row::Instance && plan.data.random_flip;
+            for picture in pictures {
+                let square = picture.resized == (r, r);
+                around.latents_kept += usize::from(caches && !mirrored && (plan.data.center_crop || square));
+                around.pictures_bytes += picture.kept;
+                around.decoding = around.decoding.max(picture.decoding);
             }
         }
         around.pictures_bytes = around.pictures_bytes.min(data::KEEP_BYTES);

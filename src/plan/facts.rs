@@ -66,6 +66,8 @@ pub struct Facts {
     pub around: usize,
     /// Bytes of the latents and pictures that are kept from their first use on.
     pub kept: usize,
+    /// Bytes that reading, decoding and resizing the largest picture takes.
+    pub decoding: usize,
     pub encoder: FrozenFacts,
     /// Making a picture in the course of the run: bytes of the decoder's weights, and activations at most.
     pub validation: Option<[usize; 2]>,
@@ -85,6 +87,8 @@ pub struct Surroundings {
     /// Pictures whose latents are kept, and bytes of the pictures that are kept.
     pub latents_kept: usize,
     pub pictures_bytes: usize,
+    /// Bytes that decoding the largest of the pictures takes.
+    pub decoding: usize,
 }
 
 /// What a plan computes in.
@@ -151,6 +155,7 @@ impl Facts {
             // Samples and targets as fp32, and the sample's copy on its way into a tensor.
             around: 12 * rows * latent + BOOKKEEPING,
             kept: around.latents_kept * moments + around.pictures_bytes,
+            decoding: around.decoding,
             encoder,
             validation,
         })

@@ -80,11 +80,22 @@ pub struct Traffic {
     pub between_ranks: usize,
 }
 
+/// Bytes that pictures take, whatever is chosen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct PictureBytes {
+    /// To decode the largest.
+    pub decoding: usize,
+    /// On the host beside a device with its own memory: for decoding, for pictures and latents that are kept, and for rows.
+    /// Where the CPU computes they are among its activations.
+    pub on_host: usize,
+}
+
 /// What a choice takes.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Bytes {
     pub device: TierBytes,
     pub host: TierBytes,
+    pub pictures: PictureBytes,
     pub drive: usize,
     pub traffic: Traffic,
     /// The turn in which the device tier holds most.
@@ -328,7 +339,8 @@ impl<'a> Ledger<'a> {
             ..TierBytes::default()
         };
         let always = parameters_here + gradients_here + state_here + device.frozen;
-        let around = self.facts.kept + self.facts.around;
+        let pictures = self.pictures();
+        let around = if self.terms.apart { 0 } else { self.facts.kept + self.facts.around };
         let mut fullest = String::new();
         let mut turn = |name: &dyn Fn() -> String, parameters: Flight, gradients: Flight, activations: Turn| {
             device.parameters = device.parameters.max(parameters_here + parameters.begins.max(parameters.goes_on));
@@ -344,6 +356,9 @@ impl<'a> Ledger<'a> {
         let steady = |bytes: usize| Flight { begins: bytes, goes_on: bytes };
         let at_once = |bytes: usize| Turn { before: bytes, most: bytes };
         let none = Flight::default();
+        if !self.terms.apart {
+            turn(&|| "decoding of a picture".to_string(), none, none, at_once(pictures.decoding));
+        }
         for &[weights, next, activations] in &self.facts.encoder.turns {
             let next = if self.terms.prefetch { next } else { 0 };
             let read = if place.parameters == Place::Device { 0 } else { weights + next };
@@ -371,7 +386,7 @@ impl<'a> Ledger<'a> {
             parameters: parameters_there + staged_there[0] + written,
             gradients: gradients_there + staged_there[1],
             optimizer: state_there + staged_there[2],
-            activations: profile.host,
+            activations: profile.host + pictures.on_host,
             ..TierBytes::default()
         };
         host.total = host.parameters + host.gradients + host.optimizer + host.activations;
@@ -382,10 +397,16 @@ impl<'a> Ledger<'a> {
             state_by_rank: if place.optimizer == Place::Nvme { state_staged } else { self.state_by_rank() },
             device,
             host,
+            pictures,
             drive: self.drive(),
             traffic: self.traffic(profile),
             fullest,
         }
+    }
+
+    fn pictures(&self) -> PictureBytes {
+        let Facts { kept, around, decoding, .. } = *self.facts;
+        PictureBytes { decoding, on_host: if self.terms.apart { kept + around + decoding } else { 0 } }
     }
 
     fn named(&self, what: &str, i: usize) -> String {

@@ -24,6 +24,6 @@ pub use choose::{Answer, Budgets, Question};
 pub use decision::{Compared, Decision, Prediction};
 pub use dry::{Given, Measured, Span};
 pub use facts::{Facts, FrozenFacts, SegmentFacts, Surroundings, compute_dtype};
-pub use ledger::{Bytes, Choice, Ledger, Terms, TierBytes, Traffic, bytes};
+pub use ledger::{Bytes, Choice, Ledger, PictureBytes, Terms, TierBytes, Traffic, bytes};
 pub use table::{Table, size};
 pub use time::{Seconds, seconds};

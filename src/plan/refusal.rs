@@ -95,6 +95,9 @@ pub fn refusal(
                 .to_string(),
         );
     }
+    if 2 * facts.decoding > if machine.shared { device } else { host } {
+        remedies.push(format!("smaller pictures: decoding the largest takes {}", size(facts.decoding)));
+    }
     let place = nearest.placement;
     Refusal::error(format!(
         "no way to run this fits the memory: at best (stage {}, parameters on {}, gradients on {}, optimizer state on {}; \

@@ -12,7 +12,7 @@ use super::vae::Encoder;
 
 use crate::config::ReplayPixels;
 use crate::data::{Crop, Dataset};
-use crate::device::trace;
+use crate::device::{Arena, trace};
 use crate::diffusion::{
     Draws, MicroRecord, NoiseSchedule, Purpose, Record, Row, RowShape, VelocityWeight, add_offset_noise,
     noisy_and_target, row_weights, sample_latent,
@@ -29,6 +29,9 @@ pub struct RowMaker {
     pub settings: RowSettings,
     /// Posteriors of images that are the same every time: (row, file number) -> means and log-variances.
     pub cached_moments: HashMap<(Row, u64), Vec<f32>>,
+    /// Of the host's budget, for all of this and the pictures: it is on the heap, where nobody else counts it if an
+    /// accelerator computes.
+    pub(super) _room: Option<Arena>,
 }
 
 /// Settings of the objective that show in the rows.

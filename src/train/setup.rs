@@ -19,7 +19,7 @@ use super::validation::Validation;
 use crate::checkpoint::{self, Checkpoint, Position, SegmentRecord};
 use crate::comm::{self, Communicator, CommunicatorExt, SliceMut, Traced};
 use crate::config::{DeviceKind, LrKind as PlannedKind, ReduceDtype, Resume, RunPlan, Steps, Toggle};
-use crate::data::Dataset;
+use crate::data::{Dataset, DatasetOptions};
 use crate::device::{Compute, Hardware, Memory, Place};
 use crate::diffusion::sampler::SamplerConfig;
 use crate::diffusion::{Draws, NoiseSchedule, Record};
@@ -48,10 +48,16 @@ pub fn build<'a>(
     };
     let seed = agree_on_seed(plan.train.seed, resumed.as_ref(), &*comm)?;
     let weights = Arc::new(PipelineWeights::open(model_dir, plan.model.variant.as_deref().unwrap_or(""))?);
-    let dataset = Dataset::open(&plan.dataset_options(false))?;
+    let pictures = decision.prediction.bytes.pictures;
+    let options = DatasetOptions { decode_bytes: Some(pictures.decoding), ..plan.dataset_options(false) };
+    let dataset = Dataset::open(&options)?;
     let schedule = NoiseSchedule::from_json(&model_dir.join("scheduler").join("scheduler_config.json"))?;
     let limit = |bytes: Option<u64>| bytes.map(|bytes| bytes as usize);
     let memory = hardware.memory(limit(decision.device_limit), limit(decision.host_limit));
+    let pictures_room = match pictures.on_host {
+        0 => None,
+        bytes => Some(memory.host.child("activations").reserved(bytes, "pictures, and latents that are kept")?),
+    };
     let frozen = Tiers::within(memory.clone(), Placement::DEVICE, None, None)?;
     let frozen = Tiers { prefetch: plan.zero.prefetch, ..frozen };
     let compute = compute(plan, hardware);
@@ -98,6 +104,7 @@ pub fn build<'a>(
             cache_latents: plan.data.cache_latents != Toggle::Off,
         },
         cached_moments: HashMap::new(),
+        _room: pictures_room,
     };
     memory.count_from_here();
     Ok(Trainer {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use dblaunch::config::{self, RunPlan};
+use dblaunch::data::{Crop, Dataset, DatasetOptions, Footprint, Row};
 use dblaunch::device::threads;
 use dblaunch::device::{Arena, Buffer, Queue, activations, count_activations_from_here};
 use dblaunch::kernels::Dry;
@@ -13,6 +14,7 @@ use dblaunch::model::{self, Conditioning, Denoiser, TextConfig, UnetConfig, VaeC
 use dblaunch::pipeline::Configs;
 use dblaunch::plan::{Facts, Surroundings, Wiring};
 use dblaunch::segment::{Aside, Keep, SlotId, Tape};
+use image::{DynamicImage, ImageFormat, RgbImage};
 use serde_json::Value;
 
 use crate::harness::{Home, PLAIN};
@@ -112,8 +114,13 @@ fn measured_on(gpu: Option<Dry>, plan: &RunPlan, configs: &Configs, keep: &[Keep
 }
 
 fn predicted(plan: &RunPlan, configs: &Configs, gpu: Option<Dry>, keep: impl Fn(usize) -> Keep) -> (usize, Vec<Keep>) {
-    let around =
-        Surroundings { tokens: configs.text.max_positions, items: usize::MAX, latents_kept: 0, pictures_bytes: 0 };
+    let around = Surroundings {
+        tokens: configs.text.max_positions,
+        items: usize::MAX,
+        latents_kept: 0,
+        pictures_bytes: 0,
+        decoding: 0,
+    };
     let facts = Facts::of(plan, configs, around, gpu).unwrap();
     let keep: Vec<Keep> = (0..facts.segments.len()).map(keep).collect();
     let profile = Wiring::of(&facts).profile(&keep);
@@ -179,7 +186,8 @@ fn small_networks_take_what_was_planned_on_gpus() {
             let gpu = Some(Dry { capability, multiprocessors: 4 });
             let mixed = |i| if i % 3 == 0 { Keep::Graph } else { Keep::Inputs };
             compare_on(gpu, &format!("{sets:?}"), &plan, &configs, mixed);
-            let around = Surroundings { tokens: 77, items: usize::MAX, latents_kept: 0, pictures_bytes: 0 };
+            let around =
+                Surroundings { tokens: 77, items: usize::MAX, latents_kept: 0, pictures_bytes: 0, decoding: 0 };
             let flops = |gpu| Facts::of(&plan, &configs, around, gpu).unwrap().flops();
             for (here, there) in flops(None).into_iter().zip(flops(gpu)) {
                 assert!((there / here - 1.0).abs() < 0.02, "{sets:?}: {there:e} for {here:e}");
@@ -219,6 +227,83 @@ fn published_shapes() {
 }
 
 /// What each rank's tiers held at most, beside what was planned: all of a tier to 5 %.
+/// Noise, whose files are about as large as its pixels, in every way that `image` writes.
+fn write_noise(folder: &Path) {
+    let mut state = 1u32;
+    let picture = RgbImage::from_fn(1300, 900, |_, _| {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        image::Rgb(state.to_be_bytes()[..3].try_into().unwrap())
+    });
+    let picture = DynamicImage::ImageRgb8(picture);
+    let kinds = [
+        ("rgb", picture.clone()),
+        ("rgba", picture.to_rgba8().into()),
+        ("grey", picture.to_luma8().into()),
+        ("grey_alpha", picture.to_luma_alpha8().into()),
+        ("deep", picture.to_rgb16().into()),
+        ("deep_grey", picture.to_luma16().into()),
+    ];
+    for (name, picture) in &kinds {
+        picture.save(folder.join(format!("{name}.png"))).unwrap();
+        if ["rgb", "rgba"].contains(name) {
+            picture.save(folder.join(format!("{name}.webp"))).unwrap();
+        }
+        if ["rgb", "grey"].contains(name) {
+            picture.save_with_format(folder.join(format!("{name}.jpg")), ImageFormat::Jpeg).unwrap();
+        }
+    }
+}
+
+#[test]
+fn pictures_take_what_was_planned() {
+    alone("pictures_take_what_was_planned", pictures);
+}
+
+fn pictures() {
+    let noise = tempfile::tempdir().unwrap();
+    write_noise(noise.path());
+    let (mut seen, mut bad) = (0, Vec::new());
+    for folder in [noise.path(), &folder("tests/data/images/large")] {
+        for center_crop in [false, true] {
+            let options = DatasetOptions {
+                instance_dir: folder.to_path_buf(),
+                class: None,
+                resolution: 64,
+                center_crop,
+                decode_bytes: None,
+                ..plan(&[]).dataset_options(false)
+            };
+            let dataset = Dataset::open(&options).unwrap();
+            for item in 0..dataset.len() as u64 {
+                let path = dataset.path(Row::Instance, item);
+                let planned = Footprint::read(path, &options, Row::Instance).unwrap().decoding;
+                count_activations_from_here();
+                drop(dataset.prepare(Row::Instance, item, Crop::Drawn { top: 0, left: 0, flip: false }).unwrap());
+                let held = activations().unwrap().peak;
+                let off = planned as f64 / held as f64 - 1.0;
+                println!("{}: {held} held, {planned} planned ({:+.1} %)", path.display(), 100.0 * off);
+                if !(0.0..0.05).contains(&off) {
+                    bad.push(path.to_path_buf());
+                }
+                seen += 1;
+            }
+        }
+    }
+    assert!(bad.is_empty(), "{bad:?}");
+    assert_eq!(seen, 2 * (10 + 3));
+}
+
+/// Decoding is the fullest moment of these runs.
+#[test]
+fn large_pictures_are_in_the_plan_and_in_the_budget() {
+    let large = format!("data.instance_dir={}", folder("tests/data/images/large").display());
+    run_holds_what_was_planned(1, &[&large]);
+    let home = Home::new();
+    let told = home.job(PLAIN).sets(&[&large, "memory.vram=12MiB", "train.batch_size=1"]).run().refused().join(" ");
+    assert!(told.contains("fullest in the decoding of a picture"), "{told}");
+    assert!(told.contains("smaller pictures: decoding the largest takes"), "{told}");
+}
+
 fn run_holds_what_was_planned(ranks: usize, sets: &[&str]) {
     let home = Home::new();
     // More than an epoch: latents and pictures are kept from their first use on.

@@ -11,12 +11,22 @@ pub(super) const ZIGZAG: [usize; 64] = [
 /// A component's blocks, row by row, each 64 quantised coefficients in natural order.
 pub(super) struct Coefficients {
     blocks_wide: usize,
+    blocks: usize,
     values: Vec<[i16; 64]>,
 }
 
 impl Coefficients {
+    /// None yet: [`Self::zero`] makes them.
     pub(super) fn new(blocks_wide: usize, blocks_high: usize) -> Self {
-        Coefficients { blocks_wide, values: vec![[0; 64]; blocks_wide * blocks_high] }
+        Coefficients { blocks_wide, blocks: blocks_wide * blocks_high, values: Vec::new() }
+    }
+
+    pub(super) fn zero(&mut self) {
+        self.values = vec![[0; 64]; self.blocks];
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        size_of::<[i16; 64]>() * self.blocks
     }
 
     pub(super) fn block(&self, x: usize, y: usize) -> &[i16; 64] {

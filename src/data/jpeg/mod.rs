@@ -70,7 +70,10 @@ pub(super) fn decode(bytes: &[u8], largest: u64) -> Option<Picture> {
         let segment = bytes.get(at..)?.get(2..length)?;
         at += length;
         match marker {
-            0xC0..=0xC2 if frame.is_none() => frame = Some(Frame::new(segment, marker == 0xC2, largest)?),
+            0xC0..=0xC2 if frame.is_none() => {
+                let read = frame.insert(Frame::read(segment, marker == 0xC2, largest)?);
+                read.components.iter_mut().for_each(|c| c.coefficients.zero());
+            }
             0xC4 => huffman_tables(segment, &mut tables)?,
             0xDB => quantization_tables(segment, &mut tables)?,
             0xDD => tables.restart_interval = usize::from(u16::from_be_bytes(*segment.first_chunk()?)),
@@ -82,7 +85,26 @@ pub(super) fn decode(bytes: &[u8], largest: u64) -> Option<Picture> {
             _ => {}
         }
     }
-    samples::picture(&frame?, &markers)
+    samples::picture(frame?, &markers)
+}
+
+/// The bytes that decoding a whole file takes at most, beside the file; nothing where [`decode`] says no for its frame.
+pub(super) fn bytes_at_most(bytes: &[u8]) -> Option<usize> {
+    let mut at = 2;
+    loop {
+        let marker = next_marker(bytes, &mut at)?;
+        if matches!(marker, 0x01 | 0xD0..=0xD8) {
+            continue;
+        }
+        let length = usize::from(u16::from_be_bytes(*bytes.get(at..)?.first_chunk()?));
+        match marker {
+            0xC0..=0xC2 => {
+                return Some(Frame::read(bytes.get(at..)?.get(2..length)?, false, u64::MAX)?.bytes_at_most());
+            }
+            0xD9 | 0xDA => return None,
+            _ => at += length,
+        }
+    }
 }
 
 /// The next marker at or after `at`, which moves behind it.
@@ -93,7 +115,8 @@ fn next_marker(bytes: &[u8], at: &mut usize) -> Option<u8> {
 }
 
 impl Frame {
-    fn new(segment: &[u8], progressive: bool, largest: u64) -> Option<Frame> {
+    /// From its header, with no memory for coefficients yet.
+    fn read(segment: &[u8], progressive: bool, largest: u64) -> Option<Frame> {
         let [precision, h1, h0, w1, w0, count] = *segment.first_chunk()?;
         let (height, width) = (usize::from(u16::from_be_bytes([h1, h0])), usize::from(u16::from_be_bytes([w1, w0])));
         let described: Vec<[u8; 3]> =
@@ -134,6 +157,19 @@ impl Frame {
             })
             .collect();
         Some(Frame { width, height, progressive, h, v, components })
+    }
+
+    /// Coefficients and samples, while the former become the latter; or the samples and the picture.
+    fn bytes_at_most(&self) -> usize {
+        let samples = |c: &Component| c.width * c.height;
+        let mut held: usize = self.components.iter().map(|c| c.coefficients.bytes()).sum();
+        let mut most = held;
+        for component in &self.components {
+            held += samples(component);
+            most = most.max(held);
+            held -= component.coefficients.bytes();
+        }
+        most.max(held + 3 * self.width * self.height)
     }
 }
 

@@ -3,7 +3,10 @@
 use super::{Component, Frame, Markers, Picture};
 use rayon::prelude::*;
 
-/// A component's samples, or a whole plane of the picture.
+/// How many times more coarsely a component is sampled than the picture, along rows and columns.
+type Factors = (usize, usize);
+
+/// A component's samples.
 struct Plane {
     width: usize,
     height: usize,
@@ -16,31 +19,32 @@ impl Plane {
     }
 }
 
-/// The picture of a decoded frame; nothing for a sampling that libjpeg does not upsample, or a missing table.
-pub(super) fn picture(frame: &Frame, markers: &Markers) -> Option<Picture> {
-    let planes: Option<Vec<Plane>> = frame
-        .components
-        .iter()
+/// The picture of a decoded frame; nothing for a sampling that libjpeg does not upsample, or a missing table. Coefficients
+/// go as their samples come, and samples are brought to the picture's size line by line: [`super::Frame::bytes_at_most`]
+/// counts on both.
+pub(super) fn picture(frame: Frame, markers: &Markers) -> Option<Picture> {
+    let colours = Colours::of(&frame, markers)?;
+    let Frame { width, height, h, v, components, .. } = frame;
+    let planes: Option<Vec<(Plane, Factors)>> = components
+        .into_iter()
         .map(|component| {
-            let (h, v) = (frame.h / component.h, frame.v / component.v);
-            let whole = frame.h.is_multiple_of(component.h) && frame.v.is_multiple_of(component.v);
-            whole.then_some(())?;
-            Some(upsample(samples(component)?, (h, v), frame.width, frame.height))
+            let whole = h.is_multiple_of(component.h) && v.is_multiple_of(component.v);
+            let factors = (h / component.h, v / component.v);
+            whole.then(|| samples(component)).flatten().map(|plane| (plane, factors))
         })
         .collect();
     let planes = planes?;
-    let colours = Colours::of(frame, markers)?;
-    let (width, height) = (frame.width, frame.height);
     let mut rgb = vec![0u8; width * height * 3];
-    rgb.par_chunks_exact_mut(width * 3).enumerate().for_each(|(y, line)| {
-        let rows: Vec<&[u8]> = planes.iter().map(|p| p.row(y)).collect();
-        colours.convert(&rows, line);
+    let scratch = || vec![vec![0u8; width]; planes.len()];
+    rgb.par_chunks_exact_mut(width * 3).enumerate().for_each_init(scratch, |lines, (y, out)| {
+        let rows = planes.iter().zip(lines).map(|((plane, factors), line)| upsample(plane, *factors, y, line));
+        colours.convert(&rows.collect::<Vec<&[u8]>>(), out);
     });
     Some(Picture { width, height, rgb })
 }
 
 /// The inverse transform of a component's blocks, cut to the samples that belong to the picture.
-fn samples(component: &Component) -> Option<Plane> {
+fn samples(component: Component) -> Option<Plane> {
     let table = component.table?;
     let (width, height) = (component.width, component.height);
     let mut samples = vec![0u8; width * height];
@@ -114,42 +118,36 @@ fn pass(block: &[[i32; 8]; 8], shift: u32) -> [[i32; 8]; 8] {
     out
 }
 
-/// Brings a component sampled `h` × `v` times more coarsely to the picture's size. Doubling is by a triangle filter
-/// (three parts of the nearer sample and one of the other), other factors repeat samples.
-fn upsample(plane: Plane, (h, v): (usize, usize), width: usize, height: usize) -> Plane {
-    if (h, v) == (1, 1) {
-        return plane;
-    }
-    let mut samples = vec![0u8; width * height];
+/// Line `y` of the picture, of a component sampled `h` × `v` times more coarsely; `line` is for it. Doubling is by a
+/// triangle filter (three parts of the nearer sample and one of the other), other factors repeat samples.
+fn upsample<'a>(plane: &'a Plane, (h, v): Factors, y: usize, line: &'a mut [u8]) -> &'a [u8] {
+    let near = plane.row(y / v);
+    // The other row that a doubled row lies next to; at the border the same one.
+    let other = || plane.row(if y % 2 == 0 { (y / 2).saturating_sub(1) } else { (y / 2 + 1).min(plane.height - 1) });
     let smooth_columns = h == 2 && plane.width > 2;
-    samples.par_chunks_exact_mut(width).enumerate().for_each(|(y, out)| {
-        let near = plane.row(y / v);
-        // The other row that a doubled row lies next to; at the border the same one.
-        let other =
-            || plane.row(if y % 2 == 0 { (y / 2).saturating_sub(1) } else { (y / 2 + 1).min(plane.height - 1) });
-        match (h, v) {
-            (2, 1) if smooth_columns => {
-                let row: Vec<i32> = near.iter().map(|&s| i32::from(s)).collect();
-                double(&row, out, (1, 2), 2);
-            }
-            (2, 2) if smooth_columns => {
-                let row: Vec<i32> = near.iter().zip(other()).map(|(&a, &b)| 3 * i32::from(a) + i32::from(b)).collect();
-                double(&row, out, (8, 7), 4);
-            }
-            (1, 2) => {
-                let bias = if y % 2 == 0 { 1 } else { 2 };
-                for ((o, &a), &b) in out.iter_mut().zip(near).zip(other()) {
-                    *o = ((3 * i32::from(a) + i32::from(b) + bias) >> 2) as u8;
-                }
-            }
-            _ => {
-                for (x, o) in out.iter_mut().enumerate() {
-                    *o = near[x / h];
-                }
+    match (h, v) {
+        (1, 1) => return near,
+        (2, 1) if smooth_columns => {
+            let row: Vec<i32> = near.iter().map(|&s| i32::from(s)).collect();
+            double(&row, line, (1, 2), 2);
+        }
+        (2, 2) if smooth_columns => {
+            let row: Vec<i32> = near.iter().zip(other()).map(|(&a, &b)| 3 * i32::from(a) + i32::from(b)).collect();
+            double(&row, line, (8, 7), 4);
+        }
+        (1, 2) => {
+            let bias = if y % 2 == 0 { 1 } else { 2 };
+            for ((o, &a), &b) in line.iter_mut().zip(near).zip(other()) {
+                *o = ((3 * i32::from(a) + i32::from(b) + bias) >> 2) as u8;
             }
         }
-    });
-    Plane { width, height, samples }
+        _ => {
+            for (x, o) in line.iter_mut().enumerate() {
+                *o = near[x / h];
+            }
+        }
+    }
+    line
 }
 
 /// Doubles a row of sums: each output is three parts of its own sum and one of the neighbour's, plus a bias (of the left

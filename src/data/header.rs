@@ -1,0 +1,151 @@
+//! What a picture is and what decoding it takes, from its file, before anything is decoded. Plans count on these numbers:
+//! a photograph of 24 megapixels takes more than many a small network.
+
+use super::jpeg;
+use super::orientation::{self, Orientation};
+use image::{ImageDecoder, ImageFormat};
+use std::io::Cursor;
+
+/// Decoders' own small things: tables, lines.
+const SMALL: usize = 64 << 10;
+/// What is inflated of a PNG file and waits, while the memory for it grows.
+const INFLATED: usize = 384 << 10;
+
+/// A picture that is not decoded yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Header {
+    /// As stored.
+    width: usize,
+    height: usize,
+    orientation: Orientation,
+    /// Bytes at most while it is decoded, the file's own among them.
+    decoding: usize,
+    /// Bytes that it then has, as stored.
+    decoded: usize,
+}
+
+impl Header {
+    /// `bytes`: the whole file, since orientations may stand at its end. Nothing if it is none that [`super::decode`] knows.
+    pub(super) fn read(bytes: &[u8]) -> Option<Header> {
+        match image::guess_format(bytes).ok()? {
+            ImageFormat::Png => png(bytes),
+            ImageFormat::Jpeg => jpeg(bytes),
+            ImageFormat::WebP => webp(bytes),
+            _ => None,
+        }
+    }
+
+    /// A picture that is not there yet, by its upright size: RGB, in a file of a quarter of that. `turned`: as cameras
+    /// leave one for which they were held upright.
+    pub(super) fn unseen((width, height): (usize, usize), turned: bool) -> Header {
+        let rgb = 3 * width * height;
+        let (orientation, sides) = match turned {
+            true => (Orientation::QUARTER, (height, width)),
+            false => (Orientation::UPRIGHT, (width, height)),
+        };
+        Header { width: sides.0, height: sides.1, orientation, decoding: rgb + rgb / 4, decoded: rgb }
+    }
+
+    /// (width, height) of the upright picture.
+    pub(super) fn size(&self) -> (usize, usize) {
+        if self.orientation.swaps_sides() { (self.height, self.width) } else { (self.width, self.height) }
+    }
+
+    /// The most bytes that are in use at a time until there is an upright picture.
+    pub(super) fn decoding_bytes(&self) -> usize {
+        let turning = if self.orientation.is_upright() { 0 } else { self.decoded + self.rgb() };
+        self.decoding.max(turning) + SMALL
+    }
+
+    /// Bytes that the upright picture has.
+    pub(super) fn decoded_bytes(&self) -> usize {
+        if self.orientation.is_upright() { self.decoded } else { self.rgb() }
+    }
+
+    fn rgb(&self) -> usize {
+        3 * self.width * self.height
+    }
+}
+
+fn jpeg(bytes: &[u8]) -> Option<Header> {
+    // Has its own copy of the file, and is gone before the pixels come.
+    let mut decoder = image::codecs::jpeg::JpegDecoder::new(Cursor::new(bytes)).ok()?;
+    let (width, height) = decoder.dimensions();
+    let orientation = of(&mut decoder)?;
+    let (file, rgb) = (bytes.len(), 3 * width as usize * height as usize);
+    let decoding = match jpeg::bytes_at_most(bytes) {
+        Some(bytes) => file + bytes.max(file),
+        // The other decoder keeps its copy, has coefficients of two bytes if the file is progressive, and the pixels.
+        None => 2 * file + 3 * rgb,
+    };
+    Some(Header { width: width as usize, height: height as usize, orientation, decoding, decoded: rgb })
+}
+
+fn png(bytes: &[u8]) -> Option<Header> {
+    let mut decoder = png::Decoder::new(Cursor::new(bytes));
+    decoder.set_transformations(png::Transformations::EXPAND);
+    let mut reader = decoder.read_info().ok()?;
+    let raw = reader.output_buffer_size()?;
+    let (color, _) = reader.output_color_type();
+    // Pixels may be damaged; that is told where they are decoded.
+    let _ = reader.finish();
+    let info = reader.info();
+    let (width, height) = (info.width as usize, info.height as usize);
+    let (file, rgb) = (bytes.len() + INFLATED, 3 * width * height);
+    let grey = color.samples() < 3;
+    let (decoding, decoded) = if grey { (file + raw + rgb, rgb) } else { (file + raw, raw) };
+    Some(Header { width, height, orientation: orientation::of_png(info), decoding, decoded })
+}
+
+fn webp(bytes: &[u8]) -> Option<Header> {
+    let mut decoder = image::codecs::webp::WebPDecoder::new(Cursor::new(bytes)).ok()?;
+    let (width, height) = decoder.dimensions();
+    let (width, height) = (width as usize, height as usize);
+    let pixels = width * height;
+    let file = bytes.len();
+    let decoded = pixels * usize::from(decoder.color_type().bytes_per_pixel());
+    let alpha = decoded == 4 * pixels;
+    // Macroblocks of 16 pixels with two planes of a quarter of their size.
+    let blocks = width.div_ceil(16) * height.div_ceil(16);
+    let planes = 384 * blocks;
+    // The coded part is read into memory that doubles, and copied; then comes a growing list of what each block is.
+    let lossy = |coded: usize| planes + coded + coded.next_power_of_two().max(45 * blocks.next_power_of_two());
+    let mut around = 0;
+    for (name, chunk) in chunks(bytes) {
+        around = around.max(match name {
+            b"VP8 " => lossy(chunk.len()),
+            b"VP8L" => {
+                if alpha {
+                    0
+                } else {
+                    4 * pixels
+                }
+            }
+            // Decoded as a picture of its own, if it is coded at all, while the planes are there.
+            b"ALPH" => planes + pixels + if chunk.first().is_some_and(|kind| kind & 3 == 1) { 4 * pixels } else { 0 },
+            // A frame that may be as large as the whole, and the canvas it is put on.
+            b"ANMF" => lossy(chunk.len()) + 8 * pixels,
+            _ => 0,
+        });
+    }
+    let orientation = of(&mut decoder)?;
+    Some(Header { width, height, orientation, decoding: file + decoded + around, decoded })
+}
+
+fn of(decoder: &mut impl ImageDecoder) -> Option<Orientation> {
+    let (exif, xmp) = (decoder.exif_metadata().ok()?, decoder.xmp_metadata().ok()?);
+    Some(orientation::find(exif.as_deref(), xmp.as_deref()))
+}
+
+/// The chunks of a WebP file: names and contents.
+fn chunks(bytes: &[u8]) -> impl Iterator<Item = (&[u8; 4], &[u8])> {
+    let mut at = 12;
+    std::iter::from_fn(move || {
+        let (name, rest) = bytes.get(at..)?.split_first_chunk::<4>()?;
+        let (length, rest) = rest.split_first_chunk::<4>()?;
+        let length = u32::from_le_bytes(*length) as usize;
+        // Chunks are padded to even lengths.
+        at += 8 + length.next_multiple_of(2);
+        Some((name, rest.get(..length)?))
+    })
+}
