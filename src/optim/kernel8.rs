@@ -95,8 +95,8 @@ impl<M: Master, C: Copied, G: Grad> Piece8<'_, M, C, G> {
             let mut i = from;
             while i < to {
                 let at = first + i;
-                L::prefetch(self.weights.as_ptr().wrapping_add(at + AHEAD).cast());
-                L::prefetch(self.grads.as_ptr().wrapping_add(at + AHEAD).cast());
+                L::prefetch(self.weights.as_ptr().wrapping_add(at + AHEAD * L::N).cast());
+                L::prefetch(self.grads.as_ptr().wrapping_add(at + AHEAD * L::N).cast());
                 let g = L::mul(G::load::<L>(self.grads.as_ptr().add(at)), L::splat(c.grad_scale));
                 let g_magnitude = L::and(L::bits(g), L::splat_int(MAGNITUDE));
                 most_grad = L::max_int(most_grad, g_magnitude);

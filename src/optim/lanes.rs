@@ -23,6 +23,9 @@ pub trait Kernel {
 pub unsafe trait Lanes: Copy + Send + Sync + 'static {
     /// f32 per vector.
     const N: usize;
+    /// Whether AdamW's half-precision copy is better rounded in a loop of its own than at the end of the update, whose roots
+    /// and quotients are waited for longest: where the CPU looks ahead over too few instructions, copying waits with them.
+    const COPIES_AFTER: bool;
     type F: Copy;
     type I: Copy;
 
@@ -81,6 +84,8 @@ pub unsafe trait Lanes: Copy + Send + Sync + 'static {
     unsafe fn min_int(a: Self::I, b: Self::I) -> Self::I;
     /// `a > b ? yes : no`, as signed integers.
     unsafe fn where_above(a: Self::I, b: Self::I, yes: Self::I, no: Self::I) -> Self::I;
+    /// `yes` where x is no number, else `no`.
+    unsafe fn where_nan(x: Self::F, yes: Self::I, no: Self::I) -> Self::I;
     /// The largest lane, as signed integers.
     unsafe fn most(a: Self::I) -> u32;
 }
@@ -120,6 +125,7 @@ pub struct Portable;
 // SAFETY: each method reads or writes what the trait says.
 unsafe impl Lanes for Portable {
     const N: usize = 1;
+    const COPIES_AFTER: bool = false;
     type F = f32;
     type I = u32;
 
@@ -247,6 +253,10 @@ unsafe impl Lanes for Portable {
     #[inline(always)]
     unsafe fn where_above(a: u32, b: u32, yes: u32, no: u32) -> u32 {
         if (a as i32) > b as i32 { yes } else { no }
+    }
+    #[inline(always)]
+    unsafe fn where_nan(x: f32, yes: u32, no: u32) -> u32 {
+        if x.is_nan() { yes } else { no }
     }
     #[inline(always)]
     unsafe fn most(a: u32) -> u32 {

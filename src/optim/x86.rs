@@ -40,6 +40,7 @@ macro_rules! methods {
 // SAFETY: each method is the intrinsic that reads or writes what the trait says.
 unsafe impl Lanes for Avx512 {
     const N: usize = 16;
+    const COPIES_AFTER: bool = false;
     type F = __m512;
     type I = __m512i;
 
@@ -102,6 +103,8 @@ unsafe impl Lanes for Avx512 {
         min_int(a: __m512i, b: __m512i) -> __m512i = _mm512_min_epi32(a, b);
         where_above(a: __m512i, b: __m512i, yes: __m512i, no: __m512i) -> __m512i =
             _mm512_mask_blend_epi32(_mm512_cmpgt_epi32_mask(a, b), no, yes);
+        where_nan(x: __m512, yes: __m512i, no: __m512i) -> __m512i =
+            _mm512_mask_blend_epi32(_mm512_cmp_ps_mask::<_CMP_UNORD_Q>(x, x), no, yes);
         most(a: __m512i) -> u32 = _mm512_reduce_max_epi32(a) as u32;
     }
 }
@@ -109,6 +112,8 @@ unsafe impl Lanes for Avx512 {
 // SAFETY: each method is the intrinsic that reads or writes what the trait says.
 unsafe impl Lanes for Avx2 {
     const N: usize = 8;
+    // Seen on AMD's Zen 3.
+    const COPIES_AFTER: bool = true;
     type F = __m256;
     type I = __m256i;
 
@@ -145,18 +150,6 @@ unsafe impl Lanes for Avx2 {
         mul(a: __m256, b: __m256) -> __m256 = _mm256_mul_ps(a, b);
         div(a: __m256, b: __m256) -> __m256 = _mm256_div_ps(a, b);
         sqrt(a: __m256) -> __m256 = _mm256_sqrt_ps(a);
-        divide(a: __m256, by: &Divisor) -> __m256 = {
-            if by.exact {
-                let (high, value) = (_mm256_set1_ps(by.high), _mm256_set1_ps(by.value));
-                let quotient = _mm256_fmadd_ps(a, high, _mm256_mul_ps(a, _mm256_set1_ps(by.low)));
-                let left = _mm256_fnmadd_ps(quotient, value, a);
-                // What is not finite stays what it is; infinity less infinity would be no number.
-                let finite = _mm256_cmp_ps::<_CMP_LT_OQ>(a, _mm256_set1_ps(f32::INFINITY));
-                _mm256_blendv_ps(a, _mm256_fmadd_ps(left, high, quotient), finite)
-            } else {
-                _mm256_div_ps(a, _mm256_set1_ps(by.value))
-            }
-        };
         bits(x: __m256) -> __m256i = _mm256_castps_si256(x);
         float(x: __m256i) -> __m256 = _mm256_castsi256_ps(x);
         numbers() -> __m256i = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
@@ -171,6 +164,10 @@ unsafe impl Lanes for Avx2 {
         min_int(a: __m256i, b: __m256i) -> __m256i = _mm256_min_epi32(a, b);
         where_above(a: __m256i, b: __m256i, yes: __m256i, no: __m256i) -> __m256i =
             _mm256_blendv_epi8(no, yes, _mm256_cmpgt_epi32(a, b));
+        where_nan(x: __m256, yes: __m256i, no: __m256i) -> __m256i = {
+            let (yes, no) = (_mm256_castsi256_ps(yes), _mm256_castsi256_ps(no));
+            _mm256_castps_si256(_mm256_blendv_ps(no, yes, _mm256_cmp_ps::<_CMP_UNORD_Q>(x, x)))
+        };
         most(a: __m256i) -> u32 = {
             let mut lanes = [0u32; 8];
             _mm256_storeu_si256(lanes.as_mut_ptr().cast(), a);
