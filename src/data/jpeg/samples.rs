@@ -123,7 +123,8 @@ fn pass(block: &[[i32; 8]; 8], shift: u32) -> [[i32; 8]; 8] {
 fn upsample<'a>(plane: &'a Plane, (h, v): Factors, y: usize, line: &'a mut [u8]) -> &'a [u8] {
     let near = plane.row(y / v);
     // The other row that a doubled row lies next to; at the border the same one.
-    let other = || plane.row(if y % 2 == 0 { (y / 2).saturating_sub(1) } else { (y / 2 + 1).min(plane.height - 1) });
+    let even = y.is_multiple_of(2);
+    let other = || plane.row(if even { (y / 2).saturating_sub(1) } else { (y / 2 + 1).min(plane.height - 1) });
     let smooth_columns = h == 2 && plane.width > 2;
     match (h, v) {
         (1, 1) => return near,
@@ -136,7 +137,7 @@ fn upsample<'a>(plane: &'a Plane, (h, v): Factors, y: usize, line: &'a mut [u8])
             double(&row, line, (8, 7), 4);
         }
         (1, 2) => {
-            let bias = if y % 2 == 0 { 1 } else { 2 };
+            let bias = if even { 1 } else { 2 };
             for ((o, &a), &b) in line.iter_mut().zip(near).zip(other()) {
                 *o = ((3 * i32::from(a) + i32::from(b) + bias) >> 2) as u8;
             }
