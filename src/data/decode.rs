@@ -48,6 +48,9 @@ pub(super) fn decode(bytes: Vec<u8>) -> Result<Picture> {
                 .context("it is a WebP file that is damaged or truncated")?;
             through_image(decoder).context("it is a WebP file that is damaged or truncated")?
         }
+        // As telephones keep their photographs, often under a name that ends in .jpg.
+        Ok(ImageFormat::Avif) => bail!("it is an AVIF file, not PNG, JPEG or WebP"),
+        _ if is_heif(&bytes) => bail!("it is a HEIC file, not PNG, JPEG or WebP"),
         Ok(other) => {
             bail!("it is a {} file, not PNG, JPEG or WebP", other.extensions_str().first().unwrap_or(&"foreign"))
         }
@@ -56,6 +59,12 @@ pub(super) fn decode(bytes: Vec<u8>) -> Result<Picture> {
     };
     drop(bytes);
     Ok(orientation.upright(picture))
+}
+
+/// Whether a file is a picture in HEIF's container (ISO/IEC 23008-12): a box "ftyp" with one of its brands comes first.
+fn is_heif(bytes: &[u8]) -> bool {
+    bytes.get(4..8) == Some(b"ftyp")
+        && matches!(bytes.get(8..12), Some(b"heic" | b"heix" | b"hevc" | b"mif1" | b"msf1"))
 }
 
 fn through_image(mut decoder: impl ImageDecoder) -> Result<(Picture, Orientation)> {

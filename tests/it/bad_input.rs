@@ -135,6 +135,12 @@ fn pictures_that_cannot_be_used_are_named() {
             told: &[&["HOME/photos/notes.png", "not those of an image", "take it out"]],
         },
         Case {
+            // As a telephone sends it.
+            prepare: |home| fs::write(home.path("photos/me.jpg"), b"\0\0\0\x18ftypheic\0\0\0\0mif1heic").unwrap(),
+            sets: &[],
+            told: &[&["HOME/photos/me.jpg", "HEIC", "Replace the file by a whole PNG, JPEG or WebP"]],
+        },
+        Case {
             // All of them at once.
             prepare: |home| {
                 fs::write(home.path("photos/empty.jpg"), "").unwrap();
