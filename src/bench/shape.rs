@@ -20,7 +20,7 @@ pub struct Made;
 impl WeightSource for Made {
     fn read(&self, name: &str, range: Range<usize>, into: &mut [f32]) -> Result<()> {
         let scale = name.contains("norm") && name.ends_with("weight");
-        let mut state = xxhash_rust::xxh3::xxh3_64_with_seed(name.as_bytes(), range.start as u64) | 1;
+        let mut state = twox_hash::XxHash3_64::oneshot_with_seed(range.start as u64, name.as_bytes()) | 1;
         for to in into {
             // xorshift64: quality does not matter, speed does.
             state ^= state << 13;

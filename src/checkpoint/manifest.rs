@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
-use xxhash_rust::xxh3::xxh3_64;
+use twox_hash::XxHash3_64;
 
 use crate::device::BucketLayout;
 use crate::optim::{ScaleState, StateKind};
@@ -95,7 +95,7 @@ impl Manifest {
     pub fn to_json(&self) -> Result<String> {
         let text = serde_json::to_string_pretty(self)?;
         let body = text.strip_suffix("\n}").context("an object ends with a brace")?;
-        Ok(format!("{body}{SEAL}{:016x}\"\n}}\n", xxh3_64(body.as_bytes())))
+        Ok(format!("{body}{SEAL}{:016x}\"\n}}\n", XxHash3_64::oneshot(body.as_bytes())))
     }
 
     /// Reads a manifest from its file's contents. An error says what is wrong with it, without naming the file.
@@ -111,7 +111,8 @@ impl Manifest {
         }
         let manifest: Manifest = serde_json::from_slice(text).context("it is not a checkpoint's manifest")?;
         let body = std::str::from_utf8(text)?.rsplit_once(SEAL);
-        let whole = body.is_some_and(|(body, sum)| sum == format!("{:016x}\"\n}}\n", xxh3_64(body.as_bytes())));
+        let whole =
+            body.is_some_and(|(body, sum)| sum == format!("{:016x}\"\n}}\n", XxHash3_64::oneshot(body.as_bytes())));
         if !whole || manifest.checksums.len() != manifest.world_size {
             bail!("it is damaged, or was changed by hand");
         }

@@ -1,6 +1,7 @@
 //! One rank's file: flat tensors in safetensors format, written in one pass and read in place.
 
 use std::fs::File;
+use std::hash::Hasher;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
@@ -8,7 +9,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use candle_core::DType;
 use memmap2::Mmap;
 use serde_json::{Map, Value, json};
-use xxhash_rust::xxh3::Xxh3;
+use twox_hash::XxHash3_64;
 
 pub fn file_name(rank: usize, world_size: usize) -> String {
     format!("rank-{rank:05}-of-{world_size:05}.safetensors")
@@ -36,7 +37,7 @@ pub fn write(
     mut fill: impl FnMut(usize, &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()>,
 ) -> Result<u64> {
     let file = File::create(path).with_context(|| format!("creating {}", path.display()))?;
-    let mut out = Hashed { out: BufWriter::with_capacity(1 << 20, file), hash: Xxh3::new() };
+    let mut out = Hashed { out: BufWriter::with_capacity(1 << 20, file), hash: XxHash3_64::new() };
     let header = header(tensors);
     let writing = || format!("writing {}", path.display());
     out.put(&(header.len() as u64).to_le_bytes()).with_context(writing)?;
@@ -51,7 +52,7 @@ pub fn write(
     }
     let file = out.out.into_inner().map_err(|e| e.into_error()).with_context(writing)?;
     file.sync_all().with_context(|| format!("syncing {}", path.display()))?;
-    Ok(out.hash.digest())
+    Ok(out.hash.finish())
 }
 
 fn header(tensors: &[Flat]) -> Vec<u8> {
@@ -71,12 +72,12 @@ fn header(tensors: &[Flat]) -> Vec<u8> {
 
 struct Hashed {
     out: BufWriter<File>,
-    hash: Xxh3,
+    hash: XxHash3_64,
 }
 
 impl Hashed {
     fn put(&mut self, bytes: &[u8]) -> std::io::Result<()> {
-        self.hash.update(bytes);
+        self.hash.write(bytes);
         self.out.write_all(bytes)
     }
 }
@@ -102,9 +103,7 @@ impl ShardFile {
             bail!(DAMAGED);
         }
         let map = crate::device::map_file(&file).context("it cannot be mapped")?;
-        let mut hash = Xxh3::new();
-        hash.update(&map);
-        if format!("{:016x}", hash.digest()) != checksum {
+        if format!("{:016x}", XxHash3_64::oneshot(&map)) != checksum {
             bail!(DAMAGED);
         }
         let header_len = u64::from_le_bytes(map[..8].try_into().context(DAMAGED)?) as usize;

@@ -6,7 +6,7 @@ use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
 
 use anyhow::Result;
-use xxhash_rust::xxh3::xxh3_64;
+use twox_hash::XxHash3_64;
 
 use super::call::{Call, Kind, Scalar};
 use super::{Communicator, Slice, SliceMut};
@@ -28,7 +28,7 @@ impl<C: Communicator> Delayed<C> {
     fn dawdle(&self) {
         let sequence = self.sequence.fetch_add(1, Ordering::Relaxed);
         let key = [self.seed, self.inner.rank() as u64, sequence];
-        let draw = xxh3_64(key.map(u64::to_le_bytes).as_flattened());
+        let draw = XxHash3_64::oneshot(key.map(u64::to_le_bytes).as_flattened());
         if draw & 1 == 1 {
             std::thread::sleep(self.longest.mul_f64((draw >> 11) as f64 / (1u64 << 53) as f64));
         }

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use xxhash_rust::xxh3::xxh3_64;
+use twox_hash::XxHash3_64;
 
 use super::process::{self, Process};
 use super::shared::Shared;
@@ -41,7 +41,7 @@ impl Rendezvous {
 
     /// As [`Rendezvous::new`], in a folder of the caller's choice, which all ranks can write.
     pub fn within(folder: &Path, job: &str) -> Rendezvous {
-        let name = format!("dblaunch-{}-{:016x}", process::user_id(), xxh3_64(job.as_bytes()));
+        let name = format!("dblaunch-{}-{:016x}", process::user_id(), XxHash3_64::oneshot(job.as_bytes()));
         Rendezvous { path: folder.join(name) }
     }
 

@@ -148,7 +148,7 @@ impl Delays {
             *sequence += 1;
             *sequence
         };
-        let draw = xxhash_rust::xxh3::xxh3_64([self.seed, sequence].map(u64::to_le_bytes).as_flattened());
+        let draw = twox_hash::XxHash3_64::oneshot([self.seed, sequence].map(u64::to_le_bytes).as_flattened());
         if draw & 1 == 1 {
             std::thread::sleep(self.longest.mul_f64((draw >> 11) as f64 / (1u64 << 53) as f64));
         }

@@ -14,7 +14,7 @@ use anyhow::{Context, Result, anyhow};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
 use tiny_http::{Header, Request, Response, Server};
-use xxhash_rust::xxh3::xxh3_64;
+use twox_hash::XxHash3_64;
 
 use super::page::Page;
 use super::pictures::{Shots, media_type};
@@ -209,7 +209,7 @@ impl State {
         self.runs[0].refresh()?;
         let shots = Shots::linked(&self.runs);
         let page = Page { runs: &self.runs, shots: &shots, live: true }.html();
-        self.version = format!("\"{:016x}\"", xxh3_64(page.as_bytes()));
+        self.version = format!("\"{:016x}\"", XxHash3_64::oneshot(page.as_bytes()));
         (self.page, self.seen, self.made) = (page.into(), seen, Some(Instant::now()));
         Ok(())
     }

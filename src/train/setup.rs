@@ -197,7 +197,7 @@ fn agree_on_seed(configured: Option<u64>, resumed: Option<&Checkpoint>, comm: &d
 /// A seed that nobody chose, small enough for TOML's signed integers.
 pub(crate) fn fresh_seed() -> u64 {
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-    xxhash_rust::xxh3::xxh3_64_with_seed(&since.as_nanos().to_le_bytes(), u64::from(std::process::id())) >> 16
+    twox_hash::XxHash3_64::oneshot_with_seed(u64::from(std::process::id()), &since.as_nanos().to_le_bytes()) >> 16
 }
 
 /// What trains: the UNet, with the text encoder in front of it if that trains, too.

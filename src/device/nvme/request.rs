@@ -1,6 +1,7 @@
 //! One read or write of an area, cut into pieces of the tuned size; its blocks' checksums; and its end, when all of that
 //! is done. Whoever moves the pieces (`engine.rs`, `ring.rs`) knows nothing of areas and sums.
 
+use std::hash::Hasher;
 use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::*};
@@ -9,7 +10,7 @@ use std::time::Instant;
 
 use anyhow::{Error, Result, bail};
 use candle_core::DType;
-use xxhash_rust::xxh3::{Xxh3Default, xxh3_64};
+use twox_hash::XxHash3_64;
 
 use super::area::{Area, STATE_BLOCK};
 use super::piece::Piece;
@@ -222,12 +223,12 @@ impl Request {
         let here = unsafe { std::slice::from_raw_parts(self.memory.add(here.start), here.len()) };
         match &self.tail {
             Some(tail) if range.end > whole => {
-                let mut sum = Xxh3Default::new();
-                sum.update(here);
-                sum.update(&tail.bytes()[..range.end - whole]);
-                sum.digest()
+                let mut sum = XxHash3_64::new();
+                sum.write(here);
+                sum.write(&tail.bytes()[..range.end - whole]);
+                sum.finish()
             }
-            _ => xxh3_64(here),
+            _ => XxHash3_64::oneshot(here),
         }
     }
 
