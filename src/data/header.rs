@@ -6,10 +6,10 @@ use super::orientation::{self, Orientation};
 use image::{ImageDecoder, ImageFormat};
 use std::io::Cursor;
 
-/// Decoders' own small things: tables, lines.
-const SMALL: usize = 64 << 10;
-/// What is inflated of a PNG file and waits, while the memory for it grows.
-const INFLATED: usize = 384 << 10;
+/// Decoders' own small things: tables, lines. Of a JPEG or WebP file.
+const SMALL: usize = 16 << 10;
+/// The same of a PNG file.
+const INFLATING: usize = 20 << 10;
 
 /// A picture that is not decoded yet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,7 +54,7 @@ impl Header {
     /// The most bytes that are in use at a time until there is an upright picture.
     pub(super) fn decoding_bytes(&self) -> usize {
         let turning = if self.orientation.is_upright() { 0 } else { self.decoded + self.rgb() };
-        self.decoding.max(turning) + SMALL
+        self.decoding.max(turning)
     }
 
     /// Bytes that the upright picture has.
@@ -78,7 +78,8 @@ fn jpeg(bytes: &[u8]) -> Option<Header> {
         // The other decoder keeps its copy, has coefficients of two bytes if the file is progressive, and the pixels.
         None => 2 * file + 3 * rgb,
     };
-    Some(Header { width: width as usize, height: height as usize, orientation, decoding, decoded: rgb })
+    let (width, height) = (width as usize, height as usize);
+    Some(Header { width, height, orientation, decoding: decoding + SMALL, decoded: rgb })
 }
 
 fn png(bytes: &[u8]) -> Option<Header> {
@@ -91,10 +92,26 @@ fn png(bytes: &[u8]) -> Option<Header> {
     let _ = reader.finish();
     let info = reader.info();
     let (width, height) = (info.width as usize, info.height as usize);
-    let (file, rgb) = (bytes.len() + INFLATED, 3 * width * height);
+    let (file, rgb) = (bytes.len() + INFLATING, 3 * width * height);
+    let (stays, most) = inflated(info.raw_row_length(), height);
     let grey = color.samples() < 3;
-    let (decoding, decoded) = if grey { (file + raw + rgb, rgb) } else { (file + raw, raw) };
+    let inflating = file + raw + most;
+    let (decoding, decoded) = if grey { (inflating.max(file + raw + stays + rgb), rgb) } else { (inflating, raw) };
     Some(Header { width, height, orientation: orientation::of_png(info), decoding, decoded })
+}
+
+/// What has been inflated of a PNG file's `height` rows of `row` bytes and waits for its turn, in the memory of the crate
+/// `png`, which doubles: at the end, and at most, while there are the old and the new.
+fn inflated(row: usize, height: usize) -> (usize, usize) {
+    const KEPT: usize = 128 << 10;
+    let begin = (row * height.min(128)).next_multiple_of(256).min(KEPT);
+    // Rows that are done are dropped once they are so many; inflating looks back 32 KiB and goes on 8 KiB at a time.
+    let needed = (KEPT.max((4 * row).next_multiple_of(64)) + row + (40 << 10)).min(row * height);
+    let (mut capacity, mut most) = (begin, begin);
+    while capacity < needed {
+        (capacity, most) = (2 * capacity, 3 * capacity);
+    }
+    (capacity, most)
 }
 
 fn webp(bytes: &[u8]) -> Option<Header> {
@@ -129,7 +146,7 @@ fn webp(bytes: &[u8]) -> Option<Header> {
         });
     }
     let orientation = of(&mut decoder)?;
-    Some(Header { width, height, orientation, decoding: file + decoded + around, decoded })
+    Some(Header { width, height, orientation, decoding: file + decoded + around + SMALL, decoded })
 }
 
 fn of(decoder: &mut impl ImageDecoder) -> Option<Orientation> {

@@ -127,6 +127,10 @@ impl Axis {
         self
     }
 
+    fn bytes(&self) -> usize {
+        size_of_val(&*self.coefficients) + self.range.len() * 2 * size_of::<usize>()
+    }
+
     /// The input pixels that are needed at all.
     fn needed(&self) -> Range<usize> {
         let first = self.starts.iter().min().copied().unwrap_or(0);
@@ -179,15 +183,17 @@ pub(super) fn bytes_at_most(
     filter: Interpolation,
 ) -> usize {
     let result = 3 * columns.len() * rows.len();
-    if filter == Interpolation::Nearest || source.0 == width || source.1 == height {
-        return result;
+    if filter == Interpolation::Nearest {
+        return result + size_of::<usize>() * (width + height);
     }
-    let between = if columns_first(source, (width, height)) {
-        rows.len() * Axis::new(source.0, width, columns, filter).needed().len()
-    } else {
-        columns.len() * Axis::new(source.1, height, rows, filter).needed().len()
+    let horizontal = (width != source.0).then(|| Axis::new(source.0, width, columns.clone(), filter));
+    let vertical = (height != source.1).then(|| Axis::new(source.1, height, rows.clone(), filter));
+    let between = match (&horizontal, &vertical) {
+        (Some(h), Some(_)) if columns_first(source, (width, height)) => rows.len() * h.needed().len(),
+        (Some(_), Some(v)) => columns.len() * v.needed().len(),
+        _ => 0,
     };
-    3 * between + result
+    3 * between + result + [horizontal, vertical].iter().flatten().map(Axis::bytes).sum::<usize>()
 }
 
 /// Whether the pass along columns comes first: since Pillow 13, where it takes away more than twice as many rows as
@@ -226,20 +232,25 @@ fn along_rows(source: &Picture, axis: &Axis, rows: Range<usize>) -> Picture {
     Picture { width, height: rows.len(), rgb }
 }
 
+/// Values of a row that are summed at a time.
+const AT_ONCE: usize = 768;
+
 /// The columns `columns` of `source`, filtered along them.
 fn along_columns(source: &Picture, axis: &Axis, columns: Range<usize>) -> Picture {
     let (width, line) = (columns.len(), source.width * 3);
     let mut rgb = vec![0u8; width * 3 * axis.range.len()];
     rgb.par_chunks_exact_mut(width * 3).enumerate().for_each(|(y, out)| {
-        let mut sums = vec![1i32 << (PRECISION - 1); width * 3];
         let inputs = source.rgb[axis.starts[y] * line..].chunks_exact(line);
-        for (input, &c) in inputs.zip(axis.coefficients(y)) {
-            for (s, &value) in sums.iter_mut().zip(&input[columns.start * 3..]) {
-                *s = s.wrapping_add(i32::from(value).wrapping_mul(c));
+        for (i, out) in out.chunks_mut(AT_ONCE).enumerate() {
+            let mut sums = [1i32 << (PRECISION - 1); AT_ONCE];
+            for (input, &c) in inputs.clone().zip(axis.coefficients(y)) {
+                for (s, &value) in sums[..out.len()].iter_mut().zip(&input[columns.start * 3 + i * AT_ONCE..]) {
+                    *s = s.wrapping_add(i32::from(value).wrapping_mul(c));
+                }
             }
-        }
-        for (o, s) in out.iter_mut().zip(sums) {
-            *o = clip(s);
+            for (o, s) in out.iter_mut().zip(sums) {
+                *o = clip(s);
+            }
         }
     });
     Picture { width, height: axis.range.len(), rgb }

@@ -14,6 +14,7 @@ use dblaunch::model::{self, Conditioning, Denoiser, TextConfig, UnetConfig, VaeC
 use dblaunch::pipeline::Configs;
 use dblaunch::plan::{Facts, Surroundings, Wiring};
 use dblaunch::segment::{Aside, Keep, SlotId, Tape};
+use image::imageops::FilterType;
 use image::{DynamicImage, ImageFormat, RgbImage};
 use serde_json::Value;
 
@@ -242,6 +243,9 @@ fn write_noise(folder: &Path) {
         ("grey_alpha", picture.to_luma_alpha8().into()),
         ("deep", picture.to_rgb16().into()),
         ("deep_grey", picture.to_luma16().into()),
+        ("small", picture.crop_imm(0, 0, 200, 180)),
+        ("narrow", picture.crop_imm(0, 0, 70, 900)),
+        ("wide", picture.resize_exact(9000, 130, FilterType::Nearest).to_rgb16().into()),
     ];
     for (name, picture) in &kinds {
         picture.save(folder.join(format!("{name}.png"))).unwrap();
@@ -290,7 +294,7 @@ fn pictures() {
         }
     }
     assert!(bad.is_empty(), "{bad:?}");
-    assert_eq!(seen, 2 * (10 + 3));
+    assert_eq!(seen, 2 * (13 + 3));
 }
 
 /// Decoding is the fullest moment of these runs.
