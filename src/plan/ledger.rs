@@ -357,7 +357,9 @@ impl<'a> Ledger<'a> {
         let at_once = |bytes: usize| Turn { before: bytes, most: bytes };
         let none = Flight::default();
         if !self.terms.apart {
-            turn(&|| "decoding of a picture".to_string(), none, none, at_once(pictures.decoding));
+            // Rows come after the first picture; the bound below knows that they may be there at the last.
+            let decoding = pictures.decoding.saturating_sub(self.facts.around);
+            turn(&|| "decoding of a picture".to_string(), none, none, at_once(decoding));
         }
         for &[weights, next, activations] in &self.facts.encoder.turns {
             let next = if self.terms.prefetch { next } else { 0 };
@@ -390,7 +392,8 @@ impl<'a> Ledger<'a> {
             ..TierBytes::default()
         };
         host.total = host.parameters + host.gradients + host.optimizer + host.activations;
-        (host.bound, device.bound) = (host.total, device.total + self.facts.scratch);
+        let decoding = if self.terms.apart { 0 } else { always + around + pictures.decoding };
+        (host.bound, device.bound) = (host.total, device.total.max(decoding) + self.facts.scratch);
         let gaps = if self.terms.apart { device.bound / GAPS } else { 0 };
         (host.room, device.room) = (host.bound, device.bound + gaps);
         Bytes {
