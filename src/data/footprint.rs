@@ -64,9 +64,13 @@ impl Footprint {
         Footprint { resized, kept: part.bytes(), decoding }
     }
 
-    /// Of a picture that is not there yet, by its upright size. `turned`: as cameras leave one for which they were held
-    /// upright.
-    pub fn unseen(size: (usize, usize), turned: bool, options: &DatasetOptions, row: Row) -> Footprint {
-        Self::of(&Header::unseen(size, turned), options, row)
+    /// Of a photograph that is not there yet, by its upright size.
+    pub fn of_photograph(size: (usize, usize), options: &DatasetOptions, row: Row) -> Footprint {
+        Self::of(&Header::photograph(size), options, row)
+    }
+
+    /// Of a picture that the run itself will make, of the run's resolution.
+    pub fn of_made(options: &DatasetOptions, row: Row) -> Footprint {
+        Self::of(&Header::made((options.resolution, options.resolution)), options, row)
     }
 }

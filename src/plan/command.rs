@@ -125,8 +125,8 @@ impl Surroundings {
         }
         for (dir, most, unseen, row) in folders {
             let unseen_one = match row {
-                Row::Instance => Footprint::unseen(CAMERA, true, &options, row),
-                Row::Class => Footprint::unseen((r, r), false, &options, row),
+                Row::Instance => Footprint::of_photograph(CAMERA, &options, row),
+                Row::Class => Footprint::of_made(&options, row),
             };
             let listed = data::list_pictures(dir, row == Row::Instance && plan.data.captions).unwrap_or_default();
             let mut pictures: Vec<Footprint> = listed

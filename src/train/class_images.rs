@@ -199,6 +199,8 @@ fn write(dir: &Path, number: u64, image: &RgbImage) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::data::{DatasetOptions, Footprint, Interpolation, Row};
+    use std::path::PathBuf;
 
     fn missing(files: &[&str], wanted: usize) -> Vec<u64> {
         let home = tempfile::tempdir().unwrap();
@@ -238,5 +240,43 @@ mod tests {
         let name = fs::read_dir(home.path()).unwrap().next().unwrap().unwrap().file_name();
         assert_eq!(name.to_str(), Some("3-29e2dcfbb16f63bb0254df7585a15bb6fb5e927d.jpg"));
         assert_eq!(image::open(home.path().join(name)).unwrap().width(), 1);
+    }
+
+    /// Or a run would refuse pictures that it has just made.
+    #[test]
+    fn no_file_takes_more_than_was_planned_before_it_was_made() {
+        for side in [8, 64, 256] {
+            let options = DatasetOptions {
+                instance_dir: PathBuf::new(),
+                captions: None,
+                class: None,
+                resolution: side,
+                center_crop: false,
+                random_flip: false,
+                interpolation: Interpolation::Bilinear,
+                keep_bytes: 0,
+                verify: false,
+                decode_bytes: None,
+            };
+            let planned = Footprint::of_made(&options, Row::Class);
+            let mut state = 1u64;
+            // Nothing but black and white: no picture's file is larger.
+            let mut noise = |_, _| {
+                image::Rgb([0u8; 3].map(|_| {
+                    state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                    if state >> 63 == 0 { 0 } else { 255 }
+                }))
+            };
+            let pictures =
+                [RgbImage::new(side as u32, side as u32), RgbImage::from_fn(side as u32, side as u32, &mut noise)];
+            for picture in pictures {
+                let home = tempfile::tempdir().unwrap();
+                write(home.path(), 0, &picture).unwrap();
+                let path = fs::read_dir(home.path()).unwrap().next().unwrap().unwrap().path();
+                let held = Footprint::read(&path, &options, Row::Class).unwrap();
+                assert!(held.decoding <= planned.decoding, "{side}: {held:?}, {planned:?}");
+                assert_eq!((held.resized, held.kept), (planned.resized, planned.kept));
+            }
+        }
     }
 }

@@ -107,6 +107,14 @@ pub(super) fn bytes_at_most(bytes: &[u8]) -> Option<usize> {
     }
 }
 
+/// The same of a file that is not there, by its (width, height) and how many columns and rows of pixels share a colour:
+/// baseline, of three components.
+pub(super) fn bytes_of_frame((width, height): (usize, usize), shared: u8) -> Option<usize> {
+    let ([w1, w0], [h1, h0]) = (u16::try_from(width).ok()?.to_be_bytes(), u16::try_from(height).ok()?.to_be_bytes());
+    let segment = [8, h1, h0, w1, w0, 3, 1, shared << 4 | shared, 0, 2, 0x11, 0, 3, 0x11, 0];
+    Some(Frame::read(&segment, false, u64::MAX)?.bytes_at_most())
+}
+
 /// The next marker at or after `at`, which moves behind it.
 fn next_marker(bytes: &[u8], at: &mut usize) -> Option<u8> {
     let found = bytes.get(*at..)?.windows(2).position(|pair| pair[0] == 0xFF && !matches!(pair[1], 0x00 | 0xFF))?;
