@@ -174,79 +174,138 @@ impl<M: Master, C: Copied, G: Grad> Kernel for Piece<'_, M, C, G> {
     type Output = u32;
     #[inline(always)]
     unsafe fn run<L: Lanes>(mut self) -> u32 {
-        let whole = self.weights.len() / L::N * L::N;
-        // SAFETY: the caller's promise.
+        let n = self.weights.len();
+        assert!(self.copy.len() == n && self.m.len() == n && self.v.len() == n && self.grads.len() == n);
+        let whole = n / L::N * L::N;
+        // SAFETY: the caller's promise; the lengths are equal, and `whole` is one of whole vectors.
         unsafe {
-            let most = match L::COPIES_AFTER && size_of::<C>() > 0 {
-                true => self.update_and_copy::<L>(whole),
-                false => self.update_range::<L, true>(0, whole),
+            let most = match self.past {
+                true => self.update_range::<L, true>(0, whole),
+                false => self.update_range::<L, false>(0, whole),
             };
             if self.past {
                 L::fence();
             }
-            most.max(self.update_range::<Portable, true>(whole, self.weights.len()))
+            most.max(self.update_range::<Portable, false>(whole, n))
         }
     }
 }
 
-impl<M: Master, C: Copied, G: Grad> Piece<'_, M, C, G> {
-    /// Elements up to `to`, a multiple of the lanes: weights, and then their copy while they are in the nearest cache, block by
-    /// block.
-    #[inline(always)]
-    unsafe fn update_and_copy<L: Lanes>(&mut self, to: usize) -> u32 {
-        const BLOCK: usize = 256;
-        let (mut most, mut from) = (0, 0);
-        while from < to {
-            let end = (from + BLOCK).min(to);
-            // SAFETY: as in `update_range`, whose lengths are checked first.
-            unsafe {
-                most = most.max(self.update_range::<L, false>(from, end));
-                let (weights, copy) = (self.weights.as_ptr(), self.copy.as_mut_ptr());
-                let mut i = from;
-                while i < end {
-                    C::store::<L>(copy.add(i), M::load::<L>(weights.add(i)), self.past);
-                    i += L::N;
-                }
-            }
-            from = end;
-        }
-        most
-    }
+/// The stages that an element goes through, an iteration each, and how far it has come between them.
+///
+/// A root and two quotients, one after the other, take longer than the CPU looks ahead over instructions that wait for
+/// them: so an iteration takes four vectors one stage on each instead of one vector through all.
+mod stage {
+    /// New moments are written; of them stay the first and the root of the second.
+    pub struct Moments<F>(pub F, pub F);
+    /// What the change of the weights is the quotient of.
+    pub struct Fraction<F>(pub F, pub F);
+    /// The quotient.
+    pub struct Quotient<F>(pub F);
+}
 
-    /// Elements `from..to`, a multiple of the lanes; with their copy if `COPIES`.
+use stage::{Fraction, Moments, Quotient};
+
+impl<M: Master, C: Copied, G: Grad> Piece<'_, M, C, G> {
+    /// Elements `from..to`, a multiple of the lanes.
+    ///
+    /// # Safety
+    /// Inside [`Lanes::vectorize`]; the elements are inside all five slices.
     #[inline(always)]
-    unsafe fn update_range<L: Lanes, const COPIES: bool>(&mut self, from: usize, to: usize) -> u32 {
-        let (c, n) = (self.c, self.weights.len());
-        assert!(to <= n && self.copy.len() == n && self.m.len() == n && self.v.len() == n && self.grads.len() == n);
-        let (weights, copy) = (self.weights.as_mut_ptr(), self.copy.as_mut_ptr());
-        let (m, v, grads) = (self.m.as_mut_ptr(), self.v.as_mut_ptr(), self.grads.as_ptr());
-        let ahead = AHEAD * L::N;
-        // SAFETY: `L::N` elements from `i` are inside all five, whose lengths are equal; called inside `vectorize`.
+    unsafe fn update_range<L: Lanes, const PAST: bool>(&mut self, from: usize, to: usize) -> u32 {
+        // Of its own: from behind the reference they would be read anew after every store.
+        let c = *self.c;
+        let n = L::N;
+        // SAFETY: the caller's promise.
         unsafe {
             let mut most = L::splat_int(0);
             let mut i = from;
-            while i < to {
-                L::prefetch(m.wrapping_add(i + ahead).cast());
-                L::prefetch(v.wrapping_add(i + ahead).cast());
-                L::prefetch(weights.wrapping_add(i + ahead).cast());
-                L::prefetch(grads.wrapping_add(i + ahead).cast());
-                let g = L::mul(G::load::<L>(grads.add(i)), L::splat(c.grad_scale));
-                most = L::max_int(most, L::and(L::bits(g), L::splat_int(MAGNITUDE)));
-                let (m_old, v_old) = (L::load(m.add(i)), L::load(v.add(i)));
-                let m_new = L::add(m_old, L::mul(L::sub(g, m_old), L::splat(c.one_minus_beta1)));
-                let gg = L::mul(L::mul(L::splat(c.one_minus_beta2), g), g);
-                let v_new = L::add(L::mul(v_old, L::splat(c.beta2)), gg);
-                L::store(m.add(i), m_new);
-                L::store(v.add(i), v_new);
-                let w = step::<L>(c, M::load::<L>(weights.add(i)), m_new, v_new);
-                let w = self.master.store::<L>(weights.add(i), self.element.wrapping_add(i as u32), w);
-                if COPIES {
-                    C::store::<L>(copy.add(i), w, self.past);
+            if to - from >= 3 * n {
+                let mut quotient = Fraction::of::<L>(&c, self.moments::<L>(&c, i, &mut most)).quotient::<L>();
+                let mut fraction = Fraction::of::<L>(&c, self.moments::<L>(&c, i + n, &mut most));
+                let mut moments = self.moments::<L>(&c, i + 2 * n, &mut most);
+                while i + 3 * n < to {
+                    self.weights::<L, PAST>(&c, i, quotient);
+                    quotient = fraction.quotient::<L>();
+                    fraction = Fraction::of::<L>(&c, moments);
+                    moments = self.moments::<L>(&c, i + 3 * n, &mut most);
+                    i += n;
                 }
-                i += L::N;
+                self.weights::<L, PAST>(&c, i, quotient);
+                self.weights::<L, PAST>(&c, i + n, fraction.quotient::<L>());
+                self.weights::<L, PAST>(&c, i + 2 * n, Fraction::of::<L>(&c, moments).quotient::<L>());
+                i += 3 * n;
+            }
+            while i < to {
+                let moments = self.moments::<L>(&c, i, &mut most);
+                self.weights::<L, PAST>(&c, i, Fraction::of::<L>(&c, moments).quotient::<L>());
+                i += n;
             }
             L::most(most)
         }
+    }
+
+    /// The moments from element `i` on, written.
+    ///
+    /// # Safety
+    /// As [`Piece::update_range`].
+    #[inline(always)]
+    unsafe fn moments<L: Lanes>(&mut self, c: &Coefficients, i: usize, most: &mut L::I) -> Moments<L::F> {
+        let (m, v, grads) = (self.m.as_mut_ptr(), self.v.as_mut_ptr(), self.grads.as_ptr());
+        let ahead = i + AHEAD * L::N;
+        // SAFETY: the caller's promise.
+        unsafe {
+            L::prefetch(m.wrapping_add(ahead).cast());
+            L::prefetch(v.wrapping_add(ahead).cast());
+            L::prefetch(self.weights.as_ptr().wrapping_add(ahead).cast());
+            L::prefetch(grads.wrapping_add(ahead).cast());
+            let g = L::mul(G::load::<L>(grads.add(i)), L::splat(c.grad_scale));
+            *most = L::max_int(*most, L::and(L::bits(g), L::splat_int(MAGNITUDE)));
+            let (m_old, v_old) = (L::load(m.add(i)), L::load(v.add(i)));
+            let m_new = L::add(m_old, L::mul(L::sub(g, m_old), L::splat(c.one_minus_beta1)));
+            let gg = L::mul(L::mul(L::splat(c.one_minus_beta2), g), g);
+            let v_new = L::add(L::mul(v_old, L::splat(c.beta2)), gg);
+            L::store(m.add(i), m_new);
+            L::store(v.add(i), v_new);
+            Moments(m_new, L::sqrt(v_new))
+        }
+    }
+
+    /// The weights from element `i` on and their copy, written.
+    ///
+    /// # Safety
+    /// As [`Piece::update_range`].
+    #[inline(always)]
+    unsafe fn weights<L: Lanes, const PAST: bool>(&mut self, c: &Coefficients, i: usize, quotient: Quotient<L::F>) {
+        let weights = self.weights.as_mut_ptr();
+        // SAFETY: the caller's promise.
+        unsafe {
+            let w = quotient.moved::<L>(c, M::load::<L>(weights.add(i)));
+            let w = self.master.store::<L>(weights.add(i), self.element.wrapping_add(i as u32), w);
+            C::store::<L>(self.copy.as_mut_ptr().add(i), w, PAST);
+        }
+    }
+}
+
+impl<F> Fraction<F> {
+    #[inline(always)]
+    unsafe fn of<L: Lanes<F = F>>(c: &Coefficients, Moments(m, root): Moments<F>) -> Self {
+        // SAFETY: called inside `vectorize`.
+        unsafe { Fraction(m, L::add(L::divide(root, &c.correction2_root), L::splat(c.epsilon))) }
+    }
+
+    #[inline(always)]
+    unsafe fn quotient<L: Lanes<F = F>>(self) -> Quotient<F> {
+        // SAFETY: called inside `vectorize`.
+        unsafe { Quotient(L::div(self.0, self.1)) }
+    }
+}
+
+impl<F> Quotient<F> {
+    #[inline(always)]
+    unsafe fn moved<L: Lanes<F = F>>(self, c: &Coefficients, w: F) -> F {
+        // SAFETY: called inside `vectorize`.
+        unsafe { L::sub(L::mul(w, L::splat(c.decay)), L::mul(L::splat(c.step_size), self.0)) }
     }
 }
 
@@ -257,9 +316,5 @@ impl<M: Master, C: Copied, G: Grad> Piece<'_, M, C, G> {
 #[inline(always)]
 pub unsafe fn step<L: Lanes>(c: &Coefficients, w: L::F, m: L::F, v: L::F) -> L::F {
     // SAFETY: the caller's promise.
-    unsafe {
-        let denominator = L::add(L::divide(L::sqrt(v), &c.correction2_root), L::splat(c.epsilon));
-        let change = L::mul(L::splat(c.step_size), L::div(m, denominator));
-        L::sub(L::mul(w, L::splat(c.decay)), change)
-    }
+    unsafe { Fraction::of::<L>(c, Moments(m, L::sqrt(v))).quotient::<L>().moved::<L>(c, w) }
 }

@@ -23,9 +23,6 @@ pub trait Kernel {
 pub unsafe trait Lanes: Copy + Send + Sync + 'static {
     /// f32 per vector.
     const N: usize;
-    /// Whether AdamW's half-precision copy is better rounded in a loop of its own than at the end of the update, whose roots
-    /// and quotients are waited for longest: where the CPU looks ahead over too few instructions, copying waits with them.
-    const COPIES_AFTER: bool;
     type F: Copy;
     type I: Copy;
 
@@ -125,7 +122,6 @@ pub struct Portable;
 // SAFETY: each method reads or writes what the trait says.
 unsafe impl Lanes for Portable {
     const N: usize = 1;
-    const COPIES_AFTER: bool = false;
     type F = f32;
     type I = u32;
 

@@ -40,7 +40,6 @@ macro_rules! methods {
 // SAFETY: each method is the intrinsic that reads or writes what the trait says.
 unsafe impl Lanes for Avx512 {
     const N: usize = 16;
-    const COPIES_AFTER: bool = false;
     type F = __m512;
     type I = __m512i;
 
@@ -112,8 +111,6 @@ unsafe impl Lanes for Avx512 {
 // SAFETY: each method is the intrinsic that reads or writes what the trait says.
 unsafe impl Lanes for Avx2 {
     const N: usize = 8;
-    // Seen on AMD's Zen 3.
-    const COPIES_AFTER: bool = true;
     type F = __m256;
     type I = __m256i;
 
