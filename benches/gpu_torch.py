@@ -4,7 +4,8 @@
 usage: gpu_torch.py DBLAUNCH [--rounds 3] [--batches 1,4,16] [--no-compile] [--seconds 500]
 Attention: scaled_dot_product_attention with its flash kernels. The step: diffusers' UNet2DConditionModel of SD 1.5's shape
 with random weights, 64x64 latents, autocast to bf16, channels-last, fused AdamW, gradients' norm clipped; eager and
-compiled. Needs torch; without diffusers the step is left out, which is said. No part of the test command."""
+compiled. Needs torch; without diffusers the step is left out, which is said. Last lines: what was aimed at, and whether it
+held. No part of the test command."""
 import argparse, json, statistics, subprocess, time
 import torch
 
@@ -14,6 +15,16 @@ p.add_argument("--no-compile", action="store_true"); p.add_argument("--seconds",
 a = p.parse_args()
 began = time.monotonic()
 print(json.dumps({"torch": torch.__version__, "gpu": torch.cuda.get_device_name()}))
+
+ratios = {}
+
+def compared(kind, what, ratio):
+    ratios.setdefault(kind, []).append((ratio, what))
+
+def aim(kind, least):
+    """What is the smallest of a kind's ratios, and is it large enough?"""
+    ratio, what = min(ratios.get(kind, [(None, "nothing was compared")]))
+    print(json.dumps({"aim": f"{kind}, at least {least}", "least": ratio, "at": what, "held": ratio and ratio >= least}))
 
 def ours(*arguments):
     out = subprocess.run([a.dblaunch, "bench", *arguments], stdout=subprocess.PIPE, check=True, text=True).stdout
@@ -45,6 +56,7 @@ def attention():
         both = (forward + backward) * 1e6 / (mine["forward"] + mine["backward"])
         print(json.dumps({"attention": line["shape"], "dblaunch_us": mine, "torch_us": {"forward": forward * 1e6,
             "backward": backward * 1e6}, "torch/dblaunch": both}), flush=True)
+        compared("attention, torch/dblaunch", line["shape"], both)
 
 def torch_step(unet, batch, steps):
     """Seconds of each step after the first ones."""
@@ -94,9 +106,13 @@ def step():
             line[way] = batch / statistics.median(theirs)
             line[f"{way}_GiB"] = torch.cuda.max_memory_allocated() / 2**30
             line[f"dblaunch/{way}"] = line["dblaunch"] / line[way]
+            compared(f"UNet, dblaunch/{way}", f"batch {batch}", line[f"dblaunch/{way}"])
             del model
             torch.cuda.empty_cache()
         print(json.dumps(line), "images/s", flush=True)
 
 attention()
 step()
+aim("attention, torch/dblaunch", 0.6)
+aim("UNet, dblaunch/eager", 1.0)
+aim("UNet, dblaunch/compiled", 1.0)

@@ -26,7 +26,7 @@ __device__ __forceinline__ void ldmatrix(unsigned (&r)[4], const void* row) {
                  : "r"(shared_address(row))
                  : "memory");
 }
-// Lanes 16..31 bring no addresses (but must come).
+// Lanes 16..31 bring no addresses that count (but must come, and on 7.5 with valid ones).
 __device__ __forceinline__ void ldmatrix(unsigned (&r)[2], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
                  : "=r"(r[0]), "=r"(r[1])

@@ -19,6 +19,9 @@ use crate::segment::Keep;
 use crate::train::arrange::Formats;
 use crate::zero::{Placement, Stage};
 
+/// What a step with everything offloaded may take of the slowest of the three.
+const AIM: f64 = 1.25;
+
 /// Steps of SD 1.5's UNet in bf16 with all graphs kept, one row; prints one JSON line.
 pub fn offload(rank: &Rank, latent: usize, steps: u64, profile: Option<PathBuf>) -> Result<()> {
     let case = |place: Place, profile: Option<PathBuf>| MemoryCase {
@@ -51,6 +54,8 @@ pub fn offload(rank: &Rank, latent: usize, steps: u64, profile: Option<PathBuf>)
         json!({
             "seconds": {"offloaded": host, "on_device": device, "bus": bus, "host_optimizer": optimizer},
             "offloaded_by_the_slowest": host / bound,
+            "aim": format!("at most {AIM}"),
+            "held": host / bound <= AIM,
         })
     );
     Ok(())

@@ -43,6 +43,9 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, mask: &Mask) 
     if heads == 0 || width % heads != 0 || width == 0 {
         bail!("attention: {heads} heads of a width of {width}");
     }
+    if queries == 0 || keys == 0 {
+        bail!("attention: {queries} queries and {keys} keys");
+    }
     let lengths = match &mask.key_lengths {
         None => vec![keys; batch],
         Some(lengths) if lengths.len() == batch && lengths.iter().all(|&l| l <= keys) => lengths.clone(),

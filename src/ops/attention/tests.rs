@@ -184,4 +184,7 @@ fn operands_that_do_not_fit_are_refused() {
     assert!(attention(&q, &k, &k, 5, &Mask::default()).is_err());
     assert!(attention(&q, &k, &k, 2, &lengths(&[7, 1])).is_err());
     assert!(attention(&q, &k, &k, 2, &lengths(&[6])).is_err());
+    let none = k.narrow(1, 0, 0).unwrap();
+    assert!(attention(&q, &none, &none, 2, &Mask::default()).is_err());
+    assert!(attention(&none, &k, &k, 2, &Mask::default()).is_err());
 }
