@@ -93,7 +93,7 @@ __device__ __forceinline__ unsigned first_from(unsigned wanted, float scale, uns
     return at;
 }
 
-// dx (planes, h, w): the sum over the pixels that each pixel was the source of, a thread a pixel, in the CPU's order.
+// dx (planes, h, w): the sum over the pixels that each pixel was the source of, a thread a pixel, row by row.
 template <class T>
 __device__ __forceinline__ void upsample_backward(const T* dy, T* dx, unsigned count, unsigned h, unsigned w, unsigned height,
                                                   unsigned width, float rows_scale, float columns_scale) {
