@@ -32,6 +32,8 @@ impl Hardware {
     pub fn gpu(local_rank: usize, limit: Option<usize>, needs: usize) -> Result<Hardware> {
         let gpu = super::cuda::Gpu::open(local_rank, limit)?;
         let (free, total) = gpu.free()?;
+        // What the run needs has the scratch in it that the pool already holds.
+        let free = free + gpu.usage()?.held;
         if free < needs {
             let mib = |bytes: usize| bytes >> 20;
             return Err(crate::Refusal::error(format!(

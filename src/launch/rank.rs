@@ -106,9 +106,10 @@ pub fn report_failure(error: &anyhow::Error) -> u8 {
     if TOLD.swap(true, Ordering::Relaxed) {
         return exit_status(error);
     }
-    let because_of = error.chain().find_map(|cause| cause.downcast_ref::<PeerFailure>()).map(|failure| failure.rank);
     let status = exit_status(error);
-    let failure = Failure { message: format!("{error:#}"), refused: status == status::REFUSED, because_of };
+    let message = format!("{error:#}");
+    let because_of = peer_behind(error, &message).map(|failure| failure.rank);
+    let failure = Failure { message, refused: status == status::REFUSED, because_of };
     let launcher = launcher();
     if launcher.is_heard() {
         launcher.send(&Event::Failed(failure.clone()));
@@ -122,6 +123,14 @@ pub fn report_failure(error: &anyhow::Error) -> u8 {
         communicator.abort(&failure.message);
     }
     status
+}
+
+/// The other rank whose failure this error is a consequence of. candle's errors carry causes as text alone, so what is known
+/// of other ranks is looked for there, too.
+fn peer_behind(error: &anyhow::Error, message: &str) -> Option<PeerFailure> {
+    let typed = error.chain().find_map(|cause| cause.downcast_ref::<PeerFailure>()).cloned();
+    let communicator = running().as_ref().and_then(Weak::upgrade);
+    typed.or_else(|| communicator?.failed_peer().filter(|peer| message.contains(&peer.to_string())))
 }
 
 /// The communicator of this process, for [`report_failure`].

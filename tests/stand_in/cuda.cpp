@@ -622,6 +622,9 @@ CALL cuLaunchKernel(Function* function, unsigned x, unsigned y, unsigned z, unsi
     if (!which || !x || !y || !z || !threads || threads > 1024) {
         return INVALID;
     }
+    if (sticky) {
+        return sticky;
+    }
     long number = launches.count++;
     if (launches.fails_at >= 0 && number >= launches.fails_at) {
         which->put([] { sticky = launches.status; });

@@ -10,7 +10,7 @@
 
 namespace {
 
-enum { SUCCESS = 0, INVALID = 7, NOT_SUPPORTED = 15 };
+enum { SUCCESS = 0, INVALID = 7, EXECUTION_FAILED = 13, NOT_SUPPORTED = 15 };
 enum { F32 = 0, F64 = 1, F16 = 2, BF16 = 14 };
 
 struct Handle {
@@ -101,6 +101,9 @@ CALL cublasGemmStridedBatchedEx(Handle* handle, int turn_a, int turn_b, int m, i
     auto put_on = reinterpret_cast<int (*)(void*, void (*)(void*), void*)>(dlsym(RTLD_DEFAULT, "stand_in_put"));
     if (!known(type_a) || !known(type_b) || !known(type_c) || !put_on) {
         return NOT_SUPPORTED;
+    }
+    if (closed()) {
+        return EXECUTION_FAILED;
     }
     // As the kernels: nothing but the launch.
     if (const char* idle = getenv("STAND_IN_IDLE"); idle && *idle == '1') {

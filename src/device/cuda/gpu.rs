@@ -110,7 +110,13 @@ impl Gpu {
         check(local_rank).map_err(Refusal::error)?;
         let found = probe()?;
         let (ordinal, card) = found::choose(&found, local_rank, &built()).map_err(Refusal::error)?;
-        let device = Device::new_cuda_with_stream(ordinal).with_context(|| format!("opening GPU {ordinal}"))?;
+        let cannot = |why: String| Refusal::error(format!("GPU {ordinal} ({}) cannot be opened: {why}", card.name));
+        // Before candle, which does not say what the driver's answer means; both hold the same context.
+        let _context =
+            CudaContext::new(ordinal).attempt("making a context").map_err(|error| cannot(format!("{error:#}")))?;
+        let device = Device::new_cuda_with_stream(ordinal).map_err(|error| {
+            cannot(format!("{error}. Often too little of its memory is left: `nvidia-smi` shows what uses it"))
+        })?;
         let candle = device.as_cuda_device()?.clone();
         // SAFETY: what tracking did is ensured by the rules in the module above (Note: streams). Nothing has been
         // allocated but by this thread, on this stream.
@@ -326,7 +332,12 @@ impl Launcher for Gpu {
         let _one = self.multiplying.lock().unwrap_or_else(|e| e.into_inner());
         // SAFETY: candle's device keeps the handle alive, on the computing stream; the addresses are the caller's promise,
         // as a kernel's are.
-        unsafe { products::multiply(*self.candle.cublas_handle().handle(), product, self.allows_tf32()) }
+        let done = unsafe { products::multiply(*self.candle.cublas_handle().handle(), product, self.allows_tf32()) };
+        // cuBLAS says no more than that it failed where the GPU broke earlier; the driver says why.
+        done.map_err(|error| match self.computing.mark().and_then(|mark| mark.is_reached()) {
+            Ok(_) => error,
+            Err(cause) => cause.context(format!("{error:#}")),
+        })
     }
 
     fn capability(&self) -> u32 {
