@@ -286,7 +286,11 @@ CALL cuDeviceGet(int* device, int ordinal) { return *device = ordinal, SUCCESS; 
 CALL cuDeviceGetName(char* name, int room, int device) {
     return snprintf(name, room, "stand-in %d", device), SUCCESS;
 }
+// Came with 11.4; where a function is missing the program's trampolines say that there is no device.
 CALL cuDeviceGetUuid_v2(char* uuid, int device) {
+    if (setting("STAND_IN_DRIVER", 13000) < 11040) {
+        return NO_DEVICE;
+    }
     memset(uuid, 0x40 + device, 16);
     return SUCCESS;
 }

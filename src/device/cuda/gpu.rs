@@ -81,9 +81,14 @@ fn probe() -> Result<Found> {
     unsafe { cudarc::driver::sys::cuDriverGetVersion(&mut driver) }
         .result()
         .attempt("asking for the driver's version")?;
+    let driver = driver as u32;
+    if driver < built().toolkit {
+        // It lacks functions that are asked for below (GPUs' ids came with 11.4), and is refused whatever they say.
+        return Ok(Found { driver, ..Found::default() });
+    }
     let count = result::device::get_count().attempt("counting GPUs")?;
     let cards = (0..count).map(card).collect::<Result<_>>()?;
-    Ok(Found { driver: driver as u32, refuses: None, cards })
+    Ok(Found { driver, refuses: None, cards })
 }
 
 fn card(ordinal: i32) -> Result<Card> {
