@@ -3,10 +3,10 @@
 
 use anyhow::Result;
 use candle_core::DType;
-use half::bf16;
 use serde_json::{Value, json};
 
 use super::gpu::{ROUNDS, speed};
+use super::numbers::halves;
 use crate::device::cuda::{DeviceMemory, Gpu};
 use crate::kernels::attention::{Attention, Backward};
 
@@ -34,18 +34,11 @@ pub fn attention(gpu: &Gpu) -> Result<Vec<Value>> {
     Ok(lines)
 }
 
-/// Numbers about zero that no power of the card is saved by.
-fn numbers(gpu: &Gpu, count: usize) -> Result<DeviceMemory> {
-    let value = |i: usize| (i.wrapping_mul(2_654_435_761) >> 11) % 2048;
-    let values: Vec<bf16> = (0..count).map(|i| bf16::from_f32(value(i) as f32 / 1024.0 - 1.0)).collect();
-    gpu.write(bytemuck::cast_slice(&values), "attention's inputs")
-}
-
 fn measured(gpu: &Gpu, batch: usize, queries: usize, keys: usize, width: usize) -> Result<Value> {
     let of = Attention::contiguous(DType::BF16, [batch, queries, keys], HEADS, width, false);
     let [by_query, by_key] = [queries, keys].map(|tokens| batch * tokens * HEADS * width);
-    let [q, k, v] = [numbers(gpu, by_query)?, numbers(gpu, by_key)?, numbers(gpu, by_key)?];
-    let dy = numbers(gpu, by_query)?;
+    let [q, k, v] = [halves(gpu, by_query)?, halves(gpu, by_key)?, halves(gpu, by_key)?];
+    let dy = halves(gpu, by_query)?;
     let room = |elements: usize, size: usize| gpu.computing().alloc(elements * size, "attention's results");
     let (y, log_sums) = (room(by_query, 2)?, room(of.log_sums(), 4)?);
     let [dq, dk, dv] = [room(by_query, 2)?, room(by_key, 2)?, room(by_key, 2)?];

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 
 use super::attention::attention;
 use super::gpu::speed;
+use super::numbers;
 use crate::device::cuda::{DeviceMemory, Gpu};
 use crate::kernels::glue::moves::transpose;
 use crate::kernels::glue::{add, geglu, geglu_backward};
@@ -22,6 +23,8 @@ const DTYPE: DType = DType::BF16;
 const IN_A_ROW: usize = 20;
 /// Of the copy.
 const BYTES: usize = 128 << 20;
+/// What operands are filled with, again and again.
+const PATTERN: usize = 4 << 20;
 /// What norms and the optimizer shall reach of a copy that moves as much.
 const AIM: f64 = 0.85;
 /// What the optimizer updates: records of as many elements as in a run.
@@ -38,7 +41,9 @@ pub fn kernels(limit: usize) -> Result<()> {
 
 fn measured(gpu: &Gpu) -> Result<Vec<Value>> {
     let (from, to) = (gpu.computing().alloc_zeroed(BYTES, "a copy")?, gpu.computing().alloc(BYTES, "a copy")?);
-    let mut meter = Meter { gpu, from, to, copy: 0.0, least: (f64::INFINITY, String::new()), lines: Vec::new() };
+    let least = (f64::INFINITY, String::new());
+    let (halves, floats) = (numbers::halves(gpu, PATTERN / 2)?, numbers::floats(gpu, PATTERN / 4)?);
+    let mut meter = Meter { gpu, from, to, halves, floats, copy: 0.0, least, lines: Vec::new() };
     meter.copy = meter.copy(BYTES)?;
     meter.lines.push(json!({"copy_bytes_per_second": meter.copy}));
     for batch in [1, 4, 16] {
@@ -65,6 +70,9 @@ struct Meter<'a> {
     /// What is copied.
     from: DeviceMemory,
     to: DeviceMemory,
+    /// [`PATTERN`] bytes of bf16 and of f32.
+    halves: DeviceMemory,
+    floats: DeviceMemory,
     /// Bytes a second, read and written, of a large copy.
     copy: f64,
     /// Of what has an aim: the smallest share of a copy of as much, and whose it is.
@@ -76,6 +84,24 @@ impl Meter<'_> {
     /// Zeros.
     fn memory(&self, bytes: usize) -> Result<DeviceMemory> {
         self.gpu.computing().alloc_zeroed(bytes, "a benchmark")
+    }
+
+    /// bf16 numbers about zero: of zeros roots and quotients take another way.
+    fn halves(&self, bytes: usize) -> Result<DeviceMemory> {
+        self.filled(&self.halves, bytes)
+    }
+
+    /// The same in f32.
+    fn floats(&self, bytes: usize) -> Result<DeviceMemory> {
+        self.filled(&self.floats, bytes)
+    }
+
+    fn filled(&self, pattern: &DeviceMemory, bytes: usize) -> Result<DeviceMemory> {
+        let memory = self.memory(bytes)?;
+        for at in (0..bytes).step_by(PATTERN) {
+            self.gpu.computing().copy(pattern, 0..PATTERN.min(bytes - at), &memory, at)?;
+        }
+        Ok(memory)
     }
 
     /// Bytes a second, read and written, of a copy of so many.
@@ -132,8 +158,8 @@ impl Meter<'_> {
         backward: &dyn Fn(&Gpu, Backward) -> Result<()>,
     ) -> Result<()> {
         let gpu = self.gpu;
-        let [x, dy, y] = [self.memory(bytes)?, self.memory(bytes)?, self.memory(bytes)?];
-        let [gamma, beta] = [self.memory(2 * weights)?, self.memory(2 * weights)?];
+        let [x, dy, y] = [self.halves(bytes)?, self.halves(bytes)?, self.memory(bytes)?];
+        let [gamma, beta] = [self.halves(2 * weights)?, self.halves(2 * weights)?];
         let [dgamma, dbeta] = [self.memory(4 * weights)?, self.memory(4 * weights)?];
         let moments = self.memory(moments)?;
         let (x, gamma, beta) = (x.address(), gamma.address(), beta.address());
@@ -154,7 +180,7 @@ impl Meter<'_> {
 
     fn feed_forward(&mut self, rows: usize, width: usize) -> Result<()> {
         let (gpu, bytes, shape) = (self.gpu, 2 * rows * width, format!("{rows}x{width} bf16"));
-        let [x, y, dx] = [self.memory(2 * bytes)?, self.memory(bytes)?, self.memory(2 * bytes)?];
+        let [x, y, dx] = [self.halves(2 * bytes)?, self.halves(bytes)?, self.memory(2 * bytes)?];
         let (x, y, dx) = (x.address(), y.address(), dx.address());
         self.measure("geglu forward", shape.clone(), 3 * bytes, || geglu(gpu, DTYPE, x, y, rows, width))?;
         self.measure("geglu backward", shape, 5 * bytes, || geglu_backward(gpu, DTYPE, x, y, dx, rows, width))
@@ -162,7 +188,7 @@ impl Meter<'_> {
 
     fn moves(&mut self, batch: usize, tokens: usize, width: usize) -> Result<()> {
         let (gpu, count) = (self.gpu, batch * tokens * width);
-        let [a, b, y] = [self.memory(2 * count)?, self.memory(2 * count)?, self.memory(2 * count)?];
+        let [a, b, y] = [self.halves(2 * count)?, self.halves(2 * count)?, self.memory(2 * count)?];
         let (a, b, y) = (a.address(), b.address(), y.address());
         let shape = format!("{batch}x{tokens}x{width} bf16");
         self.measure("add", shape.clone(), 6 * count, || add(gpu, DTYPE, a, b, y, count))?;
@@ -176,7 +202,7 @@ impl Meter<'_> {
         let books = gpu.write(bytemuck::cast_slice(&words), "code books")?;
         let tables = tables_at(books.address());
         let adam = AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01 };
-        let [weights, grads] = [self.memory(4 * count)?, self.memory(4 * count)?];
+        let [weights, grads] = [self.floats(4 * count)?, self.floats(4 * count)?];
         let [copy, overflow, total] = [self.memory(2 * count)?, self.memory(4)?, self.memory(8)?];
         for (name, kind, bytes, rounded) in [
             ("adamw", StateKind::F32, 28, false),
@@ -198,7 +224,7 @@ impl Meter<'_> {
         }
         let sum = || sum_of_squares(gpu, DType::F32, grads.address(), count, total.address());
         self.measure("sum of squares", format!("{count} f32"), 4 * count, sum)?;
-        ensure!(gpu.read(&overflow)? == [0; 4], "gradients of zero were not finite");
+        ensure!(gpu.read(&overflow)? == [0; 4], "a gradient was not finite");
         Ok(())
     }
 }

@@ -14,6 +14,8 @@ mod kernels;
 mod layers;
 mod memory;
 #[cfg(feature = "cuda")]
+mod numbers;
+#[cfg(feature = "cuda")]
 mod offload;
 mod ops;
 mod shape;
