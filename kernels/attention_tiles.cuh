@@ -165,13 +165,3 @@ __device__ __forceinline__ void add_product(float (&y)[WIDTH / 8][4], const floa
         }
     }
 }
-
-__device__ __forceinline__ float power_of_two(float x) {
-#ifdef __CUDACC__
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-#else
-    return exp2f(x);
-#endif
-}

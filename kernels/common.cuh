@@ -75,6 +75,17 @@ template <class T, int N> __device__ __forceinline__ void store(T* to, const Ele
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 __host__ __device__ constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
 
+// 2^x to two ulps; zero instead of what is too small for a normal number.
+__device__ __forceinline__ float power_of_two(float x) {
+#ifdef __CUDACC__
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#else
+    return exp2f(x);
+#endif
+}
+
 // ---- Sums and maxima: every lane or thread gets the result; the order is fixed ----
 
 template <class T> __device__ __forceinline__ T warp_sum(T x) {

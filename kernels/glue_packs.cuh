@@ -7,6 +7,20 @@
 // computing: they need half the registers.
 template <class T> constexpr int WIDTH = 16 / int(sizeof(T));
 
+// Lets the compiler know nothing of a pack but its bits. Without it what was computed from halves once is kept as floats until it
+// is needed again, in twice the registers, or on the stack.
+template <class T, int N>
+__device__ __forceinline__ void keep_packed(Elements<T, N>& pack) {
+#ifdef __CUDACC__
+    static_assert(sizeof(pack) % 4 == 0, "whole words");
+    unsigned* words = reinterpret_cast<unsigned*>(&pack);
+#pragma unroll
+    for (int i = 0; i < int(sizeof(pack) / 4); i++) asm volatile("" : "+r"(words[i]));
+#else
+    (void)pack;
+#endif
+}
+
 // Whole numbers divided by one that is the same for a whole launch: a product and a correction instead of some twenty
 // instructions.
 struct Divisor {
@@ -47,10 +61,10 @@ __device__ __forceinline__ void block_sums(float (&x)[K], double (&totals)[K], f
 }
 
 // e^x and 1 / x: to an ulp for f32, and for halves, whose kernels would otherwise wait for arithmetic and not for memory, to
-// about 1e-6.
+// about 1e-6. (__expf takes instructions more for results below 1e-38, which no activation shows.)
 template <class T>
 __device__ __forceinline__ float exponential(float x) {
-    return sizeof(T) == 4 ? expf(x) : __expf(x);
+    return sizeof(T) == 4 ? expf(x) : power_of_two(x * 1.442695041f);
 }
 
 template <class T>

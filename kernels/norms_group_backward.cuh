@@ -4,7 +4,7 @@
 // Passes over memory: the least is to read x and dy and to write dx once each. Both are needed twice, before and after the two
 // means are known. One block a group reads them twice in a row; what the blocks that run together hold (160 KB each for the
 // largest plain groups of SD in halves, at most three on a multiprocessor) is in the first- or second-level cache the second
-// time, and a thread reads the same packs both times. Very large groups (and unaligned ones) take two launches.
+// time, and a thread reads the same packs both times, the second time from the end: what was read last is nearest. Very large groups (and unaligned ones) take two launches.
 // dgamma and dbeta need each channel's sums over its pixels, which both ways leave in sums (batch, channels); a small last
 // launch adds them over the batch, in its order.
 #pragma once
@@ -53,6 +53,25 @@ __device__ __forceinline__ float2 group_means(const float2* sums, const T* gamma
     return make_float2(float(du / double(shape.count())), float(duh / double(shape.count())));
 }
 
+// Packs of x and of dy that a thread asks for before it waits for the first of them: with one of each, memory waits for threads.
+constexpr int AT_A_TIME = 2;
+
+// Up to AT_A_TIME packs of x and dy, `step` packs apart; `left` is how many there are from the first on, in the same step.
+template <class T, int N>
+struct Pair {
+    Elements<T, N> x[AT_A_TIME], dy[AT_A_TIME];
+
+    __device__ __forceinline__ void load_from(const T* x_from, const T* dy_from, unsigned step, unsigned left) {
+#pragma unroll
+        for (int k = 0; k < AT_A_TIME; k++) {
+            if (k * step < left) {
+                x[k] = load<T, N>(x_from + size_t(k * step) * N);
+                dy[k] = load<T, N>(dy_from + size_t(k * step) * N);
+            }
+        }
+    }
+};
+
 // A channel is the work of a team of `team` threads (a power of two), of whole packs. Sums of what the block's teams see, into
 // totals[channel]. `parts` holds a number for each channel and warp of a team.
 template <class T, int N, bool SILU>
@@ -65,9 +84,14 @@ __device__ __forceinline__ void channel_sums(const T* x, const T* dy, const T* g
         float sums[2] = {0.0f, 0.0f};
         if (c < channels) {
             const Slope<T, SILU> slope = {moments.x, moments.y, to_float(gamma[c]), to_float(beta[c])};
-            for (unsigned at = member; at < packs; at += team) {
+            for (unsigned at = member; at < packs; at += AT_A_TIME * team) {
                 const size_t from = size_t(c) * pixels + at * N;
-                slope.add(load<T, N>(x + from), load<T, N>(dy + from), sums);
+                Pair<T, N> here;
+                here.load_from(x + from, dy + from, team, packs - at);
+#pragma unroll
+                for (int k = 0; k < AT_A_TIME; k++) {
+                    if (k * team < packs - at) slope.add(here.x[k], here.dy[k], sums);
+                }
             }
         }
         const int lanes = min(team, 32u);
@@ -76,20 +100,32 @@ __device__ __forceinline__ void channel_sums(const T* x, const T* dy, const T* g
     }
 }
 
+// dx, by the same threads as the sums, in the opposite order.
 template <class T, int N, bool SILU>
 __device__ __forceinline__ void channel_gradients(const T* x, const T* dy, const T* gamma, const T* beta, T* dx,
                                                   float2 moments, float2 means, unsigned channels, unsigned pixels,
                                                   unsigned team) {
-    const unsigned teams = blockDim.x / team, member = threadIdx.x % team, packs = pixels / N;
-    for (unsigned c = threadIdx.x / team; c < channels; c += teams) {
+    const unsigned teams = blockDim.x / team, mine = threadIdx.x / team, member = threadIdx.x % team, packs = pixels / N;
+    const unsigned turns = (channels + teams - 1) / teams, steps = (packs + AT_A_TIME * team - 1) / (AT_A_TIME * team);
+    for (unsigned turn = turns; turn-- > 0;) {
+        const unsigned c = turn * teams + mine;
+        if (c >= channels) continue;
         const Slope<T, SILU> slope = {moments.x, moments.y, to_float(gamma[c]), to_float(beta[c])};
-        for (unsigned at = member; at < packs; at += team) {
+        for (unsigned step = steps; step-- > 0;) {
+            const unsigned at = step * AT_A_TIME * team + member;
+            if (at >= packs) continue;
             const size_t from = size_t(c) * pixels + at * N;
-            const Elements<T, N> x_pack = load<T, N>(x + from);
-            Elements<T, N> pack = load<T, N>(dy + from);
+            Pair<T, N> here;
+            here.load_from(x + from, dy + from, team, packs - at);
 #pragma unroll
-            for (int i = 0; i < N; i++) pack.at[i] = slope.dx(means, x_pack.at[i], pack.at[i]);
-            store<T, N>(dx + from, pack);
+            for (int k = 0; k < AT_A_TIME; k++) {
+                if (k * team < packs - at) {
+#pragma unroll
+                    for (int i = 0; i < N; i++)
+                        here.dy[k].at[i] = slope.dx(means, here.x[k].at[i], here.dy[k].at[i]);
+                    store<T, N>(dx + from + size_t(k * team) * N, here.dy[k]);
+                }
+            }
         }
     }
 }

@@ -19,7 +19,7 @@ constexpr int MEDIUM = sizeof(T) == 4 ? 10 : 5;
 
 // Blocks of the backward on one multiprocessor, as registers allow.
 template <class T, int PACKS>
-constexpr int AT_ONCE = PACKS == NARROW<T> ? 4 : sizeof(T) == 4 ? 2 : 3;
+constexpr int AT_ONCE = PACKS == NARROW<T> ? 5 : sizeof(T) == 4 ? 2 : 3;
 
 template <class T, int PACKS>
 __device__ __forceinline__ void load_row(Elements<T, WIDTH<T>> (&row)[PACKS], const T* from, unsigned packs) {
@@ -100,6 +100,11 @@ __device__ __forceinline__ void layer_row_backward(const T* x, const T* dy, cons
         }
     }
     const float dy_mean = warp_sum(means[0]) / float(width), dyh_mean = warp_sum(means[1]) / float(width);
+#pragma unroll
+    for (int k = 0; k < PACKS; k++) {
+        keep_packed(x_row[k]);
+        keep_packed(dy_row[k]);
+    }
 #pragma unroll
     for (int k = 0; k < PACKS; k++) {
         if (lane + 32 * k < packs) {

@@ -238,7 +238,7 @@ impl LayerNorm {
         let (narrow, medium) = if wide { (3, 10) } else { (2, 5) };
         match () {
             () if !whole => Rows::Block { size: "loose", pack: 1 },
-            () if packs <= narrow => Rows::Warp { size: "narrow", at_once: 4 },
+            () if packs <= narrow => Rows::Warp { size: "narrow", at_once: 5 },
             () if packs <= medium => Rows::Warp { size: "medium", at_once: if wide { 2 } else { 3 } },
             () => Rows::Block { size: "wide", pack: width(self.dtype) },
         }
