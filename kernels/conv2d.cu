@@ -42,6 +42,55 @@ HALVES(f16, small, 64, 64, 2, 2)
 HALVES(bf16, large, 128, 128, 2, 4)
 HALVES(bf16, small, 64, 64, 2, 2)
 
+// What is copied and not gathered: `whole` is true. Bodies are left out of Turing's code, where nobody asks.
+#ifdef __CUDA_ARCH__
+constexpr bool COPIES = __CUDA_ARCH__ >= 800;
+#else
+constexpr bool COPIES = false;
+#endif
+
+// Forward and data gradient, from an image with channels last or from planes as they are.
+#define COPIED_PIXELS(T, NAME, BM, BN, AT_ONCE)                                                                        \
+    extern "C" __global__ void __launch_bounds__(128, AT_ONCE)                                                               \
+        conv2d_copied_pixels_##NAME##_##T(PIXELS_ARGUMENTS(T)) {                                                       \
+        PIXELS_GIVEN(T)                                                                                                \
+        if constexpr (COPIES) copied_product<T, BM, BN, 2, 2, CopiedPixels<T, BN, 128>>(a, source, shape, out, part);  \
+    }                                                                                                                  \
+    EXPORT(conv2d_copied_pixels_##NAME##_##T)                                                                          \
+    extern "C" __global__ void __launch_bounds__(128, AT_ONCE)                                                               \
+        conv2d_copied_planes_##NAME##_##T(PIXELS_ARGUMENTS(T)) {                                                       \
+        PIXELS_GIVEN(T)                                                                                                \
+        if constexpr (COPIES) copied_product<T, BM, BN, 2, 2, CopiedPlanes<T, BN, 128>>(a, source, shape, out, part);  \
+    }                                                                                                                  \
+    EXPORT(conv2d_copied_planes_##NAME##_##T)
+#define COPIED_ALL_PIXELS(T)                                                                                           \
+    COPIED_PIXELS(T, large, 128, 128, 2) COPIED_PIXELS(T, wide, 64, 128, 3) COPIED_PIXELS(T, small, 64, 64, 4)
+COPIED_ALL_PIXELS(f16)
+COPIED_ALL_PIXELS(bf16)
+
+// Gradients of weights of nine taps, from an image with channels last.
+#define COPIED_TAPS(T, NAME, BM)                                                                                       \
+    extern "C" __global__ void __launch_bounds__(128, 2)                                                               \
+        conv2d_copied_taps_##NAME##_##T(WEIGHTS_ARGUMENTS(T)) {                                                        \
+        WEIGHTS_GIVEN(T)                                                                                               \
+        if constexpr (COPIES) copied_taps<T, BM>(a, x, shape, out, part);                                              \
+    }                                                                                                                  \
+    EXPORT(conv2d_copied_taps_##NAME##_##T)
+// Of weights of one tap, with neither stride nor padding: columns are planes.
+#define COPIED_COLUMNS(T, NAME, BM, BN)                                                                                \
+    extern "C" __global__ void __launch_bounds__(128, 2)                                                               \
+        conv2d_copied_columns_##NAME##_##T(WEIGHTS_ARGUMENTS(T)) {                                                     \
+        WEIGHTS_GIVEN(T)                                                                                               \
+        const Rows<T> columns{x, channels, height * width, a.depth, true};                                             \
+        if constexpr (COPIES) copied_product<T, BM, BN, 2, 2, CopiedRows<T, BN, 128>>(a, columns, shape, out, part);   \
+    }                                                                                                                  \
+    EXPORT(conv2d_copied_columns_##NAME##_##T)
+#define COPIED_WEIGHTS(T)                                                                                              \
+    COPIED_TAPS(T, large, 128) COPIED_TAPS(T, small, 64)                                                               \
+    COPIED_COLUMNS(T, large, 128, 128) COPIED_COLUMNS(T, small, 64, 64)
+COPIED_WEIGHTS(f16)
+COPIED_WEIGHTS(bf16)
+
 #define WHOLES(NAME, TF32)                                                                                             \
     extern "C" __global__ void __launch_bounds__(EXACT_THREADS) conv2d_pixels_small_##NAME(PIXELS_ARGUMENTS(float)) {  \
         PIXELS_GIVEN(float)                                                                                            \
@@ -126,6 +175,41 @@ __device__ __forceinline__ void turn(const T* from, T* to, int outputs, int inpu
         to[at] = held[o * row + c * taps + tap];
     }
 }
+
+// The same for halves, nine taps, and orders 1 and 2, where inputs and outputs are multiples of 32 and addresses of 4: two
+// numbers at a time, and all divisions by constants.
+template <class T, bool BACKWARD> __device__ __forceinline__ void turn_nine(const T* from, T* to, int outputs, int inputs) {
+    constexpr int SIDE = 32, TAPS = 9, ROW = SIDE * TAPS, PAIRS = SIDE / 2;
+    // Two numbers more a row: then sixteen rows, and sixteen channels, lie on different banks.
+    constexpr int PITCH = ROW + 2;
+    __shared__ __align__(16) T held[SIDE * PITCH];
+    const int output = blockIdx.y * SIDE, input = blockIdx.x * SIDE;
+    for (int i = threadIdx.x; i < SIDE * ROW / 2; i += 256) {
+        const int o = i / (ROW / 2), at = i % (ROW / 2) * 2;
+        store<T, 2>(held + o * PITCH + at, load<T, 2>(from + ((long long)(output + o) * inputs + input) * TAPS + at));
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < SIDE * ROW / 2; i += 256) {
+        const int two = i % PAIRS * 2, tap = i / PAIRS % TAPS, slow = i / PAIRS / TAPS;
+        const int at = BACKWARD ? two * PITCH + slow * TAPS + tap : slow * PITCH + two * TAPS + tap;
+        const long long place = BACKWARD ? ((long long)(input + slow) * TAPS + tap) * outputs + output + two
+                                         : ((long long)(output + slow) * TAPS + tap) * inputs + input + two;
+        store<T, 2>(to + place, {held[at], held[at + (BACKWARD ? PITCH : TAPS)]});
+    }
+}
+
+#define TURN_NINE(T)                                                                                                   \
+    extern "C" __global__ void __launch_bounds__(256)                                                                  \
+        conv2d_turn_nine_##T(const T* from, T* to, int outputs, int inputs, int order) {                               \
+        if (order == 1) {                                                                                              \
+            turn_nine<T, true>(from, to, outputs, inputs);                                                             \
+        } else {                                                                                                       \
+            turn_nine<T, false>(from, to, outputs, inputs);                                                            \
+        }                                                                                                              \
+    }                                                                                                                  \
+    EXPORT(conv2d_turn_nine_##T)
+TURN_NINE(f16)
+TURN_NINE(bf16)
 
 #define OTHERS(T, NAME)                                                                                                \
     extern "C" __global__ void conv2d_sum_pixels_##NAME(const float* parts, int count, const T* bias, T* y,            \

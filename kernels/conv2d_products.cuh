@@ -2,9 +2,7 @@
 // rows, parts of the depth).
 #pragma once
 
-#include "conv2d_tiles.cuh"
-
-constexpr int DEPTH = 32;
+#include "conv2d_copies.cuh"
 
 // A block of BM x BN by WM x WN warps. Shared memory: twice (BM + BN) x DEPTH halves, then what the right operand
 // needs.
@@ -13,7 +11,7 @@ __device__ __forceinline__ void product(const Rows<T>& a, const T* images, const
                                         int part) {
     constexpr int THREADS = 32 * WM * WN, M = BM / WM / 16, N = BN / WN / 16, STAGE = (BM + BN) * DEPTH;
     DYNAMIC_SHARED(T, tiles);
-    const int m = blockIdx.y * BM, n = blockIdx.x * BN, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int m = blockIdx.y * BM, n = blockIdx.x * BN, warp = threadIdx.x / 32;
     const int own_m = warp / WN * 16 * M, own_n = warp % WN * 16 * N;
     const int from = blockIdx.z * part, until = min(from + part, a.depth);
     Right right;
@@ -58,23 +56,7 @@ __device__ __forceinline__ void product(const Rows<T>& a, const T* images, const
         }
         __syncthreads();
     }
-    const int row = m + own_m + lane / 4, column = n + own_n + lane % 4 * 2;
-    const bool paired = out.paired();
-#pragma unroll
-    for (int j = 0; j < 2 * N; j++) {
-        const int at = column + 8 * j;
-        const long long low = out.column(at), high = paired ? 0 : out.column(at + 1);
-#pragma unroll
-        for (int i = 0; i < 2 * M; i++) {
-            const float* pair = &sum[i / 2][j][i % 2 * 2];
-            if (paired) {
-                out.put_two(row + 8 * i, at, low, pair[0], pair[1]);
-            } else {
-                out.put(row + 8 * i, at, low, pair[0]);
-                out.put(row + 8 * i, at + 1, high, pair[1]);
-            }
-        }
-    }
+    put_sums<T, M, N>(sum, out, m + own_m, n + own_n);
 }
 
 // The same in f32: blocks of 64 x 64 by 256 threads, each with 4 x 4. In tf32 (from 8.0): 2 x 4 warps, each with 32 x 16.

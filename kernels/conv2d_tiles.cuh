@@ -6,12 +6,8 @@
 // over pixels of all images. What is summed over is called depth. The patches of an image are never written to memory:
 // a block's threads gather the elements they stand for, into registers while the tile before is multiplied.
 //
-// What is gathered costs fewest instructions if depths go by taps and then channels: then the weight is turned first (a
-// copy in scratch), which pays but for few pixels. An NHWC copy of the images would let tiles be copied 16 bytes at a
-// time, but the weights would have to be turned as
-// well at every call, or their gradients; for the deep layers (1280 channels, 8 x 8 pixels) that is most of the
-// traffic. Gathering costs about as many instructions as an A100's tensor cores leave free, and a quarter of what those
-// of consumer cards do.
+// Most convolutions are not taken here: conv2d_copies.cuh. What is gathered costs fewest instructions if depths go by taps
+// and then channels: then the weight is turned first (a copy in scratch), which pays but for few pixels.
 #pragma once
 
 #include "attention_tiles.cuh"
@@ -99,6 +95,16 @@ struct Step {
     }
 };
 
+// A chunk of a tile.
+template <class T> __device__ __forceinline__ void put_eight(T* to, const T (&from)[8]) {
+    Elements<T, 8> chunk;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        chunk.at[i] = from[i];
+    }
+    store<T, 8>(to, chunk);
+}
+
 // Right operand of forward and data gradient: columns are pixels, a thread has one of them.
 template <class T, int BN, int BK, int THREADS> struct Pixels {
     static constexpr int CHUNKS = BN * BK / 8 / THREADS;
@@ -109,7 +115,8 @@ template <class T, int BN, int BK, int THREADS> struct Pixels {
     int plane, channels, taps, column;
     bool by_tap;
     Step steps[CHUNKS];
-    unsigned held[CHUNKS][4];
+    // As they came: packing them would wait for them before the tile that is there is multiplied.
+    T held[CHUNKS][8];
 
     // Fills the table: `first` is the first column of the block. A barrier must follow.
     __device__ __forceinline__ void start(const T* from, const Shape& s, int* to, int first, int k) {
@@ -152,10 +159,8 @@ template <class T, int BN, int BK, int THREADS> struct Pixels {
             const int pixel = steps[i].tap < taps ? table[steps[i].tap * BN + column] : -1;
             const T* from = image + ((long long)steps[i].channel * plane + pixel);
 #pragma unroll
-            for (int j = 0; j < 8; j += 2) {
-                const unsigned low = pixel >= 0 ? bits_of(from[(long long)j * plane]) : 0u;
-                const unsigned high = pixel >= 0 ? bits_of(from[(long long)(j + 1) * plane]) : 0u;
-                held[i][j / 2] = low | high << 16;
+            for (int j = 0; j < 8; j++) {
+                held[i][j] = pixel >= 0 ? from[(long long)j * plane] : from_float<T>(0.0f);
             }
             steps[i].channel += BK;
             while (steps[i].channel >= channels) {
@@ -170,27 +175,23 @@ template <class T, int BN, int BK, int THREADS> struct Pixels {
         for (int i = 0; i < CHUNKS; i++) {
             Step at = steps[i];
 #pragma unroll
-            for (int j = 0; j < 8; j += 2) {
-                const unsigned low = element(at);
+            for (int j = 0; j < 8; j++) {
+                held[i][j] = element(at);
                 at.on(0, 1, taps);
-                const unsigned high = element(at);
-                at.on(0, 1, taps);
-                held[i][j / 2] = low | high << 16;
             }
             steps[i].on(BK / taps, BK % taps, taps);
         }
     }
 
-    __device__ __forceinline__ unsigned element(const Step& at) const {
+    __device__ __forceinline__ T element(const Step& at) const {
         const int pixel = table[at.tap * BN + column];
-        return pixel >= 0 && at.channel < channels ? bits_of(image[(long long)at.channel * plane + pixel]) : 0u;
+        return pixel >= 0 && at.channel < channels ? image[(long long)at.channel * plane + pixel] : from_float<T>(0.0f);
     }
 
     __device__ __forceinline__ void put(T* tile) const {
 #pragma unroll
         for (int i = 0; i < CHUNKS; i++) {
-            *reinterpret_cast<uint4*>(tile + place<BK>(column, threadIdx.x / BN + THREADS / BN * i)) = make_uint4(
-                held[i][0], held[i][1], held[i][2], held[i][3]);
+            put_eight(tile + place<BK>(column, threadIdx.x / BN + THREADS / BN * i), held[i]);
         }
     }
 };
@@ -224,7 +225,7 @@ template <class T, int BN, int BK, int THREADS> struct Taps {
     Shape s;
     int depth;
     int channel[CHUNKS], ky[CHUNKS], kx[CHUNKS];
-    unsigned held[CHUNKS][4];
+    T held[CHUNKS][8];
 
     __device__ __forceinline__ void start(const T* images, const Shape& shape, int*, int first, int k) {
         from = images;
@@ -258,93 +259,35 @@ template <class T, int BN, int BK, int THREADS> struct Taps {
             const bool line = at.image < s.images && channel[i] < s.channels && y >= 0 && y < s.height;
             const T* run = from + ((((long long)at.image * s.channels + channel[i]) * s.height + y) * s.width + x);
 #pragma unroll
-            for (int j = 0; j < 8; j += 2) {
-                const unsigned low = line && unsigned(x + j) < unsigned(s.width) ? bits_of(run[j]) : 0u;
-                const unsigned high = line && unsigned(x + j + 1) < unsigned(s.width) ? bits_of(run[j + 1]) : 0u;
-                held[i][j / 2] = low | high << 16;
+            for (int j = 0; j < 8; j++) {
+                held[i][j] = line && unsigned(x + j) < unsigned(s.width) ? run[j] : from_float<T>(0.0f);
             }
         }
     }
 
     __device__ __forceinline__ void gather_each(Pixel at) {
 #pragma unroll
-        for (int j = 0; j < 8; j += 2) {
-            Pixel next = at;
-            next.next(s);
+        for (int j = 0; j < 8; j++) {
 #pragma unroll
             for (int i = 0; i < CHUNKS; i++) {
-                held[i][j / 2] = element(at, i) | element(next, i) << 16;
+                held[i][j] = element(at, i);
             }
-            at = next;
             at.next(s);
         }
     }
 
-    __device__ __forceinline__ unsigned element(const Pixel& at, int i) const {
+    __device__ __forceinline__ T element(const Pixel& at, int i) const {
         const int y = at.y * s.stride + ky[i], x = at.x * s.stride + kx[i];
         const bool there = at.image < s.images && channel[i] < s.channels && y >= 0 && y < s.height && x >= 0 &&
                            x < s.width;
-        return there ? bits_of(from[(((long long)at.image * s.channels + channel[i]) * s.height + y) * s.width + x])
-                     : 0u;
+        return there ? from[(((long long)at.image * s.channels + channel[i]) * s.height + y) * s.width + x]
+                     : from_float<T>(0.0f);
     }
 
     __device__ __forceinline__ void put(T* tile) const {
 #pragma unroll
         for (int i = 0; i < CHUNKS; i++) {
-            *reinterpret_cast<uint4*>(tile + place<BK>(threadIdx.x / LANES + THREADS / LANES * i,
-                                                       threadIdx.x % LANES)) = make_uint4(held[i][0], held[i][1],
-                                                                                          held[i][2], held[i][3]);
-        }
-    }
-};
-
-// Where results go: pixels of images in T, bias added, or weights' gradients, which are added to what is there; or, if
-// the depth is cut, parts of sums in float, as they would lie in the result, a copy for each part.
-template <class T> struct Out {
-    T* y;
-    float* gradient;
-    const T* bias;
-    // Or null.
-    float* parts;
-    int rows, columns, plane;
-
-    // Whether columns 2 i and 2 i + 1 lie next to each other, where both can be written at once.
-    __device__ __forceinline__ bool paired() const {
-        const void* to = parts ? parts : gradient ? static_cast<const void*>(gradient) : y;
-        const int size = parts || gradient ? 8 : 2 * sizeof(T);
-        return (gradient ? columns : plane) % 2 == 0 && reinterpret_cast<uintptr_t>(to) % size == 0;
-    }
-    // Where column n of row 0 lies.
-    __device__ __forceinline__ long long column(int n) const {
-        return gradient ? n : (long long)(n / plane) * rows * plane + n % plane;
-    }
-    __device__ __forceinline__ void put(int m, int n, long long column, float value) const {
-        if (m >= rows || n >= columns) {
-            return;
-        }
-        const long long at = column + (long long)m * (gradient ? columns : plane);
-        if (parts) {
-            parts[(long long)blockIdx.z * rows * columns + at] = value;
-        } else if (gradient) {
-            gradient[at] += value;
-        } else {
-            y[at] = from_float<T>(bias ? value + to_float(bias[m]) : value);
-        }
-    }
-    // Columns n, which is even, and n + 1 of paired ones.
-    __device__ __forceinline__ void put_two(int m, int n, long long column, float low, float high) const {
-        if (m >= rows || n >= columns) {
-            return;
-        }
-        const long long at = column + (long long)m * (gradient ? columns : plane);
-        if (parts) {
-            store<float, 2>(parts + (long long)blockIdx.z * rows * columns + at, {low, high});
-        } else if (gradient) {
-            const Elements<float, 2> there = load<float, 2>(gradient + at);
-            store<float, 2>(gradient + at, {there.at[0] + low, there.at[1] + high});
-        } else {
-            const float more = bias ? to_float(bias[m]) : 0.0f;
-            store<T, 2>(y + at, {from_float<T>(low + more), from_float<T>(high + more)});
+            put_eight(tile + place<BK>(threadIdx.x / LANES + THREADS / LANES * i, threadIdx.x % LANES), held[i]);
         }
     }
 };

@@ -15,6 +15,8 @@ pub struct Tally {
     pub flops: f64,
     /// Bytes that the thread itself keeps as scratch from their first use on, at most; and each of its helpers.
     pub scratch: [[usize; SCRATCHES]; 2],
+    /// Bytes of an accelerator's scratch that are taken and not yet given back.
+    pub taken: usize,
     /// Bytes on the heap beyond what was there before, counted by [`Keeping`](super::Keeping); less than nothing if
     /// more was given back than was taken.
     pub held: isize,
@@ -90,6 +92,27 @@ pub fn note_kept_scratch(bytes: [usize; SCRATCHES], helped: bool) {
     change(|tally| tally.join_scratch(&Tally { scratch: [bytes, helpers], ..Tally::default() }));
 }
 
+/// Scratch of an accelerator in a dry run, until it is dropped.
+pub struct TakenScratch(usize);
+
+impl TakenScratch {
+    /// Notes so many bytes on top of those that this thread has taken already.
+    pub fn of(bytes: usize) -> Self {
+        change(|tally| {
+            tally.taken += bytes;
+            let own = &mut tally.scratch[0][0];
+            *own = tally.taken.max(*own);
+        });
+        TakenScratch(bytes)
+    }
+}
+
+impl Drop for TakenScratch {
+    fn drop(&mut self) {
+        change(|tally| tally.taken -= self.0);
+    }
+}
+
 /// In a dry run, counts for a moment what the threads of a loop would take, `bytes` each; tasks and cost as
 /// [`parallel_for`](super::threads::parallel_for) is told them. (Memory that was really taken and given back at once would be
 /// optimised away.)
@@ -120,6 +143,12 @@ mod tests {
             assert_eq!((super::tally().held, super::tally().peak), (before.held, before.held + 700));
         });
         assert_eq!((values[0], tally.flops, tally.scratch), (1.0, 7.0, [[5, 2, 0], [2, 2, 0]]));
+        let ((), tally) = dry(|| {
+            let first = TakenScratch::of(10);
+            drop((TakenScratch::of(3), first));
+            TakenScratch::of(12);
+        });
+        assert_eq!((tally.scratch, tally.taken), ([[13, 0, 0], [0; 3]], 0));
         assert!(!is_dry() && tally != super::tally());
         super::super::threads::fill_zero(&mut values);
         assert_eq!(values[0], 0.0);

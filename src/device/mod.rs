@@ -28,7 +28,7 @@ pub use accelerator::{Accelerator, Moment, Taken};
 pub use allocator::Keeping;
 pub use arena::{Arena, Usage};
 pub use buffer::{Buffer, Element};
-pub use dry::{Tally, dry, forget_peak, is_dry, note_flops, note_kept_scratch, tally, touch_scratch};
+pub use dry::{TakenScratch, Tally, dry, forget_peak, is_dry, note_flops, note_kept_scratch, tally, touch_scratch};
 pub use files::{free_disk_bytes, map_file, peak_rss_bytes};
 pub use hardware::Hardware;
 pub use heap::{activations, count_activations_from_here, device_peak, within_budget};

@@ -3,13 +3,23 @@
 //! are added to what is there. What it computes is what `ops::conv2d` says; f16 and bf16 go over tensor cores, f32 is
 //! exact unless tf32 is allowed.
 //!
+//! There are two ways. Most of a network's convolutions in halves have their tiles copied (`kernels/conv2d_copies.cuh`), of
+//! kernels of more than one tap from a copy of the image with channels last; what is odd, and everything in f32 and before
+//! 8.0, is gathered element by element (`kernels/conv2d_tiles.cuh`). How both are cut is in [`cut`].
+//!
 //! Note: where the result alone is too few tiles for a device, the sum is cut into parts, which go to scratch in f32
 //! and are added in their order: same bits every time on the same kind of device.
 
 use anyhow::{Result, bail, ensure};
 use candle_core::DType;
 
+use self::cut::{Cut, Product};
+use super::glue::moves::transpose;
 use super::{Address, Arg, Family, Grid, Launcher, Scratch, suffix};
+
+mod copied;
+mod cut;
+mod gathered;
 
 /// Sizes of one convolution.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,53 +42,26 @@ pub struct Convolution {
 
 /// Kernels of more taps than this are refused: what each tap reaches is a table in shared memory.
 pub const MOST_TAPS: usize = 64;
-/// Bytes of parts of sums that a convolution may have in scratch.
-pub const MOST_PARTS_BYTES: usize = 64 << 20;
-/// From so many pixels on a weight is turned for the forward, too: it makes gathering cheaper.
-const MANY_PIXELS: usize = 1024;
-/// Sums are cut into multiples of this.
-const DEPTH: usize = 32;
-/// Parts are no shorter than this many times DEPTH.
-const SHORTEST_PART: usize = 8;
 
-/// What a kernel works on: a product of (rows, depth) and (depth, columns).
+/// One of the two products whose result is pixels.
 #[derive(Clone, Copy)]
-struct Product {
-    rows: usize,
-    columns: usize,
-    depth: usize,
+struct Pixels {
+    product: Product,
+    /// Of the source.
+    channels: usize,
+    source: (usize, usize),
+    target: (usize, usize),
+    backward: bool,
+    /// Depths are taps and then channels, not channels and then taps.
+    by_tap: bool,
 }
 
-/// How a product is cut.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Cut {
-    /// Rows and columns of a block: 128 or 64.
-    tile: usize,
-    parts: usize,
-    /// Depth of a part.
-    part: usize,
-}
-
-impl Product {
-    fn tiles(&self, tile: usize) -> usize {
-        self.rows.div_ceil(tile) * self.columns.div_ceil(tile)
-    }
-
-    /// Large tiles where there are enough of them for the device; parts where not even small ones are.
-    fn cut(&self, dtype: DType, multiprocessors: usize) -> Cut {
-        let large = dtype != DType::F32 && self.rows > 64 && self.columns > 64 && self.tiles(128) >= multiprocessors;
-        let tile = if large { 128 } else { 64 };
-        let bytes = 4 * self.rows * self.columns;
-        let most = (self.depth / (SHORTEST_PART * DEPTH)).min(MOST_PARTS_BYTES / bytes.max(1)).max(1);
-        let wanted = (2 * multiprocessors / self.tiles(tile).max(1)).clamp(1, most);
-        let part = self.depth.div_ceil(wanted).next_multiple_of(DEPTH);
-        Cut { tile, parts: self.depth.div_ceil(part), part }
-    }
-
-    /// Scratch for the parts, none if there is one only.
-    fn parts(&self, cut: Cut) -> usize {
-        if cut.parts == 1 { 0 } else { 4 * cut.parts * self.rows * self.columns }
-    }
+/// Orders that a weight (outputs, inputs, taps) is turned to, as the kernel numbers them.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Turned {
+    InputsOutputsTaps = 0,
+    InputsTapsOutputs = 1,
+    OutputsTapsInputs = 2,
 }
 
 impl Convolution {
@@ -101,44 +84,22 @@ impl Convolution {
         height * width
     }
 
-    fn forward_product(&self) -> Product {
-        Product { rows: self.outputs, columns: self.images * self.pixels(), depth: self.inputs * self.taps() }
+    fn forward_pixels(&self) -> Pixels {
+        let (source, target) = (self.input, self.output());
+        let columns = self.images * self.pixels();
+        let product = Product { rows: self.outputs, columns, depth: self.inputs * self.taps() };
+        Pixels { product, channels: self.inputs, source, target, backward: false, by_tap: true }
     }
 
-    fn input_product(&self) -> Product {
-        let columns = self.images * self.input.0 * self.input.1;
-        Product { rows: self.inputs, columns, depth: self.outputs * self.taps() }
+    fn input_pixels(&self) -> Pixels {
+        let (source, target) = (self.output(), self.input);
+        let columns = self.images * target.0 * target.1;
+        let product = Product { rows: self.inputs, columns, depth: self.outputs * self.taps() };
+        Pixels { product, channels: self.outputs, source, target, backward: true, by_tap: true }
     }
 
     fn weight_product(&self) -> Product {
         Product { rows: self.outputs, columns: self.inputs * self.taps(), depth: self.images * self.pixels() }
-    }
-
-    /// Bytes of the weight, turned.
-    fn turned_bytes(&self) -> usize {
-        self.inputs * self.outputs * self.taps() * self.dtype.size_in_bytes()
-    }
-
-    /// Whether sums over so many channels can go by taps and then channels: tensor cores take eight depths of one tap.
-    fn by_tap(&self, channels: usize) -> bool {
-        self.dtype != DType::F32 && channels.is_multiple_of(8)
-    }
-
-    /// Whether the forward's sums go so, and whether the weight must be turned for it.
-    fn forward_order(&self) -> (bool, bool) {
-        let many = self.images * self.pixels() >= MANY_PIXELS;
-        let by_tap = self.by_tap(self.inputs) && (many || self.taps() == 1);
-        (by_tap, by_tap && self.taps() > 1)
-    }
-
-    /// The most scratch that one call takes, bytes: forward, gradient of x, gradients of weights.
-    pub fn scratch_bytes(&self, multiprocessors: u32) -> [usize; 3] {
-        let parts = |product: Product| product.parts(product.cut(self.dtype, multiprocessors as usize));
-        [
-            parts(self.forward_product()) + if self.forward_order().1 { self.turned_bytes() } else { 0 },
-            parts(self.input_product()) + self.turned_bytes(),
-            parts(self.weight_product()),
-        ]
     }
 
     /// y (B, O, H', W') of x (B, C, H, W), weight (O, C, kh, kw) and bias (O).
@@ -153,53 +114,27 @@ impl Convolution {
         y: Address,
     ) -> Result<()> {
         self.check(launcher)?;
-        let (by_tap, turned) = self.forward_order();
-        let pixels = Pixels {
-            product: self.forward_product(),
-            channels: self.inputs,
-            source: self.input,
-            target: self.output(),
-            backward: false,
-            by_tap,
-        };
-        if !turned {
-            return self.pixels_of(launcher, pixels, weight, x, bias, y);
+        if self.images == 0 {
+            return Ok(());
         }
-        let copy = self.turn(launcher, weight, Turned::OutputsTapsInputs)?;
-        self.pixels_of(launcher, pixels, copy.address(), x, bias, y)
+        let pixels = self.forward_pixels();
+        match self.copied_forward(launcher, &[x, weight]) {
+            Some(from) => self.copy_pixels(launcher, from, pixels, (weight, Turned::OutputsTapsInputs), x, bias, y),
+            None => self.gather_forward(launcher, pixels, weight, x, bias, y),
+        }
     }
 
     /// dx (B, C, H, W) of dy (B, O, H', W').
     pub fn input_gradient(&self, launcher: &dyn Launcher, dy: Address, weight: Address, dx: Address) -> Result<()> {
         self.check(launcher)?;
-        let by_tap = self.by_tap(self.outputs);
-        let order = if by_tap { Turned::InputsTapsOutputs } else { Turned::InputsOutputsTaps };
-        let turned = self.turn(launcher, weight, order)?;
-        let pixels = Pixels {
-            product: self.input_product(),
-            channels: self.outputs,
-            source: self.output(),
-            target: self.input,
-            backward: true,
-            by_tap,
-        };
-        self.pixels_of(launcher, pixels, turned.address(), dy, None, dx)
-    }
-
-    /// A copy of the weight in another order.
-    fn turn(&self, launcher: &dyn Launcher, weight: Address, order: Turned) -> Result<Scratch> {
-        let turned = launcher.scratch(self.turned_bytes())?;
-        // Kernels that a block turns: as many as fit into any device's shared memory.
-        let side = if self.taps() <= 9 { 32 } else { 8 };
-        let grid = Grid {
-            blocks: [self.inputs.div_ceil(side) as u32, self.outputs.div_ceil(side) as u32, 1],
-            threads: 256,
-            shared: (side * side * self.taps() * self.dtype.size_in_bytes()) as u32,
-        };
-        let mut args: Vec<Arg> = vec![weight.into(), turned.address().into()];
-        args.extend([self.outputs, self.inputs, self.taps(), side, order as usize].map(|n| Arg::I32(n as i32)));
-        launcher.launch(Family::Conv2d, &format!("conv2d_turn_{}", suffix(self.dtype)?), grid, &args)?;
-        Ok(turned)
+        if self.images == 0 {
+            return Ok(());
+        }
+        let pixels = self.input_pixels();
+        match self.copied_pixels(launcher, self.outputs, self.output(), &[dy, weight]) {
+            Some(from) => self.copy_pixels(launcher, from, pixels, (weight, Turned::InputsTapsOutputs), dy, None, dx),
+            None => self.gather_input(launcher, pixels, weight, dy, dx),
+        }
     }
 
     /// Adds to dw (O, C, kh, kw) and db (O), in f32, what x and dy give.
@@ -215,18 +150,9 @@ impl Convolution {
         if self.images == 0 {
             return Ok(());
         }
-        let product = self.weight_product();
-        let cut = product.cut(self.dtype, launcher.multiprocessors() as usize);
-        let parts = launcher.scratch(product.parts(cut))?;
-        let mut args = [dy, x, dw, parts.address()].map(Arg::Address).to_vec();
-        args.extend([product.rows, cut.part].map(|n| Arg::I32(n as i32)));
-        args.push(Arg::I32(self.whole(self.pixels(), dy).into()));
-        self.push_shape(&mut args, self.inputs, self.input, self.output());
-        self.launch(launcher, "weights", product, cut, 0, &args)?;
-        if cut.parts > 1 {
-            let size = product.rows * product.columns;
-            let args = [parts.address().into(), (cut.parts as i32).into(), dw.into(), Arg::I64(size as i64)];
-            launcher.launch(Family::Conv2d, "conv2d_sum_weights", each(size), &args)?;
+        match self.copied_weights(launcher, &[x, dy, dw]) {
+            Some(from) => self.copy_weights(launcher, from, x, dy, dw)?,
+            None => self.gather_weights(launcher, x, dy, dw)?,
         }
         if let Some(db) = db {
             let grid = Grid { blocks: [self.outputs as u32, 1, 1], threads: 256, shared: 0 };
@@ -236,82 +162,114 @@ impl Convolution {
         Ok(())
     }
 
-    fn pixels_of(
+    /// A copy of the weight in another order.
+    fn turn(&self, launcher: &dyn Launcher, weight: Address, order: Turned) -> Result<Scratch> {
+        let size = self.dtype.size_in_bytes();
+        let turned = launcher.scratch(self.inputs * self.outputs * self.taps() * size)?;
+        let (outputs, inputs, to) = (self.outputs, self.inputs, turned.address());
+        if self.taps() == 1 && order != Turned::OutputsTapsInputs {
+            transpose(launcher, self.dtype, weight, to, 1, outputs, inputs)?;
+            return Ok(turned);
+        }
+        let nine = self.taps() == 9 && self.dtype != DType::F32 && order != Turned::InputsOutputsTaps;
+        let quick = nine && outputs.is_multiple_of(32) && inputs.is_multiple_of(32) && weight.aligned(4);
+        // Kernels that a block turns: as many as fit into any device's shared memory.
+        let side = if self.taps() <= 9 { 32 } else { 8 };
+        let grid = Grid {
+            blocks: [inputs.div_ceil(side) as u32, outputs.div_ceil(side) as u32, 1],
+            threads: 256,
+            shared: if quick { 0 } else { (side * side * self.taps() * size) as u32 },
+        };
+        let mut args: Vec<Arg> = vec![weight.into(), to.into()];
+        let number = |n: usize| Arg::I32(n as i32);
+        let name = match quick {
+            true => {
+                args.extend([outputs, inputs, order as usize].map(number));
+                "conv2d_turn_nine"
+            }
+            false => {
+                args.extend([outputs, inputs, self.taps(), side, order as usize].map(number));
+                "conv2d_turn"
+            }
+        };
+        launcher.launch(Family::Conv2d, &format!("{name}_{}", suffix(self.dtype)?), grid, &args)?;
+        Ok(turned)
+    }
+
+    /// Launches a product of pixels with blocks of so many threads and bytes of shared memory, on weight, source and result.
+    #[allow(clippy::too_many_arguments, reason = "what the two ways have in common")]
+    fn launch_pixels(
         &self,
         launcher: &dyn Launcher,
+        what: &str,
         pixels: Pixels,
-        weight: Address,
-        source: Address,
+        cut: Cut,
+        (threads, shared): (usize, usize),
+        [weight, source, to]: [Address; 3],
         bias: Option<Address>,
-        to: Address,
     ) -> Result<()> {
-        if self.images == 0 {
-            return Ok(());
-        }
         let product = pixels.product;
-        let cut = product.cut(self.dtype, launcher.multiprocessors() as usize);
-        let parts: Scratch = launcher.scratch(product.parts(cut))?;
+        let parts = launcher.scratch(product.parts_bytes(cut))?;
         let bias = bias.unwrap_or(Address::NULL);
         let mut args = [weight, source, bias, to, parts.address()].map(Arg::Address).to_vec();
         args.extend([product.rows, cut.part].map(|n| Arg::I32(n as i32)));
-        let flags = [self.whole(product.depth, weight), pixels.backward, pixels.by_tap];
-        args.extend(flags.map(|b| Arg::I32(b.into())));
+        args.extend([self.whole(product.depth, weight), pixels.backward, pixels.by_tap].map(|b| Arg::I32(b.into())));
         self.push_shape(&mut args, pixels.channels, pixels.source, pixels.target);
-        self.launch(launcher, "pixels", product, cut, self.taps() * cut.tile * 4, &args)?;
-        if cut.parts > 1 {
-            let size = product.rows * product.columns;
-            let plane = pixels.target.0 * pixels.target.1;
-            let args = [
-                parts.address().into(),
-                (cut.parts as i32).into(),
-                bias.into(),
-                to.into(),
-                Arg::I64(size as i64),
-                (product.rows as i32).into(),
-                (plane as i32).into(),
-            ];
-            launcher.launch(
-                Family::Conv2d,
-                &format!("conv2d_sum_pixels_{}", suffix(self.dtype)?),
-                each(size),
-                &args,
-            )?;
+        let grid = Grid { blocks: self.blocks(product, cut), threads: threads as u32, shared: shared as u32 };
+        launcher.launch(Family::Conv2d, &self.name(launcher, what, cut)?, grid, &args)?;
+        if cut.parts == 1 {
+            return Ok(());
         }
-        Ok(())
+        let (size, plane) = (product.rows * product.columns, pixels.target.0 * pixels.target.1);
+        let args = [
+            parts.address().into(),
+            (cut.parts as i32).into(),
+            bias.into(),
+            to.into(),
+            Arg::I64(size as i64),
+            (product.rows as i32).into(),
+            (plane as i32).into(),
+        ];
+        launcher.launch(Family::Conv2d, &format!("conv2d_sum_pixels_{}", suffix(self.dtype)?), each(size), &args)
     }
 
-    fn launch(
+    /// Launches a product of weights' gradients; the operands are dy, x and dw.
+    fn launch_weights(
         &self,
         launcher: &dyn Launcher,
         what: &str,
         product: Product,
         cut: Cut,
-        table: usize,
-        args: &[Arg],
+        grid: Grid,
+        operands: [Arg; 3],
     ) -> Result<()> {
-        let (mut name, grid) = self.configuration(what, product, cut, table)?;
-        if self.dtype == DType::F32 && launcher.allows_tf32() && launcher.capability() >= 80 {
-            // The same launch, the same scratch.
-            name = name.replace("_f32", "_tf32");
+        let parts = launcher.scratch(product.parts_bytes(cut))?;
+        let [dy, _, dw] = operands;
+        let mut args = operands.to_vec();
+        args.push(parts.address().into());
+        args.extend([product.rows, cut.part].map(|n| Arg::I32(n as i32)));
+        let whole = matches!(dy, Arg::Address(dy) if self.whole(self.pixels(), dy));
+        args.push(Arg::I32(whole.into()));
+        self.push_shape(&mut args, self.inputs, self.input, self.output());
+        launcher.launch(Family::Conv2d, &self.name(launcher, what, cut)?, grid, &args)?;
+        if cut.parts == 1 {
+            return Ok(());
         }
-        launcher.launch(Family::Conv2d, &name, grid, args)
+        let size = product.rows * product.columns;
+        let args = [parts.address().into(), (cut.parts as i32).into(), dw, Arg::I64(size as i64)];
+        launcher.launch(Family::Conv2d, "conv2d_sum_weights", each(size), &args)
     }
 
-    /// The kernel's name and how it is launched, with a table of so many bytes.
-    fn configuration(&self, what: &str, product: Product, cut: Cut, table: usize) -> Result<(String, Grid)> {
-        // f32 has its tiles in static shared memory.
-        let tiles = if self.dtype == DType::F32 { 0 } else { 2 * 2 * cut.tile * DEPTH * 2 };
-        let grid = Grid {
-            blocks: [
-                product.columns.div_ceil(cut.tile) as u32,
-                product.rows.div_ceil(cut.tile) as u32,
-                cut.parts as u32,
-            ],
-            threads: if self.dtype == DType::F32 || cut.tile == 128 { 256 } else { 128 },
-            shared: (tiles + table) as u32,
-        };
-        let size = if cut.tile == 128 { "large" } else { "small" };
-        Ok((format!("conv2d_{what}_{size}_{}", suffix(self.dtype)?), grid))
+    /// The name of a product's kernel. In tf32 the launch and its scratch are f32's.
+    fn name(&self, launcher: &dyn Launcher, what: &str, cut: Cut) -> Result<String> {
+        let tf32 = self.dtype == DType::F32 && launcher.allows_tf32() && launcher.capability() >= 80;
+        let end = if tf32 { "tf32" } else { suffix(self.dtype)? };
+        Ok(format!("conv2d_{what}_{}_{end}", cut.tile.name))
+    }
+
+    fn blocks(&self, product: Product, cut: Cut) -> [u32; 3] {
+        let along = |size: usize, tile: usize| size.div_ceil(tile) as u32;
+        [along(product.columns, cut.tile.columns), along(product.rows, cut.tile.rows), cut.parts as u32]
     }
 
     /// Rows of `span` elements can be copied 16 bytes at a time.
@@ -341,7 +299,7 @@ impl Convolution {
         ensure!(self.inputs > 0 && self.outputs > 0 && self.stride > 0 && self.taps() > 0, "no convolution: {self:?}");
         ensure!(tall >= self.kernel.0 && wide >= self.kernel.1, "an image too small for its kernel: {self:?}");
         ensure!(self.taps() <= MOST_TAPS, "no convolution for kernels of more than {MOST_TAPS} taps: {self:?}");
-        for product in [self.forward_product(), self.input_product(), self.weight_product()] {
+        for product in [self.forward_pixels().product, self.input_pixels().product, self.weight_product()] {
             let most = i32::MAX as usize;
             ensure!(
                 product.columns < most && product.depth < most && product.rows.div_ceil(64) <= 65535,
@@ -354,26 +312,6 @@ impl Convolution {
         }
         suffix(self.dtype).map(|_| ())
     }
-}
-
-/// One of the two products whose result is pixels.
-struct Pixels {
-    product: Product,
-    /// Of the source.
-    channels: usize,
-    source: (usize, usize),
-    target: (usize, usize),
-    backward: bool,
-    /// Order of the weight's and the sum's depths.
-    by_tap: bool,
-}
-
-/// Orders that a weight (outputs, inputs, taps) is turned to, as the kernel numbers them.
-#[derive(Clone, Copy)]
-enum Turned {
-    InputsOutputsTaps = 0,
-    InputsTapsOutputs = 1,
-    OutputsTapsInputs = 2,
 }
 
 /// A thread for each of so many numbers, within reason.

@@ -5,7 +5,7 @@ use anyhow::Result;
 
 use super::product::Product;
 use super::{Address, Arg, Family, Grid, Launcher, Scratch};
-use crate::device::{note_flops, note_kept_scratch};
+use crate::device::{TakenScratch, note_flops};
 
 /// A kind of GPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,7 +40,6 @@ impl Launcher for Dry {
 
     /// The most that is taken at a time is noted as scratch; nobody writes there.
     fn scratch(&self, bytes: usize) -> Result<Scratch> {
-        note_kept_scratch([bytes, 0, 0], false);
-        Ok(Scratch::new(Address::NULL, None))
+        Ok(Scratch::new(Address::NULL, Some(Box::new(TakenScratch::of(bytes)))))
     }
 }

@@ -8,31 +8,75 @@ fn convolution(dtype: DType, images: usize, channels: (usize, usize), input: (us
     Convolution { dtype, images, inputs, outputs, input, kernel: (3, 3), stride: 1, top, bottom, left, right }
 }
 
+/// A device that launches nothing, but looks at grids.
+struct Looks {
+    capability: u32,
+    multiprocessors: u32,
+}
+
+impl Launcher for Looks {
+    fn launch(&self, _: Family, kernel: &str, grid: Grid, _: &[Arg]) -> Result<()> {
+        // f32's tiles are static.
+        let fixed = if kernel.contains("pixels_small_f32") || kernel.contains("weights_small_f32") { 8704 } else { 0 };
+        Grid { shared: grid.shared + fixed, ..grid }.check(self.capability)
+    }
+    fn multiply(&self, _: &crate::kernels::product::Product) -> Result<()> {
+        bail!("a convolution multiplies by itself")
+    }
+    fn capability(&self) -> u32 {
+        self.capability
+    }
+    fn multiprocessors(&self) -> u32 {
+        self.multiprocessors
+    }
+    fn allows_tf32(&self) -> bool {
+        false
+    }
+    fn scratch(&self, _: usize) -> Result<Scratch> {
+        Ok(Scratch::new(Address::NULL, None))
+    }
+}
+
 #[test]
 fn every_shape_can_be_launched_everywhere() {
     let shapes =
         [(4, 320, 64), (320, 320, 64), (960, 640, 32), (2560, 1280, 8), (1280, 1280, 16), (320, 4, 64), (3, 128, 512)];
-    for dtype in [DType::F32, DType::F16, DType::BF16] {
-        for (inputs, outputs, side) in shapes {
-            for images in [1, 4, 16] {
-                for kernel in [(3, 3), (1, 1), (8, 8), (5, 5)] {
+    let kernels = [(3, 3), (1, 1), (8, 8), (5, 5)];
+    let devices =
+        [(75, 16), (86, 46), (90, 132)].map(|(capability, multiprocessors)| Looks { capability, multiprocessors });
+    for device in devices {
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
+            for (inputs, outputs, side) in shapes {
+                for (images, kernel) in [1, 4, 16].into_iter().flat_map(|images| kernels.map(|kernel| (images, kernel)))
+                {
                     let conv = Convolution { kernel, ..convolution(dtype, images, (inputs, outputs), (side, side)) };
-                    for multiprocessors in [16, 46, 132] {
-                        for product in [conv.forward_product(), conv.input_product(), conv.weight_product()] {
-                            let cut = product.cut(dtype, multiprocessors);
-                            assert!(
-                                cut.parts * cut.part >= product.depth && (cut.parts - 1) * cut.part < product.depth
-                            );
-                            assert!(cut.part % DEPTH == 0 && product.parts(cut) <= MOST_PARTS_BYTES);
-                            let table = conv.taps() * cut.tile * 4;
-                            let (name, grid) = conv.configuration("pixels", product, cut, table).unwrap();
-                            // And f32's tiles, which are static.
-                            let grid =
-                                Grid { shared: grid.shared + if dtype == DType::F32 { 8704 } else { 0 }, ..grid };
-                            grid.check(75).unwrap_or_else(|e| panic!("{name} for {conv:?}: {e}"));
-                        }
+                    if dtype == DType::BF16 && device.capability < 80 {
+                        continue;
                     }
+                    let at = Address(256);
+                    let all = || {
+                        conv.forward(&device, at, at, None, at)?;
+                        conv.input_gradient(&device, at, at, at)?;
+                        conv.add_weight_gradients(&device, at, at, at, None)
+                    };
+                    all().unwrap_or_else(|error| panic!("{conv:?} on {}: {error:#}", device.capability));
                 }
+            }
+        }
+    }
+}
+
+#[test]
+fn cuts_cover_the_depth_and_fit_into_scratch() {
+    let sizes = [(320, 4096, 2880), (1280, 64, 11520), (4, 65536, 2880), (1280, 11520, 64), (1, 1, 1), (64, 64, 40000)];
+    for (rows, columns, depth) in sizes {
+        let product = Product { rows, columns, depth };
+        for multiprocessors in [1, 16, 46, 132] {
+            let copied = [&cut::PIXELS[..], &cut::COLUMNS, &cut::TAPS].map(|tiles| product.cut(tiles, multiprocessors));
+            let gathered = [DType::F32, DType::BF16].map(|dtype| product.cut_gathered(dtype, multiprocessors));
+            for cut in copied.into_iter().chain(gathered) {
+                assert!(cut.parts * cut.part >= depth && (cut.parts - 1) * cut.part < depth, "{cut:?} of {product:?}");
+                assert!(cut.part % cut::DEPTH == 0 && product.parts_bytes(cut) <= cut::MOST_PARTS_BYTES);
             }
         }
     }
@@ -41,14 +85,24 @@ fn every_shape_can_be_launched_everywhere() {
 #[test]
 fn few_tiles_have_their_sums_cut() {
     let deep = convolution(DType::BF16, 1, (1280, 1280), (8, 8));
-    let cut = deep.forward_product().cut(DType::BF16, 46);
-    assert_eq!((cut.tile, cut.parts), (64, 4));
-    let wide = convolution(DType::BF16, 4, (320, 320), (64, 64));
-    assert_eq!(wide.forward_product().cut(DType::BF16, 46), Cut { tile: 128, parts: 1, part: 2880 });
+    let cut = deep.forward_pixels().product.cut_gathered(DType::BF16, 46);
+    assert_eq!((cut.tile.rows, cut.parts), (64, 4));
+    let wide = convolution(DType::BF16, 4, (320, 320), (64, 64)).forward_pixels().product;
+    let cut = wide.cut_gathered(DType::BF16, 46);
+    assert_eq!((cut.tile.rows, cut.parts, cut.part), (128, 1, 2880));
+    // Copied: 320 rows are five tiles of 64; a small result on a large device is cut in its depth.
+    assert_eq!(wide.cut(&cut::PIXELS, 46).tile.name, "wide");
+    let cut = deep.input_pixels().product.cut(&cut::PIXELS, 132);
+    assert!(cut.parts > 1, "{cut:?}");
+    let most = convolution(DType::BF16, 16, (1280, 1280), (16, 16)).forward_pixels().product.cut(&cut::PIXELS, 132);
+    assert_eq!(most.tile.name, "large");
 }
 
 #[cfg(any(feature = "cuda", feature = "emulate"))]
 mod on_device {
+    use std::collections::BTreeSet;
+    use std::sync::Mutex;
+
     use candle_core::{Device, Tensor, Var};
 
     use super::*;
@@ -96,6 +150,31 @@ mod on_device {
         }
         fn allows_tf32(&self) -> bool {
             self.2
+        }
+        fn scratch(&self, bytes: usize) -> Result<Scratch> {
+            self.0.scratch(bytes)
+        }
+    }
+
+    /// A device that notes which kernels are launched.
+    struct Noting(&'static dyn Launcher, Mutex<BTreeSet<String>>);
+
+    impl Launcher for Noting {
+        fn launch(&self, family: Family, kernel: &str, grid: Grid, args: &[Arg]) -> Result<()> {
+            self.1.lock().unwrap().insert(kernel.to_string());
+            self.0.launch(family, kernel, grid, args)
+        }
+        fn multiply(&self, product: &crate::kernels::product::Product) -> Result<()> {
+            self.0.multiply(product)
+        }
+        fn capability(&self) -> u32 {
+            self.0.capability()
+        }
+        fn multiprocessors(&self) -> u32 {
+            self.0.multiprocessors()
+        }
+        fn allows_tf32(&self) -> bool {
+            false
         }
         fn scratch(&self, bytes: usize) -> Result<Scratch> {
             self.0.scratch(bytes)
@@ -174,6 +253,61 @@ mod on_device {
                     }
                 }
             }
+        }
+    }
+
+    #[test]
+    fn copied_tiles_follow_the_cpu() {
+        let of = |kernel, stride, [top, bottom, left, right]: [usize; 4], images, channels, input| Convolution {
+            kernel,
+            stride,
+            top,
+            bottom,
+            left,
+            right,
+            ..convolution(DType::F32, images, channels, input)
+        };
+        // Fewer channels than a step is deep, several times over; half of sixteen; sizes that are no multiples of tiles.
+        check(of((3, 3), 1, [1; 4], 3, (8, 72), (16, 8)));
+        check(of((3, 3), 1, [1; 4], 2, (24, 40), (12, 14)));
+        check(of((3, 3), 1, [1; 4], 1, (72, 136), (16, 24)));
+        check(of((3, 3), 1, [1; 4], 1, (40, 16), (4, 72)));
+        // Strides, forwards and back; uneven padding; other kernels, whose weights' gradients are gathered.
+        check(of((3, 3), 2, [1; 4], 2, (40, 24), (32, 16)));
+        check(of((3, 3), 2, [0, 1, 0, 1], 2, (16, 24), (32, 32)));
+        check(of((3, 3), 3, [2, 0, 1, 3], 1, (16, 8), (34, 26)));
+        check(of((5, 3), 1, [2, 2, 1, 1], 2, (16, 24), (12, 16)));
+        check(of((2, 2), 2, [0; 4], 2, (32, 16), (32, 32)));
+        // One tap: planes, and channels last where a plane is odd or steps are larger.
+        check(of((1, 1), 1, [0; 4], 3, (40, 72), (8, 9)));
+        check(of((1, 1), 1, [0; 4], 1, (136, 24), (24, 16)));
+        check(of((1, 1), 1, [0; 4], 2, (16, 8), (17, 17)));
+        check(of((1, 1), 2, [0; 4], 1, (16, 24), (33, 17)));
+    }
+
+    #[test]
+    fn every_copied_tile_follows_the_cpu() {
+        let names = || {
+            let kinds = ["pixels_large", "pixels_wide", "pixels_small", "planes_large", "planes_wide", "planes_small"];
+            let weights = ["taps_large", "taps_small", "columns_large", "columns_small"];
+            kinds.into_iter().chain(weights).map(|name| format!("conv2d_copied_{name}_f16"))
+        };
+        for device in devices().into_iter().filter(|device| device.capability() >= 80) {
+            let seen = Noting(device, Default::default());
+            let seen: &'static Noting = Box::leak(Box::new(seen));
+            for kernel in [(3, 3), (1, 1)] {
+                let pad = kernel.0 / 2;
+                for (channels, input) in [((136, 130), (16, 16)), ((160, 72), (16, 16)), ((40, 40), (8, 16))] {
+                    let conv = convolution(DType::F16, 1, channels, input);
+                    let conv = Convolution { kernel, top: pad, bottom: pad, left: pad, right: pad, ..conv };
+                    for multiprocessors in [1, 2, 40] {
+                        check_on(&conv, &Counted(seen, multiprocessors, false), 0, 1e-3);
+                    }
+                }
+            }
+            let seen = seen.1.lock().unwrap();
+            let missing: Vec<_> = names().filter(|name| !seen.contains(name)).collect();
+            assert!(missing.is_empty(), "{missing:?} were not launched");
         }
     }
 
@@ -258,8 +392,22 @@ mod on_device {
         for multiprocessors in [1, 100] {
             let launcher: &'static Emulated = Box::leak(Box::new(Emulated::new(86, Order::Shuffled(3)).unwrap()));
             if cfg!(not(feature = "cuda")) {
-                let conv = convolution(DType::F16, 1, (72, 80), (12, 8));
-                check_on(&conv, &Counted(launcher, multiprocessors, false), 0, 1e-3);
+                // Gathered, copied with channels last, and planes.
+                let plain = Convolution {
+                    kernel: (1, 1),
+                    top: 0,
+                    bottom: 0,
+                    left: 0,
+                    right: 0,
+                    ..convolution(DType::F16, 1, (80, 72), (16, 16))
+                };
+                for conv in [
+                    convolution(DType::F16, 1, (72, 80), (12, 8)),
+                    convolution(DType::F16, 1, (80, 72), (16, 16)),
+                    plain,
+                ] {
+                    check_on(&conv, &Counted(launcher, multiprocessors, false), 0, 1e-3);
+                }
                 assert_eq!(launcher.bank_conflicts(), 1.0);
             }
         }
