@@ -68,6 +68,7 @@ pub fn connect(
         }
     }
     let nccl = Nccl::join(gpu, comm.clone(), timeout)?;
+    nccl.connect()?;
     Ok((Arc::new(Paired::new(comm, Arc::new(nccl))), None))
 }
 

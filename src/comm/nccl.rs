@@ -3,7 +3,8 @@
 //! used in its non-blocking mode (`nccl/library.rs`), and what hangs on the device is ended by giving the communicator
 //! up, after which every wait of the host fails with the reason ([`Faults`](crate::device::cuda::Faults)).
 //!
-//! Note: memory. The library takes buffers of its own outside of the pool, some hundred MB with several GPUs.
+//! Note: memory. The library takes buffers of its own outside of the pool, some hundred MB with several GPUs; all of them in
+//! [`Nccl::connect`].
 
 mod library;
 
@@ -16,7 +17,7 @@ use anyhow::{Context, Result, anyhow};
 use self::library::{Library, unique_id};
 use super::on_device::DeviceCommunicator;
 use super::watch::{Flight, Point, Trouble, Watch};
-use super::{Communicator, CommunicatorExt, Operation, PeerFailure};
+use super::{Communicator, CommunicatorExt, Operation, PeerFailure, Scalar};
 use crate::Refusal;
 use crate::device::Moment;
 use crate::device::cuda::{Gpu, Mark, Stream, libraries};
@@ -90,6 +91,28 @@ impl Nccl {
         let watcher =
             Builder::new().name("watch".into()).spawn(move || watching.watch()).context("starting a thread")?;
         Ok(Nccl { inner, watcher: Some(watcher) })
+    }
+
+    /// Makes every collective once, with as much data as a bucket has. The library connects GPUs, and takes memory for
+    /// that, when a kind of collective is first wanted: afterwards what is left is what a run has. A collective.
+    pub fn connect(&self) -> Result<()> {
+        const WHOLE: usize = 4 << 20;
+        let (gpu, ranks) = (&self.inner.gpu, self.inner.through.world_size());
+        let part = WHOLE / ranks;
+        let memory = |elements: usize| gpu.computing().alloc_zeroed(4 * elements, "connecting GPUs");
+        let (whole, mine) = (memory(part * ranks)?, memory(part)?);
+        let ready = gpu.computing().mark()?;
+        let (all, one) = (whole.address(), mine.address());
+        for operation in [
+            Operation::all_gather(Scalar::F32, part, one, all),
+            Operation::reduce_scatter(Scalar::F32, part, all, one),
+            Operation::all_reduce(Scalar::F32, part * ranks, all),
+            Operation::broadcast(Scalar::F32, part, one, 0),
+        ] {
+            gpu.computing().after(&self.begin(&[operation], &[&ready], "connecting GPUs")?)?;
+        }
+        // Errors come out here, and the memory is the pool's again.
+        gpu.computing().synchronize()
     }
 }
 
@@ -269,7 +292,6 @@ impl Drop for Nccl {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::comm::Scalar;
     use crate::kernels::Address;
 
     #[test]

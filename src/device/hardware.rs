@@ -31,22 +31,7 @@ impl Hardware {
     #[cfg(feature = "cuda")]
     pub fn gpu(local_rank: usize, limit: Option<usize>, needs: usize) -> Result<Hardware> {
         let gpu = super::cuda::Gpu::open(local_rank, limit)?;
-        let (free, total) = gpu.free()?;
-        // What the run needs has the scratch in it that the pool already holds.
-        let free = free + gpu.usage()?.held;
-        if free < needs {
-            let mib = |bytes: usize| bytes >> 20;
-            return Err(crate::Refusal::error(format!(
-                "GPU {} ({}) has {} MiB left of {} MiB, and the run needs {} MiB: close what else uses the GPU (`nvidia-smi` \
-                 shows it), or set memory.vram = \"{}MiB\", so that less is planned for",
-                gpu.ordinal(),
-                gpu.card().name,
-                mib(free),
-                mib(total),
-                mib(needs),
-                mib(free)
-            )));
-        }
+        has_left(&gpu, needs, "")?;
         let accelerator: Arc<dyn Accelerator> = gpu.clone();
         super::trace::watch(&accelerator);
         Ok(Hardware { device: gpu.device().clone(), accelerator: Some(accelerator), gpu: Some(gpu) })
@@ -56,6 +41,16 @@ impl Hardware {
     pub fn gpu(local_rank: usize, _limit: Option<usize>, _needs: usize) -> Result<Hardware> {
         super::gpu(local_rank).map_err(crate::Refusal::error)?;
         anyhow::bail!("this build of dblaunch has no GPU support")
+    }
+
+    /// A [`crate::Refusal`] if a GPU has less of its memory left than the run `needs`, now that `since`.
+    pub fn has_left(&self, needs: usize, since: &str) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if let Some(gpu) = &self.gpu {
+            return has_left(gpu, needs, since);
+        }
+        let _ = (needs, since);
+        Ok(())
     }
 
     /// candle's device.
@@ -92,4 +87,25 @@ impl Hardware {
             None => Memory::new(device, host),
         }
     }
+}
+
+#[cfg(feature = "cuda")]
+fn has_left(gpu: &super::cuda::Gpu, needs: usize, since: &str) -> Result<()> {
+    let (free, total) = gpu.free()?;
+    // What the run needs has the scratch in it that the pool already holds.
+    let free = free + gpu.usage()?.held;
+    if free >= needs {
+        return Ok(());
+    }
+    let mib = |bytes: usize| bytes >> 20;
+    Err(crate::Refusal::error(format!(
+        "GPU {} ({}) has {} MiB left of {} MiB{since}, and the run needs {} MiB: close what else uses the GPU (`nvidia-smi` \
+         shows it), or set memory.vram = \"{}MiB\", so that less is planned for",
+        gpu.ordinal(),
+        gpu.card().name,
+        mib(free),
+        mib(total),
+        mib(needs),
+        mib(free)
+    )))
 }

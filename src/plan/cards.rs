@@ -1,5 +1,6 @@
 //! Cards by name, and this machine: sizes and bandwidths as their makers state them. Nothing is measured.
 
+use crate::comm::GpuCollectives;
 use crate::config::DeviceKind;
 use crate::device::{FoundGpu, Place};
 use crate::kernels::Dry;
@@ -66,6 +67,10 @@ const CARDS: [Card; 12] = [
 const REACHED: [f64; 2] = [0.55, 0.35];
 /// What the driver and its libraries take of a card.
 const DRIVER: u64 = 640 << 20;
+/// What NCCL takes of one beside that where ranks are several: a part of the card, within bounds. It takes the more
+/// the faster the GPUs are connected (10 MB for each of 2 to 32 channels and each neighbour, NVIDIA/nccl issue 1685),
+/// and the large cards are. A run looks at what is left once it is connected.
+const NCCL: (u64, u64, u64) = (32, 256 << 20, 1536 << 20);
 /// A desktop's memory and a usual NVMe drive.
 const HOST_BANDWIDTH: f64 = 30e9;
 const DRIVE: [f64; 2] = [2.5e9, 1.8e9];
@@ -145,6 +150,13 @@ impl Machine {
         Machine::of_cores(cores, memory_bytes())
     }
 
+    /// Bytes of the device's memory that one of so many ranks can plan with.
+    pub(super) fn device_for(&self, ranks: usize, by: GpuCollectives) -> u64 {
+        let (part, least, most) = NCCL;
+        let connected = ranks > 1 && !self.shared && by != GpuCollectives::Host;
+        self.device - if connected { (self.device / part).clamp(least, most).min(self.device) } else { 0 }
+    }
+
     /// How fast a state that rests in `place` is read and written by what updates it.
     pub(super) fn bandwidth(&self, place: Place) -> f64 {
         match place {
@@ -180,6 +192,18 @@ mod tests {
         assert!(card.device > 11 << 30 && card.device < 12 << 30 && !card.shared);
         assert!(Machine::named("rtx9999", 1).is_none());
         assert!(Machine::this(DeviceKind::Cpu).shared && memory_bytes() > 1 << 28);
+    }
+
+    #[test]
+    fn several_ranks_leave_room_for_what_connects_them() {
+        let card = |name: &str| Machine::named(name, 1).unwrap();
+        let for_ranks = |name: &str, ranks| card(name).device_for(ranks, GpuCollectives::Auto);
+        assert_eq!(for_ranks("rtx3070-8gb", 1), card("rtx3070-8gb").device);
+        assert_eq!(for_ranks("rtx3070-8gb", 2), card("rtx3070-8gb").device - (256 << 20));
+        assert_eq!(for_ranks("h200-141gb", 8), card("h200-141gb").device - (1536 << 20));
+        assert_eq!(card("rtx3070-8gb").device_for(2, GpuCollectives::Host), card("rtx3070-8gb").device);
+        let cores = Machine::of_cores(2, 1 << 30);
+        assert_eq!(cores.device_for(2, GpuCollectives::Auto), cores.device);
     }
 
     #[test]

@@ -37,7 +37,7 @@ impl Budgets {
         match machine.shared {
             true => Budgets { device: vram, host: ram, together: Some(share(machine.host)) },
             false => Budgets {
-                device: Some(vram.unwrap_or(machine.device)),
+                device: Some(vram.unwrap_or(machine.device_for(world_size, plan.zero.collectives))),
                 host: Some(ram.unwrap_or(share(machine.host))),
                 together: None,
             },

@@ -41,7 +41,7 @@ pub fn build<'a>(
     rank: &'a Rank,
     hardware: &Hardware,
 ) -> Result<Trainer<'a>> {
-    let comm = communicator(plan, rank, hardware)?;
+    let comm = communicator(plan, &decision, rank, hardware)?;
     let resumed = match resume_folder(plan)? {
         Some(folder) => Some(Checkpoint::open(&folder)?),
         None => None,
@@ -156,12 +156,20 @@ pub(super) fn hardware(plan: &RunPlan, decision: &Decision, rank: &Rank) -> Resu
     Ok(hardware)
 }
 
-/// The ranks, and how their GPUs do collectives. A collective.
-fn communicator(plan: &RunPlan, rank: &Rank, hardware: &Hardware) -> Result<Arc<dyn Communicator>> {
+/// The ranks, and how their GPUs do collectives; a refusal if that leaves too little of a GPU's memory. A collective.
+fn communicator(
+    plan: &RunPlan,
+    decision: &Decision,
+    rank: &Rank,
+    hardware: &Hardware,
+) -> Result<Arc<dyn Communicator>> {
     let timeout = Duration::from_secs_f64(plan.zero.timeout_seconds);
     let (comm, note) = comm::connect(rank.communicator.clone(), hardware, plan.zero.collectives, timeout)?;
     if let Some(note) = note {
         rank.say(&note);
+    }
+    if comm.world_size() > 1 {
+        comm.agree(hardware.has_left(decision.prediction.bytes.device.room, ", connected to the others"))?;
     }
     Ok(Arc::new(Traced::new(comm)))
 }
