@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::gpu::{ROUNDS, speed};
 use super::numbers::halves;
-use crate::device::cuda::{DeviceMemory, Gpu};
+use crate::device::cuda::Gpu;
 use crate::kernels::attention::{Attention, Backward};
 
 const HEADS: usize = 8;

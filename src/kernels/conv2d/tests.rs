@@ -326,7 +326,9 @@ mod on_device {
             let nearest = |x: &f64| f64::from(f32::from_bits(((*x as f32).to_bits() + 0x1000) & !0x1fff));
             let [near_x, near_w] = [&x, &w].map(|values| values.iter().map(nearest).collect::<Vec<_>>());
             let rounded = y(true, &x, &w);
-            close(&rounded, &y(false, &near_x, &near_w), 1e-6, "rounded factors");
+            // Tensor cores cut each product's sum off, and there are 18 of them, eight deep: each loses less than an ulp of
+            // what is there by then, at most four times what results are usually like.
+            close(&rounded, &y(false, &near_x, &near_w), 18.0 * 4.0 * f64::from(f32::EPSILON), "rounded factors");
             assert_ne!(rounded, y(false, &x, &w));
         }
     }
