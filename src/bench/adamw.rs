@@ -9,7 +9,8 @@ use serde_json::json;
 
 use crate::device::Buffer;
 use crate::device::threads::{for_parts, threads};
-use crate::optim::{AdamW, CHUNK, Grads, RecordLayout, Rounded, StateKind, StochasticRounding, Weights};
+use crate::optim::{AdamW, Grads, RecordLayout, Rounded, StateKind, StochasticRounding, Weights};
+use crate::zero::PIECE;
 
 /// What takes turns.
 #[derive(Clone, Copy, PartialEq)]
@@ -96,12 +97,12 @@ type State = Vec<(RecordLayout, Buffer)>;
 
 fn state(kind: StateKind, elements: usize) -> Result<State> {
     let chunk = |start: usize| {
-        let layout = RecordLayout::new(kind, start, CHUNK.min(elements - start), elements);
+        let layout = RecordLayout::new(kind, start, PIECE.min(elements - start), elements);
         let mut record = Buffer::unbudgeted(DType::U8, layout.bytes())?;
         layout.initialise(record.bytes_mut());
         Ok((layout, record))
     };
-    (0..elements).step_by(CHUNK).map(chunk).collect()
+    (0..elements).step_by(PIECE).map(chunk).collect()
 }
 
 struct Arrays {
@@ -137,7 +138,7 @@ impl Arrays {
         }
         let settings = AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01 };
         let state = if pass == Pass::Coded { &mut self.coded } else { &mut self.state };
-        let chunks = w.chunks_mut(CHUNK).zip(self.halves.as_mut_slice::<bf16>().chunks_mut(CHUNK)).zip(g.chunks(CHUNK));
+        let chunks = w.chunks_mut(PIECE).zip(self.halves.as_mut_slice::<bf16>().chunks_mut(PIECE)).zip(g.chunks(PIECE));
         for ((layout, record), ((w, halves), g)) in state.iter_mut().zip(chunks) {
             let (weights, rounded) = match pass {
                 Pass::Copied => (Weights::F32(w), Rounded::Bf16(halves)),

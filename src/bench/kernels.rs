@@ -17,6 +17,7 @@ use crate::kernels::norms::{Backward, Forward, GroupNorm, LayerNorm};
 use crate::kernels::optimizer::{Grads, Rounded};
 use crate::kernels::reduce::sum_of_squares;
 use crate::optim::{AdamW, DeviceWeights, RecordLayout, StateKind, table_words, tables_at};
+use crate::zero::Placement;
 
 const DTYPE: DType = DType::BF16;
 /// Launches in a row, so that what a launch takes is hidden where it can be.
@@ -27,9 +28,8 @@ const BYTES: usize = 128 << 20;
 const PATTERN: usize = 4 << 20;
 /// What norms and the optimizer shall reach of a copy that moves as much.
 const AIM: f64 = 0.85;
-/// What the optimizer updates: records of as many elements as in a run.
-const CHUNK: usize = crate::optim::CHUNK;
-const CHUNKS: usize = 16;
+/// Records that the optimizer updates, each of as many elements as in a run.
+const RECORDS: usize = 4;
 
 /// Prints all of them for the first GPU, of whose memory at most `limit` bytes are used.
 pub fn kernels(limit: usize) -> Result<()> {
@@ -197,7 +197,8 @@ impl Meter<'_> {
 
     fn optimizer(&mut self) -> Result<()> {
         let gpu = self.gpu;
-        let count = CHUNK * CHUNKS;
+        let piece = Placement::DEVICE.optimizer_piece(true);
+        let count = piece * RECORDS;
         let words = table_words();
         let books = gpu.write(bytemuck::cast_slice(&words), "code books")?;
         let tables = tables_at(books.address());
@@ -210,17 +211,17 @@ impl Meter<'_> {
             ("adamw8", StateKind::Bits8, 16, false),
             ("adamw8 with a bf16 copy", StateKind::Bits8, 18, true),
         ] {
-            let layout = RecordLayout::new(kind, 0, CHUNK, CHUNK);
-            let records = self.memory(layout.bytes() * CHUNKS)?;
-            let update = |chunk: usize| {
-                let at = |memory: &DeviceMemory, size: usize| memory.address().at(size * chunk * CHUNK);
+            let layout = RecordLayout::new(kind, 0, piece, piece);
+            let records = self.memory(layout.bytes() * RECORDS)?;
+            let update = |record: usize| {
+                let at = |memory: &DeviceMemory, size: usize| memory.address().at(size * record * piece);
                 let rounded = if rounded { Rounded::Bf16(at(&copy, 2)) } else { Rounded::None };
-                let record = records.address().at(chunk * layout.bytes());
+                let record = records.address().at(record * layout.bytes());
                 let (w, g) = (DeviceWeights::F32(at(&weights, 4)), Grads::F32(at(&grads, 4)));
                 adam.launch_chunk(gpu, &tables, 1, 1e-5, 1.0, &layout, record, w, rounded, g, overflow.address())
             };
-            let shape = format!("{CHUNKS} records of {CHUNK} f32");
-            self.measure(name, shape, bytes * count, || (0..CHUNKS).try_for_each(update))?;
+            let shape = format!("{RECORDS} records of {piece} f32");
+            self.measure(name, shape, bytes * count, || (0..RECORDS).try_for_each(update))?;
         }
         let sum = || sum_of_squares(gpu, DType::F32, grads.address(), count, total.address());
         self.measure("sum of squares", format!("{count} f32"), 4 * count, sum)?;

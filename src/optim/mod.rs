@@ -23,5 +23,5 @@ pub use adamw::{AdamW, Grads, Rounded, Weights};
 pub use loss_scale::{LossScale, Overflow, ScalePolicy, ScaleState};
 pub use lr_schedule::{LrKind, LrSchedule};
 pub use on_device::{DeviceWeights, table_words, tables_at};
-pub use record::{CHUNK, Part, RecordLayout, StateKind};
+pub use record::{Part, RecordLayout, StateKind};
 pub use rounding::StochasticRounding;

@@ -9,9 +9,6 @@ use super::blockwise;
 use super::code_book::{Book, ZERO_OF_M};
 use crate::device::BLOCK;
 
-/// The most elements of a chunk: what is read, updated and written at a time.
-pub const CHUNK: usize = 1 << 20;
-
 /// Every part of a record begins on a multiple of this many bytes.
 const ALIGNMENT: usize = 64;
 

@@ -8,9 +8,9 @@ use super::activations::{Profile, Turn, Wiring};
 use super::facts::{Facts, SegmentFacts, compute_dtype};
 use crate::config::{GradAccumDtype, MasterDtype, OptimizerKind, ReduceDtype, RunPlan};
 use crate::device::{Place, StateFile};
-use crate::optim::{CHUNK, RecordLayout, StateKind};
+use crate::optim::{RecordLayout, StateKind};
 use crate::segment::Keep;
-use crate::zero::{IN_FLIGHT, Placement};
+use crate::zero::{IN_FLIGHT, Placement, pieces_of};
 
 /// A GPU's driver holds so much of what it has handed out once more, as gaps. Sizes repeat from step to step, so they are
 /// few.
@@ -226,13 +226,16 @@ impl<'a> Ledger<'a> {
         if self.choice.stage >= 1 { self.terms.world_size } else { 1 }
     }
 
-    /// Bytes of a segment's records of optimizer state on one rank, chunk by chunk.
+    /// Bytes of a segment's records of optimizer state on one rank, piece by piece.
     fn records(&self, segment: &SegmentFacts, sizes: &Sizes, rank: usize) -> impl Iterator<Item = usize> + use<> {
         let (owned, small_from, state) = (sizes.owned, segment.small_from, self.terms.state);
-        (0..owned.div_ceil(CHUNK)).map(move |k| {
-            let start = k * CHUNK;
-            RecordLayout::new(state, rank * owned + start, (owned - start).min(CHUNK), small_from).bytes()
-        })
+        pieces_of(self.piece(), owned)
+            .map(move |piece| RecordLayout::new(state, rank * owned + piece.start, piece.len(), small_from).bytes())
+    }
+
+    /// Elements that the optimizer updates at a time.
+    fn piece(&self) -> usize {
+        self.place().optimizer_piece(self.terms.apart)
     }
 
     /// The device's parameters while segment i is used and `next` is on its way. Memory for a way is taken when it
@@ -296,7 +299,7 @@ impl<'a> Ledger<'a> {
         let (mut count, mut most) = (0, [0; 3]);
         for (sizes, segment) in self.sizes.iter().zip(&self.facts.segments).filter(|(sizes, _)| sizes.trains) {
             for (k, record) in self.records(segment, sizes, rank).enumerate() {
-                let elements = (sizes.owned - k * CHUNK).min(CHUNK);
+                let elements = (sizes.owned - k * self.piece()).min(self.piece());
                 let master = if self.terms.has_master() { 4 * elements } else { 0 };
                 let weights = staged(parameters, elements * self.terms.rest()) + staged(optimizer, master);
                 let grads = staged(gradients, elements * self.terms.grad());

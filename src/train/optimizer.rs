@@ -20,7 +20,7 @@ use crate::device::{Arena, Buffer, Pending, Promise, promise};
 use crate::optim::{RecordLayout, StateKind, StochasticRounding};
 use crate::zero::{
     AHEAD, BEHIND, Coming, GradReducer, IN_FLIGHT, OwnedComing, OwnedGrads, OwnedPiece, OwnedWeights, ParamStore,
-    Piece, Rest, Staging, Start, Tiers, pieces,
+    Piece, Rest, Staging, Start, Tiers, pieces_of,
 };
 
 /// What every segment of a step has in common.
@@ -191,7 +191,7 @@ impl Segment {
             Record(&chunk).write(|_| ())?;
             Ok(chunk)
         };
-        let chunks = pieces(owned.len()).map(chunk).collect::<Result<_>>()?;
+        let chunks = pieces_of(tiers.optimizer_piece(), owned.len()).map(chunk).collect::<Result<_>>()?;
         Ok(Segment { index: i as u64, weights, grads, chunks, seed })
     }
 

@@ -19,6 +19,6 @@ pub use owned::{OwnedComing, OwnedPiece, OwnedWeights, Weights};
 pub use param_store::{Fetched, ParamStore, Ranks, Walk, WeightSource};
 pub use partition::Partition;
 pub use placement::Placement;
-pub use rest::{AHEAD, BEHIND, Coming, Copies, IN_FLIGHT, PIECE, Piece, Rest, Staging, pieces};
+pub use rest::{AHEAD, BEHIND, Coming, Copies, IN_FLIGHT, PIECE, Piece, Rest, Staging, pieces, pieces_of};
 pub use stage::Stage;
 pub use tiers::{States, Tiers};

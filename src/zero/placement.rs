@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::rest::PIECE;
 use crate::device::Place;
 
 /// The tier of each state; independent of one another and of the stage.
@@ -18,6 +19,12 @@ impl Placement {
     /// Everything on the compute device.
     pub const DEVICE: Placement =
         Placement { parameters: Place::Device, gradients: Place::Device, optimizer: Place::Device };
+
+    /// Elements that the optimizer updates at a time. `apart`: the device's memory is not the host's. Then, where nothing has
+    /// to travel, an update is a launch, of which a GPU does one of [`PIECE`] elements faster than the host gives it the next.
+    pub fn optimizer_piece(&self, apart: bool) -> usize {
+        if apart && *self == Placement::DEVICE { 4 * PIECE } else { PIECE }
+    }
 
     /// Whether anything rests on a drive.
     pub fn uses_drive(&self) -> bool {

@@ -332,5 +332,10 @@ impl Coming {
 
 /// The pieces of a run of `len` values.
 pub fn pieces(len: usize) -> impl Iterator<Item = Range<usize>> {
-    (0..len.div_ceil(PIECE)).map(move |k| k * PIECE..((k + 1) * PIECE).min(len))
+    pieces_of(PIECE, len)
+}
+
+/// Its pieces of at most `piece` values.
+pub fn pieces_of(piece: usize, len: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..len.div_ceil(piece)).map(move |k| k * piece..((k + 1) * piece).min(len))
 }

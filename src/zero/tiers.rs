@@ -124,6 +124,11 @@ impl Tiers {
         }
     }
 
+    /// Elements that the optimizer updates at a time.
+    pub fn optimizer_piece(&self) -> usize {
+        self.placement.optimizer_piece(self.device_is_apart())
+    }
+
     /// Whether the device's memory is not the host's.
     fn device_is_apart(&self) -> bool {
         self.memory.device.accelerator().is_some()
