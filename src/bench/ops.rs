@@ -4,14 +4,14 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, bail};
-use candle_core::{DType, Device, Tensor, Var};
+use anyhow::{Context, Result};
+use candle_core::{DType, Device, Tensor};
 use safetensors::SafeTensors;
 use serde::Deserialize;
 
 use crate::device::{Arena, BucketLayout, GradSlot, Hardware, ParamSlot, WeightRef, bulk, on_host};
 use crate::ops::{self, Activation, Conv2d, Mask};
-use crate::segment::{leaf, pullback};
+use crate::segment::Forward;
 
 /// An op and what it takes beside tensors.
 #[derive(Deserialize)]
@@ -70,13 +70,13 @@ struct Weight {
 
 impl Case<'_> {
     fn run(&self, device: &Device, arena: &Arena) -> Result<Vec<(String, Tensor)>> {
-        let there = |tensor: &Tensor| leaf(&tensor.to_device(device)?);
+        let there = |tensor: &Tensor| tensor.to_device(device);
         let inputs = self.activations.iter().map(there).collect::<candle_core::Result<Vec<_>>>()?;
         let weights = self.weights.iter().map(|values| Weight::new(values, arena)).collect::<Result<Vec<_>>>()?;
-        let y = self.forward(&inputs, &weights)?;
-        let mut results = vec![("y".to_string(), on_host(&y)?)];
+        let forward = Forward::of(inputs, |inputs| Ok(vec![self.forward(inputs, &weights)?]))?;
+        let mut results = vec![("y".to_string(), on_host(&forward.outputs[0])?)];
         let dy = self.dy.to_device(device)?;
-        for (i, grad) in pullback(&[y], &[Some(dy)], &inputs)?.into_iter().enumerate() {
+        for (i, grad) in forward.pull(vec![Some(dy)])?.into_iter().enumerate() {
             let grad = grad.with_context(|| format!("activation {i} has no gradient"))?;
             results.push((format!("dx{i}"), on_host(&grad)?));
         }
@@ -86,9 +86,9 @@ impl Case<'_> {
         Ok(results)
     }
 
-    fn forward(&self, x: &[Var], w: &[Weight]) -> Result<Tensor> {
+    fn forward(&self, x: &[Tensor], w: &[Weight]) -> candle_core::Result<Tensor> {
         let w: Vec<&WeightRef> = w.iter().map(|w| &w.weight).collect();
-        let y = match (self.op, x, &w[..]) {
+        match (self.op, x, &w[..]) {
             (&Op::Attention { heads }, [q, k, v], []) => ops::attention(q, k, v, heads, &Mask::default()),
             (&Op::Conv2d { stride, padding }, [x], [w, b]) => ops::conv2d(x, w, Some(b), Conv2d::new(stride, padding)),
             (Op::Linear, [x], [w, b]) => ops::linear(x, w, Some(b)),
@@ -99,9 +99,8 @@ impl Case<'_> {
             (Op::Gelu, [x], []) => ops::activation(x, Activation::Gelu),
             (Op::AddChannels, [x, t], []) => ops::add_channels(x, t),
             (&Op::Upsample { height, width }, [x], []) => ops::upsample_nearest(x, height, width),
-            (_, x, w) => bail!("the op does not take {} activations and {} weights", x.len(), w.len()),
-        };
-        Ok(y?)
+            (_, x, w) => candle_core::bail!("the op does not take {} activations and {} weights", x.len(), w.len()),
+        }
     }
 }
 

@@ -1,12 +1,13 @@
 //! The whole VAE as one trainable graph: encoder, bottleneck, decoder. Fine-tuning leaves the VAE alone; this is for
 //! making a new one, as the embedded demo's was.
 
-use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
+use candle_core::{Result, Tensor};
 
 use super::config::VaeConfig;
 use super::layers::take;
 use super::vae::append_encoder;
 use super::vae_decoder::append_decoder;
+use crate::ops;
 use crate::segment::{GraphBuilder, Segment, SegmentGraph, SlotId};
 
 /// Pixels -> latents -> pixels.
@@ -45,30 +46,15 @@ struct Bottleneck {
 impl Segment for Bottleneck {
     fn forward(&self, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
         let [moments, noise] = take(inputs)?;
-        let means = moments.narrow(1, 0, self.channels)?.contiguous()?;
-        Ok(vec![(means.apply_op1(Pull(self.pull))? + noise)?])
-    }
-}
-
-/// x -> x, with the gradient of factor·½x² added on the way back.
-struct Pull(f64);
-
-impl CustomOp1 for Pull {
-    fn name(&self) -> &'static str {
-        "pull"
-    }
-
-    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (from, to) = match layout.contiguous_offsets() {
-            Some(range) => range,
-            None => candle_core::bail!("pull: the input is not contiguous"),
+        let (channels, pull) = (self.channels, self.pull);
+        let means = moments.narrow(1, 0, channels)?.contiguous()?;
+        let latents = (&means + noise)?;
+        // The means are pulled to zero: the gradient of pull/2 of their squares is added on the way back.
+        let back = move |dy: &Tensor| {
+            let of_means = (dy + means.affine(pull, 0.0)?)?;
+            Ok(vec![Some(of_means.pad_with_zeros(1, 0, channels)?), Some(dy.clone())])
         };
-        let values = storage.as_slice::<f32>()?[from..to].to_vec();
-        Ok((CpuStorage::F32(values), layout.shape().clone()))
-    }
-
-    fn bwd(&self, x: &Tensor, _: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        Ok(Some((dy + x.detach().affine(self.0, 0.0)?)?))
+        Ok(vec![ops::noted(&[moments, noise], latents, back)?])
     }
 }
 

@@ -142,7 +142,13 @@ struct Final(LayerNorm);
 impl Segment for Final {
     fn forward(&self, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
         let [x, rows] = take(inputs)?;
-        Ok(vec![self.0.forward(x)?.index_select(rows, 0)?])
+        let all = self.0.forward(x)?;
+        let (taken, shape, of) = (all.index_select(rows, 0)?, all.shape().clone(), rows.clone());
+        let back = move |dy: &Tensor| {
+            let nothing = Tensor::zeros(&shape, dy.dtype(), dy.device())?;
+            Ok(vec![Some(nothing.index_add(&of, dy, 0)?), None])
+        };
+        Ok(vec![ops::noted(&[&all, rows], taken, back)?])
     }
 }
 

@@ -53,6 +53,6 @@ impl Resnet {
             Some(shortcut) => ops::add(&shortcut.forward(x)?, &h)?,
             None => ops::add(x, &h)?,
         };
-        if self.output_scale == 1.0 { Ok(sum) } else { sum.affine(1.0 / self.output_scale, 0.0) }
+        if self.output_scale == 1.0 { Ok(sum) } else { ops::scale(&sum, 1.0 / self.output_scale) }
     }
 }

@@ -203,7 +203,8 @@ impl Segment for Embed {
     fn forward(&self, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
         let [sample, time] = take(inputs)?;
         let x = if self.center {
-            self.conv_in.forward(&sample.affine(2.0, -1.0)?)?
+            let centred = ops::noted(&[sample], sample.affine(2.0, -1.0)?, |dy| Ok(vec![Some(dy.affine(2.0, 0.0)?)]))?;
+            self.conv_in.forward(&centred)?
         } else {
             self.conv_in.forward(sample)?
         };

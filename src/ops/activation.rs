@@ -8,6 +8,7 @@ use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tenso
 use super::cpu::{Held, by_dtype, elements, for_parts, result, rows_per_part, tensor};
 use super::gpu::{Gpu, cuda_forward, emulated1, emulated2};
 use super::pointwise::{map, map2};
+use super::record::{apply1, apply2_by_shape};
 use super::vector::{PIECE, Real, normal, sigmoid, simd, sums, unwritten};
 
 /// A function of one number.
@@ -25,7 +26,7 @@ const QUICK: f32 = 1.702;
 
 /// The activation of every element, in x's shape and dtype.
 pub fn activation(x: &Tensor, kind: Activation) -> Result<Tensor> {
-    x.contiguous()?.apply_op1(Pointwise(kind))
+    apply1(x, Pointwise(kind))
 }
 
 struct Pointwise(Activation);
@@ -118,7 +119,7 @@ fn gelu_slope(x: f32) -> f32 {
 /// (..., 2D) -> (..., D): first half times gelu of the second half (diffusers' `GEGLU`).
 pub fn geglu(x: &Tensor) -> Result<Tensor> {
     match x.dims().last() {
-        Some(&width) if width > 0 && width % 2 == 0 => x.contiguous()?.apply_op1(Geglu),
+        Some(&width) if width > 0 && width % 2 == 0 => apply1(x, Geglu),
         _ => bail!("geglu: the last dimension of {:?} has no two halves", x.shape()),
     }
 }
@@ -242,7 +243,7 @@ pub fn add_channels(x: &Tensor, t: &Tensor) -> Result<Tensor> {
     if t.dims() != [batch, channels] || t.dtype() != x.dtype() {
         bail!("add_channels: {:?} {:?} does not fit {:?} {:?}", t.shape(), t.dtype(), x.shape(), x.dtype());
     }
-    x.contiguous()?.apply_op2(&t.contiguous()?, AddChannels)
+    apply2_by_shape(x, t, AddChannels, AddChannels::back)
 }
 
 struct AddChannels;
@@ -263,18 +264,25 @@ impl CustomOp2 for AddChannels {
 
     cuda_forward!(2);
 
-    fn bwd(&self, _x: &Tensor, t: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+    fn bwd(&self, x: &Tensor, t: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let [dx, dt] = self.back([x.shape(), t.shape()], dy)?;
+        Ok((Some(dx), Some(dt)))
+    }
+}
+
+impl AddChannels {
+    fn back(&self, [_, t]: [&Shape; 2], dy: &Tensor) -> Result<[Tensor; 2]> {
         let dy = dy.contiguous()?;
         if let Some(gpu) = Gpu::of(&dy)? {
             let dt = self.sums_on(&gpu, gpu.operand(&dy)?, t.dims())?;
-            return Ok((Some(dy), Some(dt)));
+            return Ok([dy, dt]);
         }
         let held = Held::new(&dy);
         by_dtype!(dy.dtype(), self.name(), T => {
             let dt = sum_planes::<T>(held.elements()?, t.elem_count());
-            let dt = tensor(dt, t.shape())?;
+            let dt = tensor(dt, t)?;
             drop(held);
-            Ok((Some(dy), Some(dt)))
+            Ok([dy, dt])
         })
     }
 }

@@ -4,6 +4,7 @@ use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, b
 
 use super::cpu::{Held, by_dtype, elements, for_parts, result, rows_per_part};
 use super::gpu::{Fresh, Gpu, Operand, cuda_forward, emulated1};
+use super::record::apply1;
 use super::vector::{Real, unwritten};
 use crate::device::WeightRef;
 use crate::kernels::Address;
@@ -11,7 +12,8 @@ use crate::kernels::glue::sums;
 
 /// ids u32 (B, S), table (V, D), positions (P, D) with P >= S -> (B, S, D) in `dtype`: table[id] + positions[s].
 ///
-/// `dtype` is that of the weights. To train the table, `ids` must be a `Var` (an integer one has no gradient itself).
+/// `dtype` is that of the weights. Outside of a recording the table is trained only if `ids` is a `Var` (an integer one has
+/// no gradient itself).
 pub fn embedding(ids: &Tensor, table: &WeightRef, positions: Option<&WeightRef>, dtype: DType) -> Result<Tensor> {
     let (_, length) = ids.dims2()?;
     let &[rows, width] = table.shape() else { bail!("{}: a table has two dimensions", table.name()) };
@@ -21,7 +23,7 @@ pub fn embedding(ids: &Tensor, table: &WeightRef, positions: Option<&WeightRef>,
         bail!("{}: {:?} has no places for {length} tokens of width {width}", positions.name(), positions.shape());
     }
     let op = Embedding { table: table.clone(), positions: positions.cloned(), rows, width, dtype };
-    ids.contiguous()?.apply_op1(op)
+    apply1(ids, op)
 }
 
 struct Embedding {

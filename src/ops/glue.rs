@@ -7,6 +7,7 @@ use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 use super::cpu::{Held, by_dtype, elements, for_parts, result, rows_per_part, tensor};
 use super::gpu::{Fresh, Gpu, Operand, cuda_forward, emulated2};
 use super::pointwise::map2;
+use super::record::apply2_by_shape;
 use super::vector::{Real, unwritten};
 use crate::kernels::glue;
 
@@ -15,7 +16,7 @@ pub fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     if a.shape() != b.shape() || a.dtype() != b.dtype() {
         bail!("add: {:?} {:?} and {:?} {:?}", a.shape(), a.dtype(), b.shape(), b.dtype());
     }
-    a.contiguous()?.apply_op2(&b.contiguous()?, Add)
+    apply2_by_shape(a, b, Add, |_, _, dy| Ok([dy.clone(), dy.clone()]))
 }
 
 struct Add;
@@ -68,7 +69,7 @@ pub fn cat_channels(tensors: &[&Tensor]) -> Result<Tensor> {
         if !fits {
             bail!("cat_channels: {:?} {:?} and {:?} {:?}", joined.shape(), joined.dtype(), next.shape(), next.dtype());
         }
-        joined = joined.contiguous()?.apply_op2(&next.contiguous()?, Cat)?;
+        joined = apply2_by_shape(&joined, next, Cat, Cat::back)?;
     }
     Ok(joined)
 }
@@ -110,13 +111,20 @@ impl CustomOp2 for Cat {
     cuda_forward!(2);
 
     fn bwd(&self, a: &Tensor, b: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let [da, db] = self.back([a.shape(), b.shape()], dy)?;
+        Ok((Some(da), Some(db)))
+    }
+}
+
+impl Cat {
+    fn back(&self, [a, b]: [&Shape; 2], dy: &Tensor) -> Result<[Tensor; 2]> {
         let dy = dy.contiguous()?;
         let (ra, rb) = (row(a.dims()), row(b.dims()));
         if let Some(gpu) = Gpu::of(&dy)? {
             let dy = gpu.operand(&dy)?;
-            let (da, db) = (gpu.fresh(dy.dtype, a.shape())?, gpu.fresh(dy.dtype, b.shape())?);
+            let (da, db) = (gpu.fresh(dy.dtype, a)?, gpu.fresh(dy.dtype, b)?);
             gpu.run(|l| glue::moves::split_rows(l, dy.dtype, dy.at, (da.at, ra), (db.at, rb), dy.dims[0]))?;
-            return Ok((Some(da.tensor()), Some(db.tensor())));
+            return Ok([da.tensor(), db.tensor()]);
         }
         let held = Held::new(&dy);
         by_dtype!(dy.dtype(), self.name(), T => {
@@ -130,12 +138,10 @@ impl CustomOp2 for Cat {
                 }
             }
             copy(copies);
-            Ok((Some(tensor(da, a.shape())?), Some(tensor(db, b.shape())?)))
+            Ok([tensor(da, a)?, tensor(db, b)?])
         })
     }
-}
 
-impl Cat {
     fn forward_on(&self, gpu: &Gpu, a: Operand, b: Operand) -> Result<Fresh> {
         let mut dims = a.dims.to_vec();
         dims[1] += b.dims[1];

@@ -10,6 +10,7 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 use super::activation::silu_slope;
 use super::cpu::{Held, by_dtype, elements, for_parts, result, tensor};
 use super::gpu::{Gpu, cuda_forward, emulated1};
+use super::record::apply1;
 use super::vector::{PIECE, Real, sigmoid, simd, sums, unwritten};
 use crate::device::WeightRef;
 
@@ -36,7 +37,7 @@ pub fn group_norm(
     }
     let (gamma, beta) = (gamma.clone(), beta.clone());
     let (moments, moments_there) = (OnceLock::new(), OnceLock::new());
-    x.contiguous()?.apply_op1(GroupNorm { gamma, beta, groups, channels, pixels, eps, silu, moments, moments_there })
+    apply1(x, GroupNorm { gamma, beta, groups, channels, pixels, eps, silu, moments, moments_there })
 }
 
 struct GroupNorm {

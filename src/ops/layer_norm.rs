@@ -10,6 +10,7 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 use super::cpu::{Held, by_dtype, elements, for_parts, result, rows_per_part, tensor};
 use super::gpu::{Gpu, cuda_forward, emulated1};
 use super::group_norm::as_f32;
+use super::record::apply1;
 use super::vector::{Real, simd, sums, unwritten};
 use crate::device::WeightRef;
 
@@ -22,14 +23,7 @@ pub fn layer_norm(x: &Tensor, gamma: &WeightRef, beta: &WeightRef, eps: f64) -> 
         }
     }
     let (gamma, beta) = (gamma.clone(), beta.clone());
-    x.contiguous()?.apply_op1(LayerNorm {
-        gamma,
-        beta,
-        width,
-        eps,
-        moments: OnceLock::new(),
-        moments_there: OnceLock::new(),
-    })
+    apply1(x, LayerNorm { gamma, beta, width, eps, moments: OnceLock::new(), moments_there: OnceLock::new() })
 }
 
 struct LayerNorm {

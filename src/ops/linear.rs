@@ -8,13 +8,14 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 use super::cpu::{Held, by_dtype, elements, result, tensor};
 use super::gemm::{Bias, FEW, Matrix, Out, Product, Scalar, add_column_sums, few_rows};
 use super::gpu::{Gpu, cuda_forward, emulated1};
+use super::record::apply1;
 use crate::device::WeightRef;
 
 /// x (..., I), weight (O, I) (or (O, I, 1, 1)), bias (O) -> (..., O): x W^T + b.
 ///
 /// Backward: the gradient of x is dy W; dy^T x is added to the weight's gradient and dy's column sums to the bias's.
 pub fn linear(x: &Tensor, weight: &WeightRef, bias: Option<&WeightRef>) -> Result<Tensor> {
-    x.contiguous()?.apply_op1(linear_op(x, weight, bias)?)
+    apply1(x, linear_op(x, weight, bias)?)
 }
 
 /// The op that [`linear`] applies to `x`, by itself: its two directions can be called, and measured, without a graph.

@@ -17,6 +17,7 @@ mod layer_norm;
 mod linear;
 mod objective;
 mod pointwise;
+mod record;
 #[cfg(test)]
 pub(crate) mod testing;
 mod tokens;
@@ -33,6 +34,7 @@ pub use group_norm::group_norm;
 pub use layer_norm::layer_norm;
 pub use linear::{linear, linear_op};
 pub use objective::Objective;
+pub use record::{Record, noted, record, scale};
 pub use tokens::{image_from_tokens, tokens_from_image};
 pub use upsample::upsample_nearest;
 

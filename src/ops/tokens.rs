@@ -5,13 +5,18 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 
 use super::cpu::{Held, by_dtype, elements, for_parts, result, rows_per_part, tensor};
 use super::gpu::{Fresh, Gpu, Operand, cuda_forward, emulated1};
+use super::record::apply1_by_shape;
 use super::vector::{Real, unwritten};
 use crate::kernels::glue::moves;
 
 /// (B, C, H, W) -> (B, H*W, C).
 pub fn tokens_from_image(x: &Tensor) -> Result<Tensor> {
     let (_, channels, height, width) = x.dims4()?;
-    x.contiguous()?.apply_op1(Transpose { rows: channels, columns: height * width, to: vec![height * width, channels] })
+    apply1_by_shape(
+        x,
+        Transpose { rows: channels, columns: height * width, to: vec![height * width, channels] },
+        Transpose::back,
+    )
 }
 
 /// (B, H*W, C) -> (B, C, H, W).
@@ -20,7 +25,11 @@ pub fn image_from_tokens(x: &Tensor, height: usize, width: usize) -> Result<Tens
     if tokens != height * width {
         bail!("image_from_tokens: {tokens} tokens are not {height}x{width} pixels");
     }
-    x.contiguous()?.apply_op1(Transpose { rows: tokens, columns: channels, to: vec![channels, height, width] })
+    apply1_by_shape(
+        x,
+        Transpose { rows: tokens, columns: channels, to: vec![channels, height, width] },
+        Transpose::back,
+    )
 }
 
 /// Transposes the `rows` x `columns` matrix of each batch row; the result's dims after the batch are `to`.
@@ -49,21 +58,25 @@ impl CustomOp1 for Transpose {
     cuda_forward!(1);
 
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        let dy = dy.contiguous()?;
-        if let Some(gpu) = Gpu::of(&dy)? {
-            let dy = gpu.operand(&dy)?;
-            let dx = gpu.fresh(dy.dtype, x.shape())?;
-            gpu.run(|l| moves::transpose(l, dy.dtype, dy.at, dx.at, dy.dims[0], self.columns, self.rows))?;
-            return Ok(Some(dx.tensor()));
-        }
-        let held = Held::new(&dy);
-        by_dtype!(dy.dtype(), self.name(), T => {
-            Ok(Some(tensor(transpose::<T>(held.elements()?, self.columns, self.rows), x.shape())?))
-        })
+        self.back(x.shape(), dy).map(Some)
     }
 }
 
 impl Transpose {
+    fn back(&self, x: &Shape, dy: &Tensor) -> Result<Tensor> {
+        let dy = dy.contiguous()?;
+        if let Some(gpu) = Gpu::of(&dy)? {
+            let dy = gpu.operand(&dy)?;
+            let dx = gpu.fresh(dy.dtype, x)?;
+            gpu.run(|l| moves::transpose(l, dy.dtype, dy.at, dx.at, dy.dims[0], self.columns, self.rows))?;
+            return Ok(dx.tensor());
+        }
+        let held = Held::new(&dy);
+        by_dtype!(dy.dtype(), self.name(), T => {
+            tensor(transpose::<T>(held.elements()?, self.columns, self.rows), x)
+        })
+    }
+
     fn forward_on(&self, gpu: &Gpu, x: Operand) -> Result<Fresh> {
         let y = gpu.fresh(x.dtype, [&x.dims[..1], &self.to].concat())?;
         gpu.run(|l| moves::transpose(l, x.dtype, x.at, y.at, x.dims[0], self.rows, self.columns))?;

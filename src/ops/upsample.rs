@@ -5,6 +5,7 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 
 use super::cpu::{Held, by_dtype, elements, for_parts, result, rows_per_part, tensor};
 use super::gpu::{Fresh, Gpu, Operand, cuda_forward, emulated1};
+use super::record::apply1_by_shape;
 use super::vector::{Real, simd, unwritten};
 use crate::kernels::glue::moves;
 
@@ -15,7 +16,7 @@ pub fn upsample_nearest(x: &Tensor, height: usize, width: usize) -> Result<Tenso
     if h * w * height * width == 0 {
         bail!("upsample_nearest: from {h}x{w} to {height}x{width} pixels");
     }
-    x.contiguous()?.apply_op1(Resample { rows: sources(h, height), columns: sources(w, width), h, w })
+    apply1_by_shape(x, Resample { rows: sources(h, height), columns: sources(w, width), h, w }, Resample::back)
 }
 
 /// The source of each of `to` positions among `from`.
@@ -50,21 +51,25 @@ impl CustomOp1 for Resample {
     cuda_forward!(1);
 
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        let dy = dy.contiguous()?;
-        if let Some(gpu) = Gpu::of(&dy)? {
-            let dy = gpu.operand(&dy)?;
-            let dx = gpu.fresh(dy.dtype, x.shape())?;
-            gpu.run(|l| self.kernels(&dy).backward(l, dy.at, dx.at))?;
-            return Ok(Some(dx.tensor()));
-        }
-        let held = Held::new(&dy);
-        by_dtype!(dy.dtype(), self.name(), T => {
-            Ok(Some(tensor(self.scatter_add::<T>(held.elements()?), x.shape())?))
-        })
+        self.back(x.shape(), dy).map(Some)
     }
 }
 
 impl Resample {
+    fn back(&self, x: &Shape, dy: &Tensor) -> Result<Tensor> {
+        let dy = dy.contiguous()?;
+        if let Some(gpu) = Gpu::of(&dy)? {
+            let dy = gpu.operand(&dy)?;
+            let dx = gpu.fresh(dy.dtype, x)?;
+            gpu.run(|l| self.kernels(&dy).backward(l, dy.at, dx.at))?;
+            return Ok(dx.tensor());
+        }
+        let held = Held::new(&dy);
+        by_dtype!(dy.dtype(), self.name(), T => {
+            tensor(self.scatter_add::<T>(held.elements()?), x)
+        })
+    }
+
     /// For a tensor (B, C, ...) on either side.
     fn kernels(&self, of: &Operand) -> moves::Resample {
         let (from, to) = ([self.h, self.w], [self.rows.len(), self.columns.len()]);

@@ -39,29 +39,26 @@ pub struct Wiring<'f> {
     writer: Vec<Option<usize>>,
     /// First and last reader.
     readers: Vec<Option<(usize, usize)>>,
-    /// Bytes that segment i's kept graph holds, its outputs among them.
+    /// All of them.
+    read_by: Vec<Vec<usize>>,
+    /// Bytes that segment i's kept graph holds, its outputs among them; its inputs it shares with whoever made them.
     graphs: Vec<usize>,
 }
 
 impl<'f> Wiring<'f> {
     pub fn of(facts: &'f Facts) -> Self {
         let slots = facts.slots.len();
-        let (mut writer, mut readers) = (vec![None; slots], vec![None; slots]);
+        let (mut writer, mut readers, mut read_by) = (vec![None; slots], vec![None; slots], vec![Vec::new(); slots]);
         for (i, segment) in facts.segments.iter().enumerate() {
             segment.outputs.iter().for_each(|&slot| writer[slot] = Some(i));
             for &slot in &segment.inputs {
                 let (first, _) = readers[slot].unwrap_or((i, i));
                 readers[slot] = Some((first, i));
+                read_by[slot].push(i);
             }
         }
-        // Where all graphs were kept, a given value was dropped after its last reader, and others belong to a graph.
-        let dropped = |i: usize| -> usize {
-            let given = facts.given.iter().filter(|&&slot| readers[slot].is_some_and(|(_, last)| last == i));
-            given.map(|&slot| facts.slots[slot]).sum()
-        };
-        let graph = |i: usize| (facts.segments[i].measured.graph.change + dropped(i) as isize).max(0) as usize;
-        let graphs = (0..facts.segments.len()).map(graph).collect();
-        Wiring { facts, writer, readers, graphs }
+        let graphs = facts.segments.iter().map(|segment| segment.measured.graph.change.max(0) as usize).collect();
+        Wiring { facts, writer, readers, read_by, graphs }
     }
 
     /// Bytes that segment i's kept graph holds.
@@ -88,7 +85,7 @@ impl<'f> Wiring<'f> {
             for &slot in segment.inputs.iter().filter(|&&slot| self.readers[slot].is_some_and(|(_, last)| last == i)) {
                 if !self.needed_again(slot, keep) {
                     state.values[slot] = At::Nowhere;
-                } else if keep[i] == Keep::Host && i + 1 < count {
+                } else if keep[i] == Keep::Host && i + 1 < count && !self.is_held(slot, keep) {
                     state.values[slot] = At::Host;
                     profile.moved += facts.slots[slot];
                 }
@@ -125,12 +122,22 @@ impl<'f> Wiring<'f> {
         profile
     }
 
+    /// Whether a kept graph holds the slot's value, as what it was made of or what it made.
+    fn is_held(&self, slot: usize, keep: &[Keep]) -> bool {
+        let mut holders = self.read_by[slot].iter().copied().chain(self.writer[slot]);
+        holders.any(|i| keep[i] == Keep::Graph)
+    }
+
     /// Whether some reader of the slot runs again on the way back.
     fn needed_again(&self, slot: usize, keep: &[Keep]) -> bool {
         let Some((first, last)) = self.readers[slot] else { return false };
         (first..=last).any(|r| keep[r].recomputes() && self.facts.segments[r].inputs.contains(&slot))
     }
 }
+
+/// Bytes that a slot takes beside its numbers: its places in a tape, and what makes a tensor of numbers. Shows where a whole
+/// network takes less than a megabyte.
+const BESIDE: usize = 400;
 
 /// Where a slot's value is.
 #[derive(Clone, Copy, PartialEq)]
@@ -172,13 +179,15 @@ impl<'w, 'f> State<'w, 'f> {
     fn held(&self) -> usize {
         let sizes = &self.wiring.facts.slots;
         let graphs = (0..self.graphs.len()).filter(|&i| self.graphs[i]).map(|i| self.wiring.graphs[i]).sum::<usize>();
-        let own = |slot: &usize| {
-            // A kept graph holds its outputs itself.
-            self.values[*slot] == At::Device && !self.wiring.writer[*slot].is_some_and(|i| self.graphs[i])
+        let own = |&slot: &usize| {
+            // A kept graph holds what it was made from, and counts its outputs itself.
+            let read = || self.wiring.read_by[slot].iter().any(|&i| self.graphs[i]);
+            let held = self.values[slot] == At::Device || read();
+            held && !self.wiring.writer[slot].is_some_and(|i| self.graphs[i])
         };
         let values = (0..sizes.len()).filter(own).map(|slot| sizes[slot]).sum::<usize>();
         let grads = (0..sizes.len()).filter(|&slot| self.grads[slot]).map(|slot| sizes[slot]).sum::<usize>();
-        graphs + values + grads
+        graphs + values + grads + BESIDE * sizes.len()
     }
 
     fn on_host(&self) -> usize {

@@ -6,7 +6,7 @@ mod tape;
 mod value;
 
 pub use graph::{GraphBuilder, Node, Params, Segment, SegmentGraph, SlotId};
-pub(crate) use pullback::{leaf, pullback};
+pub(crate) use pullback::Forward;
 pub use tape::{Keep, Tape};
 pub use value::Aside;
 

@@ -1,9 +1,9 @@
 //! One pass over a graph: what is in the slots, what was kept for the way back, and the slots' gradients.
 
-use candle_core::{Result, Tensor, Var, bail};
+use candle_core::{Result, Tensor, bail};
 
 use super::graph::{SegmentGraph, SlotId};
-use super::pullback::{carries_gradient, leaf, pullback};
+use super::pullback::{Forward, carries_gradient};
 use super::value::{Aside, Leaving, Value};
 use crate::device::trace::{Row, span};
 use crate::ops;
@@ -28,12 +28,6 @@ impl Keep {
     }
 }
 
-/// A segment's graph, kept for the way back.
-struct Kept {
-    inputs: Vec<Var>,
-    outputs: Vec<Tensor>,
-}
-
 /// A pass forward and, unless everything is [`Keep::Nothing`], back. `run` is called for 0, 1, ...; `pull` in reverse.
 pub struct Tape<'g> {
     graph: &'g SegmentGraph,
@@ -42,9 +36,12 @@ pub struct Tape<'g> {
     /// Where activations wait on the host.
     host: Option<Aside>,
     grads: Vec<Option<Tensor>>,
-    kept: Vec<Option<Kept>>,
+    /// Segments' graphs, kept for the way back.
+    kept: Vec<Option<Forward>>,
     /// Slots that a segment writes; gradients of the others are nobody's concern.
     written: Vec<bool>,
+    /// Slots whose value a kept graph holds, as what it was made of or what it made: those need not go anywhere.
+    held: Vec<bool>,
     /// First and last segment that reads a slot.
     readers: Vec<Option<(usize, usize)>>,
 }
@@ -59,10 +56,11 @@ impl<'g> Tape<'g> {
     pub fn with_choice(graph: &'g SegmentGraph, keep: Vec<Keep>, host: Option<Aside>) -> Self {
         assert_eq!(keep.len(), graph.nodes.len());
         let slots = graph.slot_names.len();
-        let mut written = vec![false; slots];
+        let (mut written, mut held) = (vec![false; slots], vec![false; slots]);
         let mut readers: Vec<Option<(usize, usize)>> = vec![None; slots];
         for (i, node) in graph.nodes.iter().enumerate() {
             node.outputs.iter().for_each(|&slot| written[slot] = true);
+            node.inputs.iter().chain(&node.outputs).for_each(|&slot| held[slot] |= keep[i] == Keep::Graph);
             for &slot in &node.inputs {
                 let first = readers[slot].map_or(i, |(first, _)| first);
                 readers[slot] = Some((first, i));
@@ -70,7 +68,7 @@ impl<'g> Tape<'g> {
         }
         let kept = graph.nodes.iter().map(|_| None).collect();
         let values = (0..slots).map(|_| None).collect();
-        Tape { graph, keep, values, host, grads: vec![None; slots], kept, written, readers }
+        Tape { graph, keep, values, host, grads: vec![None; slots], kept, written, held, readers }
     }
 
     /// Fills an input slot.
@@ -84,16 +82,13 @@ impl<'g> Tape<'g> {
         let inputs = self.inputs(i)?;
         let leaving = self.send_aside(i)?;
         let outputs = if self.keep[i] == Keep::Graph {
-            let leaves = inputs.iter().map(leaf).collect::<Result<Vec<_>>>()?;
-            let tracked: Vec<Tensor> = leaves.iter().map(|v| v.as_tensor().clone()).collect();
-            let outputs = node.forward(&tracked)?;
-            let plain = outputs.iter().map(Tensor::detach).collect();
-            self.kept[i] = Some(Kept { inputs: leaves, outputs });
-            plain
+            let forward = Forward::of(inputs, |inputs| node.forward(inputs))?;
+            let outputs = forward.outputs.clone();
+            self.kept[i] = Some(forward);
+            outputs
         } else {
             node.forward(&inputs)?
         };
-        drop(inputs);
         for (&slot, output) in node.outputs.iter().zip(outputs) {
             self.values[slot] = Some(Value::Device(output));
         }
@@ -115,6 +110,7 @@ impl<'g> Tape<'g> {
         for &slot in &node.inputs {
             let last = self.readers[slot].is_some_and(|(_, last)| last == i);
             if last
+                && !self.held[slot]
                 && !leaving.iter().any(|&(other, _)| other == slot)
                 && let Some(Value::Device(tensor)) = &self.values[slot]
                 && let Some(begun) = host.send(tensor, &node.name)?
@@ -173,20 +169,19 @@ impl<'g> Tape<'g> {
         // Of the segment before this one, too: the copy has the time that this one takes.
         (i.saturating_sub(1)..=i).rev().try_for_each(|i| self.bring_back(i))?;
         let dys: Vec<_> = node.outputs.iter().map(|&slot| self.grads[slot].take()).collect();
-        let Kept { inputs, outputs } = match (self.keep[i], self.kept[i].take()) {
+        let forward = match (self.keep[i], self.kept[i].take()) {
             (_, Some(kept)) => kept,
             (keep, None) if keep.recomputes() => self.recompute(i)?,
             _ => bail!("{}: nothing was kept for the way back", node.name),
         };
-        let grads = pullback(&outputs, &dys, &inputs)?;
-        drop(outputs);
+        let grads = forward.pull(dys)?;
         for (&slot, grad) in node.inputs.iter().zip(grads) {
             if let Some(grad) = grad
                 && self.written[slot]
                 && carries_gradient(grad.dtype())
             {
                 self.grads[slot] = Some(match self.grads[slot].take() {
-                    Some(sum) => ops::add(&sum, &grad)?.detach(),
+                    Some(sum) => ops::add(&sum, &grad)?,
                     None => grad,
                 });
             }
@@ -198,17 +193,14 @@ impl<'g> Tape<'g> {
         Ok(())
     }
 
-    fn recompute(&mut self, i: usize) -> Result<Kept> {
+    fn recompute(&mut self, i: usize) -> Result<Forward> {
         let _span = span(Row::Compute, || format!("recompute {}", self.graph.nodes[i].name));
         let node = &self.graph.nodes[i];
         for &slot in &node.inputs {
             let value = self.values[slot].take();
             self.values[slot] = value.map(|value| value.landed(&node.name)).transpose()?;
         }
-        let inputs = self.inputs(i)?.iter().map(leaf).collect::<Result<Vec<_>>>()?;
-        let tracked: Vec<Tensor> = inputs.iter().map(|v| v.as_tensor().clone()).collect();
-        let outputs = node.forward(&tracked)?;
-        Ok(Kept { inputs, outputs })
+        Forward::of(self.inputs(i)?, |inputs| node.forward(inputs))
     }
 
     /// Begins to bring back what segment `i` runs again from, for it and the segments before it.

@@ -135,10 +135,18 @@ fn modules_import_what_lies_below_them() {
 }
 
 #[test]
-fn only_the_pullback_calls_candles_backward() {
-    let calls = lines(|_| true, |line| line.contains(".backward()?"));
-    assert!(!calls.is_empty() && calls.iter().all(|line| line.starts_with("src/segment/pullback.rs:")), "{calls:#?}");
-    none(lines(|path| path != "segment/pullback.rs", |line| line.contains("GradStore")));
+fn the_way_back_is_the_record_of_ops_and_not_candles() {
+    none(lines(|_| true, |line| line.contains(".backward()?") || line.contains("GradStore")));
+    // An op that is applied past the record would lose its gradients.
+    none(lines(|path| path != "ops/record.rs", |line| line.contains(".apply_op")));
+    let pulls = lines(|_| true, |line| line.contains("record.pull("));
+    assert!(!pulls.is_empty());
+    none(
+        pulls
+            .into_iter()
+            .filter(|line| !line.starts_with("src/segment/pullback.rs:") && !line.starts_with("src/ops/record.rs:"))
+            .collect(),
+    );
 }
 
 #[test]

@@ -11,7 +11,7 @@ use candle_core::{D, DType, Device, Tensor, Var};
 use dblaunch::comm::Communicator;
 use dblaunch::device::threads::with_threads;
 use dblaunch::device::{Arena, Delays, Memory, StateFile, StateFileOptions, WeightRef};
-use dblaunch::ops::{Activation, activation, layer_norm, linear};
+use dblaunch::ops::{Activation, activation, add, layer_norm, linear};
 use dblaunch::optim::{AdamW, StateKind};
 use dblaunch::segment::{GraphBuilder, Keep, Params, Segment, SegmentGraph, SlotId};
 use dblaunch::train::network::{Build, Network};
@@ -55,7 +55,7 @@ struct Middle {
 }
 impl Segment for Middle {
     fn forward(&self, inputs: &[Tensor]) -> candle_core::Result<Vec<Tensor>> {
-        let h = (layer_norm(&inputs[0], &self.gamma, &self.beta, 1e-5)? + &inputs[1])?;
+        let h = add(&layer_norm(&inputs[0], &self.gamma, &self.beta, 1e-5)?, &inputs[1])?;
         Ok(vec![activation(&self.layer.forward(&h)?, Activation::Silu)?])
     }
 }
@@ -63,7 +63,7 @@ impl Segment for Middle {
 struct Up(Layer);
 impl Segment for Up {
     fn forward(&self, inputs: &[Tensor]) -> candle_core::Result<Vec<Tensor>> {
-        Ok(vec![((self.0.forward(&inputs[0])? + &inputs[1])? + &inputs[2])?])
+        Ok(vec![add(&add(&self.0.forward(&inputs[0])?, &inputs[1])?, &inputs[2])?])
     }
 }
 

@@ -20,6 +20,7 @@ use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 
 use super::cpu::{Held, by_dtype, elements, result, tensor};
 use super::gpu::{Gpu, cuda_forward, emulated3};
+use super::record::apply3;
 use super::vector::{PIECE, Real, simd};
 use tile::Rows;
 
@@ -53,7 +54,7 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, mask: &Mask) 
     };
     let plan = Plan { batch, queries, keys, heads, head_width: width / heads, lengths, causal: mask.causal };
     let op = Attention { plan, log_sums: OnceLock::new(), log_sums_there: OnceLock::new() };
-    q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op)
+    apply3([q, k, v], op)
 }
 
 /// Sizes and mask of one attention.

@@ -11,6 +11,7 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 use super::cpu::{Held, by_dtype, elements, result, tensor};
 use super::gemm::{Bias, Lattice, Matrix, Out, Product, Scalar, add_channel_sums};
 use super::gpu::{Gpu, cuda_forward, emulated1};
+use super::record::apply1;
 use super::vector::unwritten;
 use crate::device::WeightRef;
 use fold::fold;
@@ -37,7 +38,7 @@ impl Conv2d {
 ///
 /// An image's result and its gradient have the same bits in every batch; weight gradients are summed over the batch.
 pub fn conv2d(x: &Tensor, weight: &WeightRef, bias: Option<&WeightRef>, conv: Conv2d) -> Result<Tensor> {
-    x.contiguous()?.apply_op1(conv2d_op(x, weight, bias, conv)?)
+    apply1(x, conv2d_op(x, weight, bias, conv)?)
 }
 
 /// The op that [`conv2d`] applies to `x`, by itself: its two directions can be called, and measured, without a graph.
