@@ -2,12 +2,12 @@
 """On a GPU: attention and the training step of SD 1.5's UNet in PyTorch beside `dblaunch bench`, in bf16.
 
 usage: gpu_torch.py DBLAUNCH [--kernels FILE] [--rounds 1] [--batches 1,4,16] [--no-compile] [--seconds 500]
-Attention: scaled_dot_product_attention with its flash kernels, beside what `dblaunch bench kernels` printed into FILE, or
-prints now. The step: diffusers' UNet2DConditionModel of SD 1.5's shape with random weights, 64x64 latents, autocast to bf16,
+Attention: scaled_dot_product_attention with its flash kernels, beside what `dblaunch bench kernels` printed into FILE or,
+where there is none, prints now. The step: diffusers' UNet2DConditionModel of SD 1.5's shape with random weights, 64x64 latents, autocast to bf16,
 channels-last, fused AdamW, gradients' norm clipped; first ours and eager at every batch, then compiled, as far as the
 seconds go. A line as soon as something is measured. Last lines, whatever happens: what was aimed at, and whether it held.
 Needs torch; without diffusers the step is left out, which is said. No part of the test command."""
-import argparse, gc, json, signal, statistics, subprocess, time, traceback
+import argparse, gc, json, os, signal, statistics, subprocess, time, traceback
 began = time.monotonic()
 
 p = argparse.ArgumentParser()
@@ -56,7 +56,14 @@ def attempt(what, work):
         return False
 
 def json_lines(text):
-    return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+    """But for one that whoever stopped the program has cut."""
+    found = []
+    for line in text.splitlines():
+        try:
+            found += [json.loads(line)] if line.startswith("{") else []
+        except ValueError:
+            pass
+    return found
 
 def ours(*arguments):
     done = subprocess.run([a.dblaunch, "bench", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -78,7 +85,7 @@ def timed(work, repeats):
 
 def attention_lines():
     measured = []
-    if a.kernels:
+    if a.kernels and os.path.exists(a.kernels):
         with open(a.kernels) as file:
             measured = json_lines(file.read())
     lines = [line for line in measured if line.get("kernel") == "attention"]
@@ -100,7 +107,7 @@ def attention(line):
     compared("attention, torch/dblaunch", line["shape"], both)
 
 def steps_of(batch):
-    return max(6, 24 // batch)
+    return max(8, 24 // batch)
 
 def our_step(batch):
     """Every step's seconds but the first ones', and the GPU's memory."""
@@ -179,6 +186,7 @@ try:
         of_torch("compiled", compiled)
 except TimeIsUp as cause:
     say({"stopped": str(cause), "seconds": round(time.monotonic() - began, 1)})
-aim("attention, torch/dblaunch", 0.6, max(1, len(shapes)))
-aim("UNet, dblaunch/eager", 1.0, len(batches))
-aim("UNet, dblaunch/compiled", 1.0, len(batches))
+finally:
+    aim("attention, torch/dblaunch", 0.6, max(1, len(shapes)))
+    aim("UNet, dblaunch/eager", 1.0, len(batches))
+    aim("UNet, dblaunch/compiled", 1.0, len(batches))

@@ -4,7 +4,7 @@
 #
 #   tests/gpu.sh build FOLDER        where Rust is: builds what is run and puts it into FOLDER, this file too, and packed
 #                                    into FOLDER.tar.xz. With the environment of `tools/cuda-toolchain.sh` it serves all
-#                                    machines; DBLAUNCH_CUDA_ARCHS=90 (say) makes it for one kind of GPU and a third smaller.
+#                                    machines; DBLAUNCH_CUDA_ARCHS=90 (say) makes it for one kind of GPU, smaller and sooner.
 #   tests/gpu.sh run FOLDER [OUT]    where the GPU is: runs it. `summary.txt`, `logs.tar.gz` (whole after every part) and
 #                                    `profile.json` go to OUT (gpu-results unless given). Exit status 1 if a part failed.
 #
@@ -31,7 +31,7 @@ build() {
     mkdir -p "$folder" || exit 1
     folder=$(cd "$folder" && pwd) target=${CARGO_TARGET_DIR:-target}
     cargo build --locked --release --features cuda || exit 1
-    tests=$(cargo test --locked --release --features cuda --lib --test it --no-run 2>&1 | tee /dev/stderr)
+    tests=$(cargo test --locked --release --features cuda --lib --test it --no-run 2>&1 | tee >(cat >&2))
     unit=$(sed -n 's/.*Executable unittests .*(\(.*\))$/\1/p' <<< "$tests")
     it=$(sed -n 's/.*Executable tests.it.main.rs (\(.*\))$/\1/p' <<< "$tests")
     [ -x "$unit" ] && [ -x "$it" ] || { echo "gpu.sh: cargo did not say where the tests are" >&2; exit 1; }
@@ -78,7 +78,7 @@ part() {
     case $status in
         0)
             if misses "$log"; then verdict=missed MISSED=$((MISSED + 1)); fi
-            report $verdict "$kind" "$name" "$((SECONDS - began)) s"
+            report $verdict "$kind" "$name" "$((SECONDS - began)) s$(passed_tests "$log")"
             ;;
         77) report skipped "$kind" "$name" "$(tail -n 1 "$log")" ;;
         124) FAILED=1; report FAILED "$kind" "$name" "not done after $seconds s$(passed_tests "$log")" ;;
@@ -89,10 +89,10 @@ part() {
     pack
 }
 
-# Of a list of tests that was not done.
+# Also of a list of tests that was not done.
 passed_tests() {
     local count
-    count=$(grep -c '^test .* ok$' "$1") && echo "; $count tests had passed"
+    count=$(grep -c '^test .* ok$' "$1") && echo "; $count tests passed"
 }
 
 # A measurement is its last lines, also one that was not done.
