@@ -1,15 +1,20 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one go and under ten minutes: correctness first, then measurements. The machine needs
-# an NVIDIA GPU with its driver, bash, and the CUDA libraries (below); no network, no Rust, no compiler.
+# Everything that needs a GPU, correctness first, then measurements. The machine needs an NVIDIA GPU with its driver, bash,
+# and the CUDA libraries (below); no network, no Rust, no compiler.
 #
-#   tests/gpu.sh build FOLDER        where Rust is: builds what is run and puts it into FOLDER, and packed into
-#                                    FOLDER.tar.xz. With the environment of `tools/cuda-toolchain.sh` it serves all machines.
-#   tests/gpu.sh run FOLDER [OUT]    where the GPU is: runs it. Logs of the parts and `summary.txt` go to OUT (gpu-results
-#                                    unless given). Exit status 1 if a part failed.
+#   tests/gpu.sh build FOLDER        where Rust is: builds what is run and puts it into FOLDER, this file too, and packed
+#                                    into FOLDER.tar.xz. With the environment of `tools/cuda-toolchain.sh` it serves all
+#                                    machines; DBLAUNCH_CUDA_ARCHS=90 (say) makes it for one kind of GPU, smaller and sooner.
+#   tests/gpu.sh run FOLDER [OUT]    where the GPU is: runs it. `summary.txt`, `logs.tar.gz` (whole after every part) and
+#                                    `profile.json` go to OUT (gpu-results unless given). Exit status 1 if a part failed.
 #
-# cuBLAS and cuRAND (and NCCL for several ranks) are found through LD_LIBRARY_PATH, the system's loader, or the
-# nvidia/* packages of the `python3` on the PATH. The whole takes GPU_SECONDS (570 unless set) at most: parts for which no
-# time is left are skipped, and the summary says so. GPU_PARTS, a regular expression, chooses parts by their names.
+# Without xz the packed folder is unpacked by `python3 -m tarfile -e FOLDER.tar.xz`. cuBLAS and cuRAND (and NCCL for several
+# ranks) are found through LD_LIBRARY_PATH, the system's loader, or the nvidia/* packages of the `python3` on the PATH.
+#
+# The whole takes GPU_SECONDS (570 unless set) at most: parts for which no time is left are skipped, and the summary says so.
+# GPU_PARTS, a regular expression, chooses parts by "KIND NAME": '^right' what must be correct, '^fast' the measurements,
+# which is two calls where ten minutes are not enough; 'sd15|pytorch' some by their names. A measurement that misses what is
+# aimed at is `missed`, which is no failure; one that misses what is required has FAILED.
 set -uo pipefail
 
 usage() {
@@ -17,136 +22,35 @@ usage() {
     exit 2
 }
 
-# ---- The parts: one line each ---------------------------------------------------------------------------------------
-# part KIND SECONDS NAME COMMAND...   KIND is `right` (correctness) or `fast` (a measurement); SECONDS is the most it may
-# take. A command's status says whether it passed; 77 means that this machine cannot run it. Commands run in FOLDER, with
-# their output in OUT/NAME.log.
-parts() {
-    part right 20 machine describe_machine
-    part right 180 unit-tests env DBLAUNCH_TEST_GPU=1 ./dblaunch-tests --test-threads 4 cuda gpu kernels:: on_device
-    part right 150 training-wherever-states-rest env DBLAUNCH_TEST_GPU=1 ./dblaunch-it --test-threads 4 accelerator::
-    part right 120 recorded-runs-of-the-peer env DBLAUNCH_TEST_GPU=1 DBLAUNCH_TEST_HOME=. ./dblaunch-it --test-threads 1 parity::
-    part right 90 runs-as-on-the-cpu as_on_the_cpu
-    part right 90 half-precision-beside-pytorch half_precision
-    part right 20 no-gpu-is-told told 2 "shows no GPU" env CUDA_VISIBLE_DEVICES= ./dblaunch bench gpu
-    part right 20 a-run-without-one-is-told told 2 "shows no GPU" env CUDA_VISIBLE_DEVICES= ./dblaunch check --set model.device=cuda configs/demo.toml
-    part right 30 one-gpu-for-two-is-told told 2 "were given the same GPU" env CUDA_VISIBLE_DEVICES=0 ./dblaunch bench gpu --nproc 2
-    part right 90 two-ranks-over-nccl env DBLAUNCH_SHARE_GPU=1 ./dblaunch bench gpu --nproc 2
-    part right 60 a-failing-rank-ends-the-others told 1 "failed on purpose" env DBLAUNCH_SHARE_GPU=1 ./dblaunch bench gpu --nproc 2 --fail
-    part right 60 a-card-too-small-is-told capped 1500000000 told 2 "MiB left" ./dblaunch --set model.device=cuda --set memory.vram=4GiB \
-        --set data.resolution=1024 --set train.batch_size=64 --set output.dir="$OUT/too-small" tests/stand_in/train.toml
-    part fast 90 sd15-under-6-GB capped 6000000000 sd15 --vram 5100000000 --ram 16000000000 --parameters host --optimizer host --keep graph
-    part fast 90 sd15-under-4-GB capped 4000000000 sd15 --vram 3100000000 --parameters host --gradients host --optimizer host
-    part fast 90 sd15-with-text-under-8-GB capped 8000000000 sd15 --vram 7100000000 --text-encoder --parameters host --optimizer host
-    part fast 90 sd15-offloaded-beside-its-bounds ./dblaunch bench offload --profile "$OUT"
-    part fast 60 gpu ./dblaunch bench gpu
-    part fast 90 kernels ./dblaunch bench kernels --limit 8589934592
-    part fast 90 all-gpus on_all_gpus
-    part fast 300 beside-pytorch beside_pytorch
-}
+# The parts: what is run.
+. "$(dirname "$0")/gpu_parts.sh" || exit 1
 
-# sd15 OPTIONS...: a few steps of SD 1.5's UNet on 512 pixels.
-sd15() {
-    ./dblaunch bench memory --device cuda --dtype bf16 --latent 64 --steps 4 "$@"
-}
-
-# capped BYTES COMMAND...: while another process holds all of the GPU's memory but so many bytes.
-capped() {
-    local bytes=$1 left status
-    shift
-    coproc HOLDER { exec ./dblaunch bench hold --leave "$bytes"; }
-    # Its descriptors are gone as soon as it has ended.
-    local from=${HOLDER[0]} to=${HOLDER[1]} holder=$HOLDER_PID
-    read -r left <&"$from" || { echo "the memory could not be held"; return 1; }
-    echo "held: $left"
-    "$@"
-    status=$?
-    nvidia-smi --query-gpu=memory.used,memory.free --format=csv
-    kill "$holder"
-    wait "$holder" 2> /dev/null
-    return "$status"
-}
-
-# Losses and norms of a run, one a line.
-metrics() {
-    rm -rf "$OUT/run"
-    "$@" --set output.dir="$OUT/run" > /dev/null || return 1
-    grep grad_norm "$OUT/run/metrics.jsonl" | grep -o '"\(loss\|grad_norm\)":[0-9.e-]*' | cut -d : -f 2
-}
-
-# A small network with its text encoder on the GPU, by one rank and by two over NCCL, wherever its states rest.
-as_on_the_cpu() {
-    local train="./dblaunch tests/stand_in/train.toml --set model.train_text_encoder=true" sets
-    metrics $train --set model.device=cpu > "$OUT/on-the-cpu" || return 1
-    for sets in "" "--set train.recompute=true --set zero.offload_params=host --set zero.offload_gradients=host \
-        --set zero.offload_optimizer=host" "--nproc 2 --set train.batch_size=1 --set zero.stage=3 --set zero.collectives=nccl" \
-        "--nproc 2 --set train.batch_size=1 --set zero.stage=2 --set zero.collectives=host"; do
-        DBLAUNCH_SHARE_GPU=1 metrics $train --set model.device=cuda $sets > "$OUT/on-the-gpu" || return 1
-        paste "$OUT/on-the-cpu" "$OUT/on-the-gpu" | awk '
-            { print; off = ($1 - $2) / $1; if (off < 0) off = -off; if (off > 1e-5 || $2 == "") bad = 1 }
-            END { exit bad || NR != 6 }' || { echo "not the CPU's: $sets"; return 1; }
-    done
-}
-
-beside_pytorch() {
-    python3 -c 'import torch' || { echo "there is no PyTorch"; return 77; }
-    python3 gpu_torch.py ./dblaunch --seconds 200
-}
-
-half_precision() {
-    python3 -c 'import torch, safetensors' || { echo "there is no PyTorch with safetensors"; return 77; }
-    python3 half_torch.py ./dblaunch
-}
-
-describe_machine() {
-    nvidia-smi || return 77
-    nvidia-smi topo -m 2> /dev/null
-    ls -l
-    echo "LD_LIBRARY_PATH=${LD_LIBRARY_PATH:-}"
-}
-
-# told STATUS WORDS COMMAND...: the command says these words and ends with this status.
-told() {
-    local status=$1 words=$2 said
-    shift 2
-    said=$("$@" 2>&1)
-    local ended=$?
-    printf '%s\n' "$said"
-    [ "$ended" = "$status" ] || { echo "exit status $ended instead of $status"; return 1; }
-    case $said in *"$words"*) ;; *) echo "it does not say: $words"; return 1 ;; esac
-}
-
-on_all_gpus() {
-    local count
-    count=$(nvidia-smi -L 2> /dev/null | grep -c '^GPU')
-    [ "${count:-0}" -gt 1 ] || { echo "there is one GPU"; return 77; }
-    ./dblaunch bench gpu --nproc "$count"
-}
-
-# ---- Building -------------------------------------------------------------------------------------------------------
 build() {
-    local folder=$1 tests unit it
+    local folder=$1 tests unit it target
     cd "$(dirname "$0")/.." || exit 1
     mkdir -p "$folder" || exit 1
+    folder=$(cd "$folder" && pwd) target=${CARGO_TARGET_DIR:-target}
     cargo build --locked --release --features cuda || exit 1
-    tests=$(cargo test --locked --release --features cuda --lib --test it --no-run 2>&1 | tee /dev/stderr)
+    tests=$(cargo test --locked --release --features cuda --lib --test it --no-run 2>&1 | tee >(cat >&2))
     unit=$(sed -n 's/.*Executable unittests .*(\(.*\))$/\1/p' <<< "$tests")
     it=$(sed -n 's/.*Executable tests.it.main.rs (\(.*\))$/\1/p' <<< "$tests")
     [ -x "$unit" ] && [ -x "$it" ] || { echo "gpu.sh: cargo did not say where the tests are" >&2; exit 1; }
-    cp target/release/dblaunch "$folder/dblaunch" && cp "$unit" "$folder/dblaunch-tests" && cp "$it" "$folder/dblaunch-it" || exit 1
+    cp "$target/release/dblaunch" "$folder/dblaunch" && cp "$unit" "$folder/dblaunch-tests" && cp "$it" "$folder/dblaunch-it" || exit 1
     strip "$folder"/dblaunch* 2> /dev/null
-    # What commands and tests read: configurations, the demo, recorded data.
-    cp -r configs demo "$folder/" && mkdir -p "$folder/tests" && cp -r tests/data tests/stand_in "$folder/tests/" &&
-        cp benches/gpu_torch.py benches/half_torch.py "$folder/" || exit 1
-    # What the comparison with PyTorch takes besides what is where PyTorch is.
-    python3 -m pip install --quiet --no-deps --target "$folder/python" diffusers importlib_metadata ||
+    # What the parts read: a small model of each kind, photographs, recorded runs; and what they run.
+    mkdir -p "$folder/tests/data/images" && cp -r tests/stand_in "$folder/tests/" && cp -r tests/data/{models,parity} "$folder/tests/data/" &&
+        cp -r tests/data/images/{square,rough} "$folder/tests/data/images/" && rm -f "$folder"/tests/data/parity/*/probe.safetensors &&
+        cp tests/gpu.sh tests/gpu_parts.sh tests/pictures.py benches/gpu_torch.py benches/half_torch.py "$folder/" || exit 1
+    # What the comparison with PyTorch takes besides what is where PyTorch is (transformers, huggingface-hub, numpy, ...):
+    # Python alone, so that another Python than this one runs it.
+    python3 -m pip install --quiet --no-deps --no-compile --only-binary=:all: --python-version 3.12 --upgrade --target "$folder/python" \
+        diffusers==0.42.1 importlib_metadata==8.7.0 zipp==3.23.0 ||
         echo "gpu.sh: diffusers could not be fetched: without it only attention is compared with PyTorch" >&2
-    folder=$(cd "$folder" && pwd)
-    tar -C "$(dirname "$folder")" -cJf "$folder.tar.xz" "$(basename "$folder")" || exit 1
+    # A dictionary that spans the three programs, which have the kernels in common.
+    tar -C "$(dirname "$folder")" --sort=name -cf - "$(basename "$folder")" | xz --lzma2=preset=9e,dict=192MiB > "$folder.tar.xz" || exit 1
     du -sh "$folder" "$folder.tar.xz"
 }
 
-# ---- Running --------------------------------------------------------------------------------------------------------
 # The folders of the nvidia/* packages of the python3 on the PATH, if there is one.
 python_libraries() {
     python3 - 2> /dev/null << 'PYTHON'
@@ -157,64 +61,120 @@ PYTHON
 }
 
 part() {
-    local kind=$1 seconds=$2 name=$3 left status began=$SECONDS
+    local kind=$1 seconds=$2 name=$3 left log status began=$SECONDS verdict=ok
     shift 3
-    [[ $name =~ $ONLY ]] || return 0
-    left=$((LIMIT - SECONDS))
+    [[ "$kind $name" =~ $ONLY ]] || return 0
+    left=$((LIMIT - SECONDS)) log="$LOGS/$name.log"
     if [ "$left" -lt 5 ]; then
         report skipped "$kind" "$name" "no time was left"
         return
     fi
     [ "$seconds" -lt "$left" ] || seconds=$left
-    run_limited "$seconds" "$@" > "$OUT/$name.log" 2>&1
+    UNDER_WAY=$name
+    # shellcheck disable=SC2034
+    PART_SECONDS=$seconds
+    run_limited "$seconds" "$@" > "$log" 2>&1
     status=$?
     case $status in
-        0) report ok "$kind" "$name" "$((SECONDS - began)) s" ;;
-        77) report skipped "$kind" "$name" "$(tail -n 1 "$OUT/$name.log")" ;;
-        124) FAILED=1; report FAILED "$kind" "$name" "not done after $seconds s" ;;
-        *) FAILED=1; report FAILED "$kind" "$name" "exit status $status: $(grep -v '^ *$' "$OUT/$name.log" | tail -n 1)" ;;
+        0)
+            if misses "$log"; then verdict=missed MISSED=$((MISSED + 1)); fi
+            report $verdict "$kind" "$name" "$((SECONDS - began)) s$(passed_tests "$log")"
+            ;;
+        77) report skipped "$kind" "$name" "$(tail -n 1 "$log")" ;;
+        124) FAILED=1; report FAILED "$kind" "$name" "not done after $seconds s$(passed_tests "$log")" ;;
+        *) FAILED=1; report FAILED "$kind" "$name" "exit status $status: $(grep -v '^ *$' "$log" | tail -n 1 | cut -c 1-300)" ;;
     esac
-    # A measurement is its last lines.
-    [ "$kind $status" = "fast 0" ] && sed 's/^/    /' "$OUT/$name.log" | tee -a "$OUT/summary.txt"
+    [ "$kind" = right ] || [ "$status" = 77 ] || show "$log"
+    UNDER_WAY=''
+    pack
+}
+
+# Also of a list of tests that was not done.
+passed_tests() {
+    local count
+    count=$(grep -c '^test .* ok$' "$1") && echo "; $count tests passed"
+}
+
+# A measurement is its last lines, also one that was not done.
+show() {
+    tail -n 150 "$1" | cut -c 1-2000 | sed 's/^/    /' >> "$OUT/summary.txt"
+    grep '"aim"\|"held"' "$1" | cut -c 1-400 | sed 's/^/    /' >&3
+}
+
+# So that whoever kills this loses nothing.
+pack() {
+    tar -C "$SCRATCH" -czf "$SCRATCH/logs.tar.gz" logs && cp "$SCRATCH/logs.tar.gz" "$OUT/.logs" && mv "$OUT/.logs" "$OUT/logs.tar.gz"
 }
 
 # run_limited SECONDS COMMAND...: as `timeout`, but for functions, too. What is left over is ended.
 run_limited() {
-    local seconds=$1 job waker status
+    local seconds=$1 waker status
     shift
+    rm -f "$SCRATCH/late"
     set -m
-    "$@" &
-    job=$!
-    (sleep "$seconds" && kill -TERM -- -"$job" && sleep 5 && kill -KILL -- -"$job") 2> /dev/null &
+    "$@" 3>&- &
+    JOB=$!
+    (sleep "$seconds" && : > "$SCRATCH/late" && kill -TERM -- -"$JOB" && sleep 5 && kill -KILL -- -"$JOB") > /dev/null 2>&1 3>&- &
     waker=$!
-    wait "$job"
+    # Ends with the command or, if that is a function, with the shell that runs it: its processes may take longer.
+    wait "$JOB"
     status=$?
-    if kill -- -"$waker" 2> /dev/null; then :; else status=124; fi
+    kill -KILL -- -"$waker" 2> /dev/null
     wait "$waker" 2> /dev/null
+    end_job
     set +m
-    # By a signal of the above.
-    [ "$status" = 143 ] || [ "$status" = 137 ] && status=124
+    [ ! -e "$SCRATCH/late" ] || status=124
     return "$status"
 }
 
+# Processes of the part have a moment to say what they know.
+end_job() {
+    local tenths
+    kill -TERM -- -"$JOB" 2> /dev/null
+    for ((tenths = 0; tenths < 50; tenths++)); do
+        kill -0 -- -"$JOB" 2> /dev/null || break
+        sleep 0.1
+    done
+    kill -KILL -- -"$JOB" 2> /dev/null
+    JOB=''
+}
+
 report() {
-    printf '%-8s %-6s %-30s %s\n' "$@" | tee -a "$OUT/summary.txt"
+    printf '%-8s %-6s %-34s %s\n' "$@" | tee -a "$OUT/summary.txt" >&3
+}
+
+stopped() {
+    trap '' TERM INT HUP
+    [ -z "$JOB" ] || end_job
+    report FAILED "" "after $SECONDS s" "stopped from outside${UNDER_WAY:+, in $UNDER_WAY}"
+    [ -z "$UNDER_WAY" ] || show "$LOGS/$UNDER_WAY.log"
+    pack
+    exit 1
 }
 
 run() {
     local folder=$1 extra
-    OUT=${2:-gpu-results} LIMIT=${GPU_SECONDS:-570} ONLY=${GPU_PARTS:-} FAILED=0 SECONDS=0
+    OUT=${2:-gpu-results} LIMIT=${GPU_SECONDS:-570} ONLY=${GPU_PARTS:-} FAILED=0 MISSED=0 SECONDS=0 JOB='' UNDER_WAY=''
+    # What is reported goes there from wherever it is reported.
+    exec 3>&1
     mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || exit 1
     cd "$folder" || exit 1
     [ -x dblaunch ] && [ -x dblaunch-tests ] && [ -x dblaunch-it ] ||
         { echo "gpu.sh: $folder holds no dblaunch, dblaunch-tests and dblaunch-it" >&2; exit 1; }
+    SCRATCH=$(mktemp -d) || exit 1
+    trap 'rm -rf "$SCRATCH"' EXIT
+    trap stopped TERM INT HUP
+    LOGS="$SCRATCH/logs"
+    mkdir "$LOGS"
     : > "$OUT/summary.txt"
     extra=$(python_libraries)
     # No empty part: that would be the current folder.
     export LD_LIBRARY_PATH=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH${extra:+:}}$extra
     [ -d python ] && export PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}$PWD/python
+    # What the driver and PyTorch compile is kept for the parts that follow.
+    export NCCL_DEBUG=${NCCL_DEBUG:-WARN} CUDA_CACHE_PATH="$SCRATCH/cuda" TORCHINDUCTOR_CACHE_DIR="$SCRATCH/inductor" TRITON_CACHE_DIR="$SCRATCH/triton"
     parts
-    report "$([ "$FAILED" = 0 ] && echo passed || echo FAILED)" "" "after $SECONDS s" "logs in $OUT"
+    report "$([ "$FAILED" = 0 ] && echo passed || echo FAILED)" "" "after $SECONDS s" "$MISSED missed what was aimed at; logs in $OUT/logs.tar.gz"
     exit "$FAILED"
 }
 

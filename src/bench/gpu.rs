@@ -2,9 +2,9 @@
 //! fast. One JSON line for each thing.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Tensor};
 use serde_json::{Value, json};
 
@@ -21,8 +21,11 @@ const LAUNCHES: u32 = 2000;
 /// A GPU that is there all the time answers sooner.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
+/// By then the other ranks wait in the collective that is to fail.
+const UNTIL_IT_FAILS: Duration = Duration::from_millis(500);
+
 /// Runs everything on this rank's GPU, of whose memory at most `limit` bytes are used. Several ranks may share one GPU if
-/// `shared`. With `fail` the last rank then fails on purpose while the others are in a collective with it.
+/// `shared`. With `fail` nothing is timed, and the last rank fails on purpose while the others are in a collective with it.
 pub fn gpu(rank: &Rank, limit: usize, shared: bool, fail: bool) -> Result<()> {
     let comm = rank.communicator.clone();
     let started = Instant::now();
@@ -40,8 +43,10 @@ pub fn gpu(rank: &Rank, limit: usize, shared: bool, fail: bool) -> Result<()> {
         each_its_own(&*comm, Some((card.uuid, &card.name)))?;
     }
     say(rank, limit_holds(&gpu, limit)?)?;
-    say(rank, copies(&gpu)?)?;
-    say(rank, overhead(&gpu)?)?;
+    if !fail {
+        say(rank, copies(&gpu)?)?;
+        say(rank, overhead(&gpu)?)?;
+    }
     let group: Box<dyn DeviceCommunicator> = match comm.world_size() {
         1 => Box::new(AloneOnDevice::on(gpu.stream("collectives")?)),
         _ => Box::new(Nccl::join(&gpu, comm.clone(), TIMEOUT)?),
@@ -50,16 +55,21 @@ pub fn gpu(rank: &Rank, limit: usize, shared: bool, fail: bool) -> Result<()> {
         collectives(&gpu, &*group, scalar).with_context(|| format!("collectives of {scalar}"))?;
     }
     say(rank, json!({"collectives": "right", "world_size": comm.world_size()}))?;
-    say(rank, collective_speed(&gpu, &*group)?)?;
-    if fail {
-        fail_on_purpose(&gpu, &*group)?;
+    match fail {
+        true => fail_on_purpose(&gpu, &*group)?,
+        false => say(rank, collective_speed(&gpu, &*group)?)?,
     }
     group.close()
 }
 
-/// The last rank leaves with an error, the others wait for it on the device and must get one, too.
+/// The last rank leaves with an error and says when, in seconds since 1970; the others wait for it on the device and must
+/// get one, too.
 fn fail_on_purpose(gpu: &Gpu, group: &dyn DeviceCommunicator) -> Result<()> {
-    ensure!(group.rank() + 1 < group.world_size(), "failed on purpose");
+    if group.rank() + 1 == group.world_size() {
+        std::thread::sleep(UNTIL_IT_FAILS);
+        println!("{}", json!({"fails_at": SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs_f64()}));
+        bail!("failed on purpose");
+    }
     let memory = gpu.computing().alloc_zeroed(1024, "a collective's memory")?;
     let ready = gpu.computing().mark()?;
     let mark = group.begin(&[Operation::all_reduce(Scalar::F32, 256, memory.address())], &[&ready], "bench")?;

@@ -1,9 +1,9 @@
 //! What offloading costs: a step with all states on the host, beside the three things of which it can be no faster than the
-//! slowest, measured in the same run.
+//! slowest, measured in the same run; and that it computes the same to the last bit.
 
 use std::path::PathBuf;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use candle_core::DType;
 use serde_json::{Value, json};
 
@@ -41,8 +41,13 @@ pub fn offload(rank: &Rank, latent: usize, steps: u64, profile: Option<PathBuf>)
         profile,
     };
     let (to_gpu, from_gpu) = ways(&*Gpu::open(0, None)?)?;
-    let device = typical(&memory(rank, &case(Place::Device, None))?)?;
-    let host = typical(&memory(rank, &case(Place::Host, profile))?)?;
+    let on_device = memory(rank, &case(Place::Device, None))?;
+    let on_host = memory(rank, &case(Place::Host, profile))?;
+    for key in ["losses", "norms"] {
+        let [device, host] = [&on_device, &on_host].map(|rows| rows.first().map(|row| &row[key]));
+        ensure!(device == host, "offloaded it computes something else: {key} {host:?} instead of {device:?}");
+    }
+    let (device, host) = (typical(&on_device)?, typical(&on_host)?);
     let (_, denoiser) = super::shape::sd15();
     let parameters = denoiser.graph.parameters() as f64;
     // bf16 copies come for the forward and for the backward; gradients leave in fp32.

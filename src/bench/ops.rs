@@ -17,7 +17,7 @@ use crate::segment::Forward;
 #[derive(Deserialize)]
 #[serde(tag = "op", rename_all = "snake_case", deny_unknown_fields)]
 enum Op {
-    Attention { heads: usize },
+    Attention { heads: usize, causal: bool },
     Conv2d { stride: usize, padding: usize },
     Linear,
     GroupNorm { groups: usize, silu: bool },
@@ -89,7 +89,9 @@ impl Case<'_> {
     fn forward(&self, x: &[Tensor], w: &[Weight]) -> candle_core::Result<Tensor> {
         let w: Vec<&WeightRef> = w.iter().map(|w| &w.weight).collect();
         match (self.op, x, &w[..]) {
-            (&Op::Attention { heads }, [q, k, v], []) => ops::attention(q, k, v, heads, &Mask::default()),
+            (&Op::Attention { heads, causal }, [q, k, v], []) => {
+                ops::attention(q, k, v, heads, &Mask { causal, key_lengths: None })
+            }
             (&Op::Conv2d { stride, padding }, [x], [w, b]) => ops::conv2d(x, w, Some(b), Conv2d::new(stride, padding)),
             (Op::Linear, [x], [w, b]) => ops::linear(x, w, Some(b)),
             (&Op::GroupNorm { groups, silu }, [x], [w, b]) => ops::group_norm(x, w, b, groups, EPSILON, silu),
