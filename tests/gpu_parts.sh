@@ -24,7 +24,8 @@ parts() {
         --set output.dir="$SCRATCH/too-small" tests/stand_in/train.toml
     part right 150 training-wherever-states-rest env DBLAUNCH_TEST_GPU=1 ./dblaunch-it --test-threads 4 accelerator::
     part fast 60 sd15-under-6-GB capped 6000000000 sd15 --vram 5100000000 --ram 16000000000 --parameters host --optimizer host --keep graph
-    part fast 60 sd15-under-4-GB capped 4000000000 sd15 --vram 3100000000 --ram 16000000000 --parameters host --gradients host --optimizer host
+    part fast 60 sd15-under-4-GB capped 4000000000 sd15 --vram 3100000000 --ram 16000000000 --parameters host --gradients host --gradients-bf16 \
+        --optimizer host
     part fast 60 sd15-with-text-under-8-GB capped 8000000000 sd15 --vram 7100000000 --text-encoder --parameters host --optimizer host
     part fast 90 sd15-offloaded-beside-its-bounds required offloaded
     part fast 45 sd15-launched-by-the-host launched
