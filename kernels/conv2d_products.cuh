@@ -2,7 +2,7 @@
 // rows, parts of the depth).
 #pragma once
 
-#include "conv2d_copies.cuh"
+#include "conv2d_taps.cuh"
 
 // A block of BM x BN by WM x WN warps. Shared memory: twice (BM + BN) x DEPTH halves, then what the right operand
 // needs.

@@ -29,24 +29,31 @@ __device__ __forceinline__ void transpose(const U* x, U* y, unsigned rows, unsig
     constexpr unsigned TILE = 32 * PER;
     // A row is one word longer than needed, which spreads a column over the banks.
     alignas(8) __shared__ U tile[TILE][TILE + 4 / sizeof(U)];
-    const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    constexpr unsigned WARPS = 8, STEPS = TILE / WARPS;
+    const unsigned at = threadIdx.x % 32 * PER, warp = threadIdx.x / 32;
     const unsigned row0 = blockIdx.y * TILE, column0 = blockIdx.x * TILE;
     x += size_t(blockIdx.z) * rows * columns;
     y += size_t(blockIdx.z) * rows * columns;
-    for (unsigned r = warp; r < TILE && row0 + r < rows; r += warps) {
-        const unsigned c = lane * PER;
-        if (column0 + c < columns) {
-            store<U, PER>(&tile[r][c], load<U, PER>(x + size_t(row0 + r) * columns + column0 + c));
-        }
+    // All reads are on their way before the first one is waited for.
+    Elements<U, PER> held[STEPS];
+#pragma unroll
+    for (unsigned s = 0; s < STEPS; s++) {
+        const unsigned row = row0 + warp + s * WARPS;
+        if (row < rows && column0 + at < columns) held[s] = load<U, PER>(x + size_t(row) * columns + column0 + at);
+    }
+#pragma unroll
+    for (unsigned s = 0; s < STEPS; s++) {
+        if (row0 + warp + s * WARPS < rows && column0 + at < columns) store<U, PER>(&tile[warp + s * WARPS][at], held[s]);
     }
     __syncthreads();
-    for (unsigned c = warp; c < TILE && column0 + c < columns; c += warps) {
-        const unsigned r = lane * PER;
-        if (row0 + r < rows) {
+#pragma unroll
+    for (unsigned s = 0; s < STEPS; s++) {
+        const unsigned c = warp + s * WARPS;
+        if (column0 + c < columns && row0 + at < rows) {
             Elements<U, PER> run;
 #pragma unroll
-            for (int i = 0; i < PER; i++) run.at[i] = tile[r + i][c];
-            store<U, PER>(y + size_t(column0 + c) * rows + row0 + r, run);
+            for (int i = 0; i < PER; i++) run.at[i] = tile[at + i][c];
+            store<U, PER>(y + size_t(column0 + c) * rows + row0 + at, run);
         }
     }
 }

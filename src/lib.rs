@@ -35,8 +35,8 @@
 //!
 //! 1. `ops`, `segment`, `model` import neither `comm` nor `zero`: layers know no ranks.
 //! 2. `zero` knows segments by index and parameters by name and shape; it imports neither `model` nor `ops`.
-//! 3. Only `segment/pullback.rs` calls `backward`. `unsafe` only in `device/`, `comm/`, `kernels/` and the SIMD files of
-//!    `ops/` and `optim/`, each block with its reason.
+//! 3. The way back is `ops/record.rs`, and only `segment/pullback.rs` takes it; nothing calls candle's. `unsafe` only in
+//!    `device/`, `comm/`, `kernels/` and the SIMD files of `ops/` and `optim/`, each block with its reason.
 //! 4. A segment is a pure function: no randomness, no state, no I/O. So recompute equals compute.
 //! 5. Every rank issues the same collectives in the same order; every decision to skip, stop or save is itself one.
 //! 6. Randomness is stateless: a draw is a function of (seed, purpose, row, running number of the item).

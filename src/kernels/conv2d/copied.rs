@@ -7,7 +7,7 @@ use candle_core::DType;
 use super::cut::{COLUMNS, DEPTH, PIXELS, TAPS};
 use super::{Convolution, Pixels, Turned};
 use crate::kernels::glue::moves::transpose;
-use crate::kernels::{Address, Arg, Grid, Launcher, Scratch};
+use crate::kernels::{Address, Arg, Grid, Launcher, Scratch, shared_memory};
 
 /// From so many pixels on turning the weight pays for the forward.
 const MANY_PIXELS: usize = 256;
@@ -127,7 +127,10 @@ impl Convolution {
             From::Planes => ("copied_columns", product.cut(&COLUMNS, multiprocessors), None),
             From::ChannelsLast => {
                 let last = self.channels_last(launcher, x, self.inputs, self.input)?;
-                ("copied_taps", product.cut(&TAPS, multiprocessors), Some(last))
+                // Of the large tile, a multiprocessor of consumer cards has room for one block alone, which would wait for itself.
+                let roomy = shared_memory(launcher.capability()) > 100 << 10;
+                let tiles = if roomy { &TAPS[..] } else { &TAPS[1..] };
+                ("copied_taps", product.cut(tiles, multiprocessors), Some(last))
             }
         };
         let columns = if last.is_some() { DEPTH * TAPS_ROW } else { DEPTH * cut.tile.columns };
