@@ -122,10 +122,15 @@ template <class T, int SIZE, int THREADS> struct CopiedPixels {
             const int sy = backward ? (y + s.top) / stride : y * stride - s.top;
             const int sx = backward ? (x + s.left) / stride : x * stride - s.left;
             corner[i] = ((column / target * s.height + sy) * width + sx) * channels;
-            valid[i] = 0;
-            for (int t = tap; t < s.kh * kw && column < columns; t++) {
-                valid[i] |= unsigned(reached(s, y, x, t / kw, t % kw) >= 0) << (t - tap);
+            // A tap is valid where its row and its column are.
+            unsigned along = 0, all = 0;
+            for (int t = 0; t < kw; t++) {
+                along |= unsigned(reaches(s, x, t, s.left, width)) << t;
             }
+            for (int t = 0; t < s.kh; t++) {
+                all |= reaches(s, y, t, s.top, s.height) ? along << t * kw : 0u;
+            }
+            valid[i] = column < columns && tap < 32 ? all >> tap : 0u;
         }
     }
     __device__ __forceinline__ void start_right(int first) { reader.start_right(first); }

@@ -43,6 +43,15 @@ __device__ __forceinline__ int reached(const Shape& s, int y, int x, int ky, int
     return sy >= 0 && sy < s.height && sx >= 0 && sx < s.width ? sy * s.width + sx : -1;
 }
 
+// Whether a tap of a row, or of a column, reaches one of the source's `size`.
+__device__ __forceinline__ bool reaches(const Shape& s, int at, int tap, int before, int size) {
+    if (!s.backward) {
+        return unsigned(at * s.stride - before + tap) < unsigned(size);
+    }
+    const int from = at + before - tap;
+    return from >= 0 && (s.stride == 1 ? from < size : from % s.stride == 0 && from / s.stride < size);
+}
+
 // Left operand: element (m, k) lies at ((k / span) * rows + m) * span + k % span: a matrix whose rows follow each other
 // (span is the depth), or images (span is a plane).
 template <class T> struct Rows {

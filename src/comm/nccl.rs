@@ -93,23 +93,28 @@ impl Nccl {
         Ok(Nccl { inner, watcher: Some(watcher) })
     }
 
-    /// Makes every collective once, with as much data as a bucket has. The library connects GPUs, and takes memory for
-    /// that, when a kind of collective is first wanted: afterwards what is left is what a run has. A collective.
+    /// Makes every collective with as much data as a large and a small bucket have. The library connects GPUs, and takes memory
+    /// for that, when a kind of collective or a way to do it is first wanted: afterwards what is left is what a run has. A
+    /// collective.
     pub fn connect(&self) -> Result<()> {
-        const WHOLE: usize = 4 << 20;
-        let (gpu, ranks) = (&self.inner.gpu, self.inner.through.world_size());
-        let part = WHOLE / ranks;
-        let memory = |elements: usize| gpu.computing().alloc_zeroed(4 * elements, "connecting GPUs");
-        let (whole, mine) = (memory(part * ranks)?, memory(part)?);
-        let ready = gpu.computing().mark()?;
+        const SIZES: [usize; 2] = [4 << 20, 8 << 10];
+        let (gpu, through) = (&self.inner.gpu, &self.inner.through);
+        let part = |whole: usize| whole.div_ceil(through.world_size());
+        let prepared = (|| {
+            let memory = |elements: usize| gpu.computing().alloc_zeroed(4 * elements, "connecting GPUs");
+            Ok((memory(part(SIZES[0]) * through.world_size())?, memory(part(SIZES[0]))?, gpu.computing().mark()?))
+        })();
+        let (whole, mine, ready) = through.agree(prepared)?;
         let (all, one) = (whole.address(), mine.address());
-        for operation in [
-            Operation::all_gather(Scalar::F32, part, one, all),
-            Operation::reduce_scatter(Scalar::F32, part, all, one),
-            Operation::all_reduce(Scalar::F32, part * ranks, all),
-            Operation::broadcast(Scalar::F32, part, one, 0),
-        ] {
-            gpu.computing().after(&self.begin(&[operation], &[&ready], "connecting GPUs")?)?;
+        for (scalar, part) in [Scalar::F32, Scalar::F16].into_iter().flat_map(|s| SIZES.map(|size| (s, part(size)))) {
+            for operation in [
+                Operation::all_gather(scalar, part, one, all),
+                Operation::reduce_scatter(scalar, part, all, one),
+                Operation::all_reduce(scalar, part * through.world_size(), all),
+                Operation::broadcast(scalar, part, one, 0),
+            ] {
+                gpu.computing().after(&self.begin(&[operation], &[&ready], "connecting GPUs")?)?;
+            }
         }
         // Errors come out here, and the memory is the pool's again.
         gpu.computing().synchronize()

@@ -32,12 +32,17 @@ thread_local! {
 /// Runs `forward` on this thread, and records its ops from these inputs on. Every tensor an op takes must be one of them,
 /// or the result of an op.
 pub fn record<R>(inputs: &[Tensor], forward: impl FnOnce() -> Result<R>) -> Result<(R, Record)> {
+    // An outer recording goes on afterwards, also after an error or a panic.
+    struct Outer(Option<Record>);
+    impl Drop for Outer {
+        fn drop(&mut self) {
+            RECORD.set(self.0.take());
+        }
+    }
     let known = inputs.iter().map(Tensor::id).collect();
-    // An outer recording goes on afterwards, also after an error.
-    let outer = RECORD.replace(Some(Record { steps: Vec::new(), known }));
-    let result = forward();
-    let record = RECORD.replace(outer).unwrap_or_default();
-    Ok((result?, record))
+    let _outer = Outer(RECORD.replace(Some(Record { steps: Vec::new(), known })));
+    let result = forward()?;
+    Ok((result, RECORD.take().unwrap_or_default()))
 }
 
 /// Notes that `result` was made of `operands`, if this thread records: `back` gives their gradients by the result's. For
@@ -159,6 +164,9 @@ impl Record {
         for (result, dy) in results.into_iter().zip(dys) {
             let Some(dy) = dy else { continue };
             debug_assert_eq!(result.shape(), dy.shape());
+            if !self.known.contains(&result.id()) {
+                bail!("a result {:?} was made by no recorded op", result.shape());
+            }
             sums.add(result.id(), dy)?;
         }
         let inputs: Vec<TensorId> = inputs.into_iter().map(|input| input.id()).collect();
@@ -166,6 +174,7 @@ impl Record {
             let Some(dy) = sums.0.remove(&result) else { continue };
             let gradients = back(&dy)?;
             drop((dy, back));
+            debug_assert_eq!(gradients.len(), operands.len());
             for (operand, gradient) in operands.into_iter().zip(gradients) {
                 if let Some(gradient) = gradient {
                     sums.add(operand, gradient)?;
@@ -254,6 +263,9 @@ mod tests {
         let x = tensor(1, (2, 2));
         let lost = record(std::slice::from_ref(&x), || activation(&(&x + 1.0)?, Activation::Silu)).err().unwrap();
         assert!(lost.to_string().contains("that no recorded op has made"), "{lost}");
+        let (y, record) = record(std::slice::from_ref(&x), || &activation(&x, Activation::Silu)? + 1.0).unwrap();
+        let lost = record.pull(vec![y], vec![Some(x.clone())], vec![x.clone()]).err().unwrap();
+        assert!(lost.to_string().contains("made by no recorded op"), "{lost}");
         // Outside of a recording all is as it was.
         activation(&(&x + 1.0).unwrap(), Activation::Silu).unwrap();
     }

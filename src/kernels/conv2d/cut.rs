@@ -83,7 +83,9 @@ impl Product {
 
     /// The cut of these tiles, into so many parts, that should take least.
     pub fn cut(&self, tiles: &[Tile], multiprocessors: usize) -> Cut {
-        let cuts = tiles.iter().flat_map(|&tile| (1..=self.most_parts()).map(move |parts| self.in_parts(tile, parts)));
+        // More parts than fill a device several times over gain nothing.
+        let most = self.most_parts().min(8 * multiprocessors);
+        let cuts = tiles.iter().flat_map(|&tile| (1..=most).map(move |parts| self.in_parts(tile, parts)));
         let cycles = |cut: &Cut| self.cycles(cut, multiprocessors);
         cuts.min_by(|a, b| cycles(a).total_cmp(&cycles(b))).unwrap_or_else(|| self.in_parts(tiles[0], 1))
     }
