@@ -1,7 +1,7 @@
 //! `metrics.jsonl`: one row per micro-batch and one per optimizer step, written by rank 0 only.
 
 use std::fs::{File, OpenOptions};
-use std::io::{BufRead, BufReader, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -92,12 +92,12 @@ impl Metrics {
     }
 }
 
-fn rows_until(path: &Path, until: Kept) -> Result<Vec<String>> {
-    let file = File::open(path).with_context(|| format!("reading {}", path.display()))?;
+fn rows_until(path: &Path, until: Kept) -> Result<Vec<Vec<u8>>> {
+    let text = std::fs::read(path).with_context(|| format!("reading {}", path.display()))?;
     let mut kept = Vec::new();
-    for line in BufReader::new(file).lines() {
-        let line = line.with_context(|| format!("reading {}", path.display()))?;
-        let Ok(row) = serde_json::from_str::<Value>(&line) else { break };
+    for line in text.split_inclusive(|&byte| byte == b'\n') {
+        // A damaged row, or one that was cut off, is no reason to lose those behind it.
+        let Ok(row @ Value::Object(_)) = serde_json::from_slice(line) else { continue };
         let past = match row["micro_step"].as_u64() {
             Some(micro_step) => micro_step >= until.micro_step,
             // A skipped step has the number of the one that is still to be made.
@@ -106,7 +106,7 @@ fn rows_until(path: &Path, until: Kept) -> Result<Vec<String>> {
         if past {
             break;
         }
-        kept.push(line + "\n");
+        kept.push([line.trim_ascii_end(), b"\n"].concat());
     }
     Ok(kept)
 }
@@ -126,6 +126,15 @@ mod tests {
         assert_eq!(text, "{\"micro_step\":0,\"step\":1}\n{\"step\":1}\n{\"step\":2}\n");
         Metrics::open(dir.path(), Kept::default(), true).unwrap();
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "");
+    }
+
+    #[test]
+    fn a_damaged_row_does_not_take_the_others_with_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("metrics.jsonl");
+        std::fs::write(&path, b"{\"step\":1}\ngarbage\n\xff\n4\n{\"step\":2}\r\n{\"step\":3}\n").unwrap();
+        Metrics::open(dir.path(), Kept { step: 2, micro_step: 2 }, true).unwrap();
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "{\"step\":1}\n{\"step\":2}\n");
     }
 
     #[test]
