@@ -13,6 +13,7 @@ mod model_folder;
 mod optimizer;
 mod output;
 mod output_folder;
+mod output_lock;
 mod plan;
 mod reader;
 mod sampling;
@@ -29,6 +30,7 @@ use anyhow::Result;
 
 pub use check::{Facts, Inspection, Report, check};
 pub(crate) use output_folder::can_write;
+pub(crate) use output_lock::hold;
 
 pub use plan::*;
 pub use steps::Steps;
@@ -40,8 +42,46 @@ use reader::Reader;
 /// Reads `path`, lays `overrides` (`section.key=value`) over it and validates the whole for `world_size` ranks.
 /// Looks at no other file: see [`check`] for that. A wrong configuration is a [`Refusal`] with all its problems.
 pub fn load(path: &Path, overrides: &[String], world_size: usize) -> Result<RunPlan> {
-    let draft = Draft::read(path, overrides, world_size)?;
-    if draft.problems.is_empty() { Ok(draft.plan) } else { Err(Refusal { problems: draft.problems }.into()) }
+    Draft::read(path, overrides, world_size)?.whole()
+}
+
+/// The variable in which a launcher gives its ranks the text of the configuration that it has checked: what is started again
+/// must be what was started, whatever the file says by then.
+pub const GIVEN: &str = "DBLAUNCH_CONFIGURATION";
+
+/// What [`load`] reads from `path`, for [`load_given`].
+pub fn text(path: &Path) -> Result<String> {
+    let text = read_text(path)?;
+    // What one variable takes on Linux is 128 KiB.
+    match text.len() {
+        ..=LONGEST => Ok(text),
+        bytes => Err(Refusal::error(format!(
+            "{}: {bytes} bytes are too many for a configuration, which has {LONGEST} at most",
+            path.display()
+        ))),
+    }
+}
+
+const LONGEST: usize = 100 << 10;
+
+/// As [`load`], from the text of the file.
+pub fn load_given(path: &Path, text: &str, overrides: &[String], world_size: usize) -> Result<RunPlan> {
+    Draft::parse(&path.display().to_string(), text, overrides, world_size)?.whole()
+}
+
+fn read_text(path: &Path) -> Result<String> {
+    std::fs::read_to_string(path).map_err(|error| {
+        let why = match error.kind() {
+            std::io::ErrorKind::NotFound => "there is no such file".to_string(),
+            std::io::ErrorKind::InvalidData => "this is not a text file (UTF-8)".to_string(),
+            std::io::ErrorKind::IsADirectory => "this is a folder".to_string(),
+            _ => error.to_string(),
+        };
+        Refusal::error(format!(
+            "{}: the configuration cannot be read: {why}; name a TOML file such as those in configs/",
+            path.display()
+        ))
+    })
 }
 
 /// A plan that is whole only if nothing is wrong with it; where something is, a default or an empty path stands in.
@@ -53,19 +93,11 @@ struct Draft {
 
 impl Draft {
     fn read(path: &Path, overrides: &[String], world_size: usize) -> Result<Draft> {
-        let file = path.display().to_string();
-        let text = std::fs::read_to_string(path).map_err(|error| {
-            let why = match error.kind() {
-                std::io::ErrorKind::NotFound => "there is no such file".to_string(),
-                std::io::ErrorKind::InvalidData => "this is not a text file (UTF-8)".to_string(),
-                std::io::ErrorKind::IsADirectory => "this is a folder".to_string(),
-                _ => error.to_string(),
-            };
-            Refusal::error(format!(
-                "{file}: the configuration cannot be read: {why}; name a TOML file such as those in configs/"
-            ))
-        })?;
-        Draft::parse(&file, &text, overrides, world_size)
+        Draft::parse(&path.display().to_string(), &read_text(path)?, overrides, world_size)
+    }
+
+    fn whole(self) -> Result<RunPlan> {
+        if self.problems.is_empty() { Ok(self.plan) } else { Err(Refusal { problems: self.problems }.into()) }
     }
 
     fn parse(file: &str, text: &str, overrides: &[String], world_size: usize) -> Result<Draft> {

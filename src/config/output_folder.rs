@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 
 use super::check::Inspection;
-use super::{Resume, SaveDtype};
+use super::{Resume, SaveDtype, output_lock};
 use crate::device::free_disk_bytes;
 use crate::{Refusal, checkpoint};
 
@@ -27,20 +27,20 @@ pub(super) fn inspect(inspection: &mut Inspection) {
         if is_same(dir, &input) {
             let what = format!("this is also {section}.{key}, which the run must leave as it is: name another folder");
             inspection.problem("output", "dir", &what);
-        }
-    }
-    if plan.checkpoint.resume == Resume::No && !plan.output.overwrite {
-        let found = run_files(dir);
-        if !found.is_empty() {
+        } else if let Some(own) = own_folder_around(dir, &input, inspection.facts.model_dir.as_deref()) {
             let what = format!(
-                "this folder holds another run ({}): name another folder, go on with that run (resume = \"latest\" under \
-                 [checkpoint]), or let its files be replaced (overwrite = true under [output])",
-                found.join(", ")
+                "{section}.{key} lies in {own} of this folder, which the run would replace: name another folder, or move \
+                 what is there"
             );
             inspection.problem("output", "dir", &what);
         }
     }
-    inspection.absorb("output", "dir", can_write(dir));
+    if output_lock::is_held(dir) {
+        inspection.problem("output", "dir", output_lock::TAKEN);
+    } else if !plan.output.overwrite {
+        another_run(inspection, dir, &plan.checkpoint.resume);
+    }
+    inspection.absorb("output", "dir", can_write(dir).and_then(|()| can_replace(dir)));
     let gradients = plan.replay.and_then(|replay| replay.save_gradients);
     if let Some(file) = gradients {
         if file.is_dir() {
@@ -53,6 +53,64 @@ pub(super) fn inspect(inspection: &mut Inspection) {
             inspection.absorb("replay", "save_gradients", can_write(parent));
         }
     }
+}
+
+/// Refuses a folder in which there is a run that this one does not go on with.
+fn another_run(inspection: &mut Inspection, dir: &Path, resume: &Resume) {
+    let goes_on = checkpoint::latest(dir).is_ok_and(|found| found.is_some());
+    let mut found = run_files(dir);
+    match resume {
+        Resume::No => {}
+        Resume::Latest if goes_on => return,
+        // One that was stopped before its first checkpoint is begun anew; what another one has made stays.
+        Resume::Latest => found.retain(|name| !LOGS.contains(&name.as_str())),
+        Resume::Folder(from) if from.parent().is_some_and(|parent| is_same(parent, dir)) => return,
+        Resume::Folder(_) => {}
+    }
+    if found.is_empty() {
+        return;
+    }
+    let going_on = match goes_on {
+        true => " go on with that run (resume = \"latest\" under [checkpoint]),",
+        false => "",
+    };
+    let what = format!(
+        "this folder holds another run ({}): name another folder,{going_on} or let its files be replaced (overwrite = true \
+         under [output])",
+        few(found).join(", ")
+    );
+    inspection.problem("output", "dir", &what);
+}
+
+/// The folder in `dir` that a run writes, or replaces by what a model consists of, in which `input` lies.
+fn own_folder_around(dir: &Path, input: &Path, model_dir: Option<&Path>) -> Option<String> {
+    let (dir, input) = (dir.canonicalize().ok()?, input.canonicalize().ok()?);
+    let name = input.strip_prefix(dir).ok()?.components().next()?.as_os_str().to_string_lossy().into_owned();
+    // A model in the output folder itself would be found in each of its parts.
+    let of_model = model_dir.is_some_and(|model| model.join(&name).exists());
+    (is_of_a_run(&name) || SHOWN.contains(&name.as_str()) || of_model).then_some(name)
+}
+
+/// Whether the files and folders of a run that are there can be replaced when it has ended.
+fn can_replace(dir: &Path) -> Result<()> {
+    for name in fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.file_name()) {
+        let (name, path) = (name.to_string_lossy(), dir.join(&name));
+        let wrong = match () {
+            () if FOLDERS.contains(&&*name) && !path.is_dir() => "is no folder, and the run makes one of this name",
+            () if FOLDERS.contains(&&*name) => {
+                can_write(&path)?;
+                continue;
+            }
+            () if FILES.contains(&&*name) && !path.is_file() => "is no file, and the run writes one of this name",
+            () if LOGS.contains(&&*name) => match fs::OpenOptions::new().append(true).open(&path) {
+                Ok(_) => continue,
+                Err(_) => "cannot be written",
+            },
+            () => continue,
+        };
+        return Err(Refusal::error(format!("{} {wrong}: move it, or name another folder", path.display())));
+    }
+    Ok(())
 }
 
 /// Folders that a run reads from.
@@ -75,18 +133,27 @@ fn run_files(dir: &Path) -> Vec<String> {
     let mut found: Vec<String> =
         names.map(|entry| entry.file_name().to_string_lossy().into_owned()).filter(|name| is_of_a_run(name)).collect();
     found.sort();
-    if found.len() > 4 {
-        found.truncate(4);
-        found.push("…".to_string());
-    }
     found
 }
 
+fn few(mut names: Vec<String>) -> Vec<String> {
+    if names.len() > 4 {
+        names.truncate(4);
+        names.push("…".to_string());
+    }
+    names
+}
+
+/// What tells of a run from its first step on.
+const LOGS: [&str; 2] = ["metrics.jsonl", "config.toml"];
+const FILES: [&str; 4] = ["metrics.jsonl", "config.toml", "model_index.json", "pytorch_lora_weights.safetensors"];
+const FOLDERS: [&str; 5] = ["unet", "vae", "text_encoder", "tokenizer", "scheduler"];
+/// Folders that a run adds to.
+const SHOWN: [&str; 2] = ["samples", "logs"];
+
 /// What a run leaves, and what it would replace: a pipeline's folders may be somebody's own.
 fn is_of_a_run(name: &str) -> bool {
-    let files = ["metrics.jsonl", "config.toml", "model_index.json", "pytorch_lora_weights.safetensors"];
-    let folders = ["unet", "vae", "text_encoder", "tokenizer", "scheduler"];
-    files.contains(&name) || folders.contains(&name) || checkpoint::number(name).is_some()
+    FILES.contains(&name) || FOLDERS.contains(&name) || checkpoint::number(name).is_some()
 }
 
 /// Whether two folders, or where they would be made, take their room from the same file system.

@@ -13,7 +13,7 @@ use super::setup;
 use super::trainer::{Ending, Trainer};
 use crate::checkpoint;
 use crate::comm::{CommunicatorExt, SliceMut};
-use crate::config::RunPlan;
+use crate::config::{RunPlan, hold};
 use crate::device::Place;
 use crate::device::nvme::wear_note;
 use crate::launch::{Event, Rank, report_failure};
@@ -43,7 +43,7 @@ pub fn run(plan: &RunPlan, model_dir: &Path, rank: &Rank, profile: Option<NonZer
 /// From the first step, or where the run goes on, to the pipeline.
 fn lead(trainer: &mut Trainer, plan: &RunPlan, model_dir: &Path, profile: Option<NonZeroU32>) -> Result<Ending> {
     trainer.profiler = Profiler::new(profile);
-    trainer.comm.agree(prepare_output(trainer))?;
+    let _held = trainer.comm.agree(prepare_output(trainer))?;
     let begun = trainer.begin();
     trainer.comm.agree(begun)?;
     let start = Event::Start { total_steps: trainer.total_steps, done_steps: trainer.position.step };
@@ -116,14 +116,16 @@ fn say_what_was_written(trainer: &Trainer, before: Written) -> Result<()> {
     Ok(())
 }
 
-/// Rank 0 makes the output folder, clears what another run left if this one starts afresh (the configuration allowed
-/// it), and records the resolved configuration.
-fn prepare_output(trainer: &Trainer) -> Result<()> {
+/// Rank 0 makes the output folder and takes it for this run, clears what another run left if this one starts afresh (the
+/// configuration allowed it), and records the resolved configuration. The folder is this run's as long as what is given back
+/// lives.
+fn prepare_output(trainer: &Trainer) -> Result<Option<fs::File>> {
     if trainer.comm.rank() > 0 {
-        return Ok(());
+        return Ok(None);
     }
     let dir = &trainer.plan.output.dir;
     fs::create_dir_all(dir).with_context(|| format!("creating {}", dir.display()))?;
+    let held = hold(dir)?;
     let step = trainer.position.step;
     for path in checkpoint::clear_leftovers(dir, step)? {
         let what = match step {
@@ -138,5 +140,6 @@ fn prepare_output(trainer: &Trainer) -> Result<()> {
         fs::remove_file(&index).with_context(|| format!("removing {}", index.display()))?;
     }
     let path = dir.join("config.toml");
-    fs::write(&path, trainer.resolved_config()?).with_context(|| format!("writing {}", path.display()))
+    fs::write(&path, trainer.resolved_config()?).with_context(|| format!("writing {}", path.display()))?;
+    Ok(held)
 }

@@ -14,6 +14,7 @@ mod harness;
 mod interrupt;
 mod layers;
 mod offload;
+mod output_folder;
 mod parity;
 mod pictures;
 mod plan;
