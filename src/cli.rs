@@ -5,6 +5,7 @@ use std::io::Write;
 use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::PathBuf;
 
+use anyhow::{Context, Result};
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 
@@ -403,9 +404,11 @@ pub enum VaeTiling {
     Off,
 }
 
-/// Writes the completion script of `shell`.
-pub fn write_completions(shell: Shell, out: &mut impl Write) {
-    clap_complete::generate(shell, &mut Cli::command(), "dblaunch", out);
+/// Writes the completion script of `shell`. An error if `out` does not take it.
+pub fn write_completions(shell: Shell, out: &mut impl Write) -> Result<()> {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "dblaunch", &mut script);
+    out.write_all(&script).and_then(|()| out.flush()).context("writing the script")
 }
 
 #[cfg(test)]

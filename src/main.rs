@@ -31,6 +31,9 @@ static ALLOCATOR: Keeping<mimalloc::MiMalloc> = Keeping::over(mimalloc::MiMalloc
 const TIMEOUT: Duration = Duration::from_secs(600);
 
 fn main() -> ExitCode {
+    if let Err(error) = launch::prepare() {
+        return ExitCode::from(launch::report_failure(&error));
+    }
     let world = World::from_environment();
     if matches!(world, Ok(Some(_)))
         && let Err(error) = launch::Interrupt::install()
@@ -49,8 +52,7 @@ fn main() -> ExitCode {
         Some(Command::Watch(args)) => report::watch(&args.dir, args.port).map(|()| status::DONE),
         Some(Command::Bench(command)) => self::bench(command),
         Some(Command::Completions { shell }) => {
-            cli::write_completions(*shell, &mut std::io::stdout());
-            Ok(status::DONE)
+            cli::write_completions(*shell, &mut std::io::stdout()).map(|()| status::DONE)
         }
         None => match world {
             Ok(Some(world)) => be_a_rank(&cli.train, &world),
@@ -106,9 +108,10 @@ fn plan(args: &PlanArgs) -> Result<()> {
 fn start_ranks(args: &TrainArgs) -> Result<u8> {
     let nproc = ranks(&args.request);
     let report = config::check(config_path(&args.request), &args.request.overrides, nproc)?;
-    eprintln!("{report}");
+    launch::tell(&report);
     let arguments = std::env::args_os().skip(1).collect();
     let mut request = LaunchRequest::this_program(nproc, arguments)?;
+    request.environment.push((config::GIVEN.into(), config::text(config_path(&args.request))?.into()));
     request.max_restarts = args.max_restarts as usize;
     request.threads_total = args.threads.map(NonZeroUsize::get);
     launch::run(&request, Output::standard())
@@ -117,11 +120,15 @@ fn start_ranks(args: &TrainArgs) -> Result<u8> {
 /// One rank of a run, whoever started it.
 fn be_a_rank(args: &TrainArgs, world: &World) -> Result<u8> {
     let request = &args.request;
-    let mut plan = config::load(config_path(request), &request.overrides, world.world_size)?;
-    if world.starter != launch::Starter::Dblaunch {
-        // No launcher of ours has checked the request.
-        config::check(config_path(request), &request.overrides, world.world_size)?;
-    }
+    let (path, overrides) = (config_path(request), &request.overrides);
+    let mut plan = match (world.starter, std::env::var(config::GIVEN)) {
+        (launch::Starter::Dblaunch, Ok(text)) => config::load_given(path, &text, overrides, world.world_size)?,
+        _ => {
+            // No launcher of ours has checked the request.
+            config::check(path, overrides, world.world_size)?;
+            config::load(path, overrides, world.world_size)?
+        }
+    };
     let model_dir = hub::resolve(&plan.model.source, plan.model.variant.as_deref())?;
     let timeout = Duration::from_secs_f64(plan.zero.timeout_seconds);
     let rank = Rank::start(timeout, args.threads.map(NonZeroUsize::get))?;
@@ -142,7 +149,7 @@ fn sample(args: &SampleArgs) -> Result<u8> {
     let Some(world) = World::from_environment()? else {
         let nproc = args.nproc.map_or(1, NonZeroUsize::get);
         let plan = sampling::Plan::check(args, nproc)?;
-        plan.notes.iter().for_each(|note| eprintln!("dblaunch: {note}"));
+        plan.notes.iter().for_each(|note| launch::tell(&format_args!("dblaunch: {note}")));
         drop(plan);
         let mut request = LaunchRequest::this_program(nproc, std::env::args_os().skip(1).collect())?;
         request.threads_total = args.threads.map(NonZeroUsize::get);

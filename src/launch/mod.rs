@@ -8,11 +8,13 @@ mod group;
 mod progress;
 mod rank;
 mod report;
+mod signals;
 mod supervise;
 mod world;
 
 pub use event::{Event, EventSink, Failure};
 pub use rank::{Interrupt, Rank, exit_status, report_failure, shares_gpu};
+pub use signals::{prepare, stop_at, tell};
 pub use supervise::{LaunchRequest, Output, run};
 pub use world::{Starter, World};
 

@@ -5,12 +5,11 @@ use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use signal_hook::consts::{SIGINT, SIGTERM, SIGXFSZ};
-use signal_hook::flag;
+use signal_hook::consts::{SIGINT, SIGTERM};
 
 use super::event::{Event, EventSink, Failure};
 use super::world::{Starter, World};
-use super::{cores, status, variable};
+use super::{cores, signals, status, variable};
 use crate::Refusal;
 use crate::comm::{Communicator, CommunicatorExt, PeerFailure, Rendezvous, Shared, Solo, Window, process};
 use crate::device::threads::set_threads;
@@ -51,7 +50,7 @@ impl Rank {
         if self.events.is_heard() {
             self.events.send(&Event::Message(what.to_string()));
         } else if self.world.rank == 0 {
-            eprintln!("dblaunch: {what}");
+            signals::tell(&format_args!("dblaunch: {what}"));
         }
     }
 }
@@ -63,22 +62,17 @@ pub struct Interrupt {
 }
 
 impl Interrupt {
-    /// Notes SIGINT and SIGTERM instead of ending by them; the second one ends the process at once. A rank does this
-    /// before anything else: one that ended by the first signal would leave the others waiting.
+    /// Notes SIGINT and SIGTERM instead of ending by them; a second one, some time later, ends the process at once. A rank
+    /// does this before anything else: one that ended by the first signal would leave the others waiting.
     pub fn install() -> Result<Interrupt> {
         static INSTALLED: OnceLock<Interrupt> = OnceLock::new();
         if let Some(installed) = INSTALLED.get() {
             return Ok(installed.clone());
         }
         let raised = Arc::new(AtomicBool::new(false));
-        // A file that grows past a limit is an error of the write that does it, which names the file.
-        flag::register(SIGXFSZ, Arc::default()).context("cannot listen for signals")?;
-        for signal in [SIGINT, SIGTERM] {
-            // In this order: the first signal finds the flag still down.
-            flag::register_conditional_shutdown(signal, status::INTERRUPTED.into(), raised.clone())
-                .and_then(|_| flag::register(signal, raised.clone()))
-                .context("cannot listen for signals")?;
-        }
+        // By the latter launchers tell their ranks, whatever these inherited.
+        let signals = [signals::not_ignored(&[SIGINT]), vec![SIGTERM]].concat();
+        signals::stop_at(&signals, &raised, status::INTERRUPTED)?;
         Ok(INSTALLED.get_or_init(|| Interrupt { raised }).clone())
     }
 
@@ -116,7 +110,7 @@ pub fn report_failure(error: &anyhow::Error) -> u8 {
     } else {
         let world = World::from_environment().ok().flatten().filter(|world| world.world_size > 1);
         let who = world.map_or(String::new(), |world| format!("rank {}: ", world.rank));
-        failure.message.lines().for_each(|line| eprintln!("dblaunch: {who}{line}"));
+        failure.message.lines().for_each(|line| signals::tell(&format_args!("dblaunch: {who}{line}")));
     }
     // Only now, so that the launcher hears of the cause before it hears of consequences.
     if let Some(communicator) = running().as_ref().and_then(Weak::upgrade).filter(|_| because_of.is_none()) {

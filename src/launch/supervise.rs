@@ -13,7 +13,7 @@ use super::group::{Ended, Group, Restart};
 use super::progress::Display;
 pub use super::progress::Output;
 use super::report::Verdict;
-use super::status;
+use super::{signals, status};
 use crate::Refusal;
 use crate::comm::MAX_RANKS;
 
@@ -62,7 +62,8 @@ pub fn run(request: &LaunchRequest, output: Output) -> Result<u8> {
         return Err(Refusal::error(format!("--nproc {}: one machine takes 1 to {MAX_RANKS} ranks", request.nproc)));
     }
     // From here on a signal is noted, not obeyed.
-    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).context("cannot listen for signals")?;
+    let noted = signals::not_ignored(&[SIGINT, SIGTERM, SIGHUP]);
+    let mut signals = Signals::new(noted).context("cannot listen for signals")?;
     let display = Display::start(output);
     let result = run_generations(request, &mut signals, &display);
     display.finish();
@@ -107,6 +108,7 @@ impl Watch<'_> {
     /// Returns when no rank runs any more; whether that was because of an interrupt.
     fn until_the_end(self) -> bool {
         let mut interrupted = false;
+        let mut first: Option<Instant> = None;
         let mut failing = false;
         let mut alone = false;
         let mut deadline: Option<Instant> = None;
@@ -116,12 +118,12 @@ impl Watch<'_> {
                 return interrupted;
             }
             for _ in 0..self.signals.pending().count() {
-                if !interrupted {
+                if first.get_or_insert_with(Instant::now).elapsed() >= signals::ONE_REQUEST {
+                    self.group.signal(SIGKILL);
+                } else if !interrupted {
                     self.display.say("interrupted; the ranks finish their step and leave (once more: stop at once)");
                     self.group.signal(SIGTERM);
                     deadline = Some(Instant::now() + self.request.grace);
-                } else {
-                    self.group.signal(SIGKILL);
                 }
                 interrupted = true;
             }

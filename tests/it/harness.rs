@@ -124,6 +124,15 @@ impl Home {
         Job { home: self, config: path, ranks: 1, command: self.program() }
     }
 
+    /// Changes the configuration file of runs of `config` that have been started; the next one is told anew.
+    pub fn job_file(&self, config: &str, from: &str, to: &str) {
+        let known = self.configs.borrow().iter().position(|known| known == config).unwrap();
+        let path = self.path(&format!(".job-config-{known}.toml"));
+        let text = fs::read_to_string(&path).unwrap();
+        assert!(text.contains(from));
+        fs::write(&path, text.replace(from, to)).unwrap();
+    }
+
     /// A copy of a folder in tests/data.
     pub fn copy(&self, from: &str, to: &str) -> PathBuf {
         copy_folder(&data(from), &self.path(to));

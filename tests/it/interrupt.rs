@@ -78,11 +78,52 @@ fn a_second_interrupt_stops_at_once() {
     kill("-STOP", pids[1]);
     kill("-INT", running.child.id());
     running.wait_for_words("once more: stop at once");
+    // What comes at the same moment is the same interrupt.
+    kill("-TERM", running.child.id());
+    std::thread::sleep(Duration::from_millis(700));
+    assert!(!gone(&pids));
     let since = Instant::now();
     kill("-INT", running.child.id());
     assert_eq!(running.end().status, Some(130));
     assert!(since.elapsed() < SOON && gone(&pids));
     assert_eq!(checkpoints(&home).into_iter().filter(|name| name.starts_with("checkpoint-")).count(), 0);
+}
+
+/// A terminal that is closed, and a system that shuts down, send several signals at once.
+#[test]
+fn signals_at_once_are_one_interrupt() {
+    let home = Home::new();
+    let mut running = home.job(PLAIN).ranks(2).sets(&["train.max_steps=4000"]).start();
+    running.wait_for_step(2);
+    let launcher = running.child.id();
+    ["-TERM", "-HUP", "-HUP"].iter().for_each(|signal| kill(signal, launcher));
+    assert_eq!(running.end().status, Some(130));
+    assert_eq!(checkpoints(&home).len(), 1);
+}
+
+/// `nohup`, and what a shell that ignores its children passes on.
+#[test]
+fn signals_that_were_ignored_stay_ignored() {
+    let home = Home::new();
+    let ignoring = ["sh", "-c", "trap '' HUP CHLD; exec \"$0\" \"$@\""];
+    let mut running = home.job(PLAIN).ranks(2).set(STEPS).through(&ignoring).start();
+    running.wait_for_step(2);
+    kill("-HUP", running.child.id());
+    running.end().done();
+    assert_eq!(column(&rows(&home.out()), "grad_norm").len(), 14);
+}
+
+/// What is started again is what was started, whatever the file says by then.
+#[test]
+fn a_restarted_run_keeps_the_configuration_it_was_started_with() {
+    let home = Home::new();
+    let mut running = home.job(PLAIN).ranks(2).set(STEPS).words(&["--max-restarts", "1"]).start();
+    running.wait_for_step(2);
+    home.job_file(PLAIN, "learning_rate = 1e-4", "learning_rate = 1e-2\nthere is = no such key");
+    kill("-KILL", ranks(&running)[1]);
+    running.end().done();
+    home.job(PLAIN).ranks(2).sets(&[STEPS, "output.dir=HOME/whole"]).run().done();
+    assert!(unet(&home, "out") == unet(&home, "whole"));
 }
 
 /// Killed by the system: the others stop, and the message names the rank and the cause.

@@ -227,6 +227,10 @@ fn the_second_interrupt_stops_at_once() {
     launcher.wait_for("pid", 2);
     launcher.signal("-TERM");
     launcher.wait_for("heard", 2);
+    // What comes at the same moment is the same request.
+    launcher.signal("-HUP");
+    std::thread::sleep(Duration::from_millis(700));
+    assert!(launcher.child.try_wait().unwrap().is_none());
     launcher.signal("-TERM");
     let outcome = launcher.end();
     assert_eq!(outcome.status, Some(130), "{}", outcome.stderr);
