@@ -19,6 +19,9 @@ use super::window::Window;
 
 const POLL: Duration = Duration::from_millis(10);
 
+/// Whether nobody wants to wait any longer, as after an interrupt.
+type Stopped<'a> = &'a dyn Fn() -> bool;
+
 /// A place to meet, known to all ranks of one job of one user on one machine.
 pub struct Rendezvous {
     path: PathBuf,
@@ -46,17 +49,17 @@ impl Rendezvous {
     }
 
     /// Joins the world as `rank`; everyone waits until rank 0 has opened it, and rank 0 until everyone has joined, at
-    /// most `timeout`, which is then also the communicator's.
-    pub fn join(&self, rank: usize, world_size: usize, timeout: Duration) -> Result<Shared> {
+    /// most `timeout`, which is then also the communicator's. Ends early if it is `stopped`.
+    pub fn join(&self, rank: usize, world_size: usize, timeout: Duration, stopped: Stopped) -> Result<Shared> {
         let since = Instant::now();
         if rank == 0 {
-            let result = self.open_world(world_size, timeout, since);
+            let result = self.open_world(world_size, timeout, since, stopped);
             // Also after an error: nobody shall find a world that is not to be.
             let _ = fs::remove_file(&self.path);
             return result;
         }
         let mut found = "there is none".to_string();
-        while since.elapsed() < timeout {
+        while since.elapsed() < timeout && !stopped() {
             match self.try_join(rank, world_size, timeout)? {
                 Ok(shared) => return Ok(shared),
                 Err(why) => found = why,
@@ -64,13 +67,13 @@ impl Rendezvous {
             std::thread::sleep(POLL);
         }
         bail!(
-            "rank {rank} waited {} s for rank 0's rendezvous file {}: {found}",
-            timeout.as_secs_f64(),
+            "rank {rank} waited {:.1} s for rank 0's rendezvous file {}: {found}",
+            since.elapsed().as_secs_f64(),
             self.path.display()
         )
     }
 
-    fn open_world(&self, world_size: usize, timeout: Duration, since: Instant) -> Result<Shared> {
+    fn open_world(&self, world_size: usize, timeout: Duration, since: Instant, stopped: Stopped) -> Result<Shared> {
         let (window, path) = if cfg!(target_os = "linux") {
             let window = Window::create(world_size)?;
             let path = format!("/proc/{}/fd/{}", std::process::id(), window.file().as_raw_fd());
@@ -82,7 +85,7 @@ impl Rendezvous {
         let window = Arc::new(window);
         let shared = Shared::join(window.clone(), 0, timeout)?;
         self.publish(&Notice { process: Process::this(), nonce: window.nonce(), window: path.clone() })?;
-        while !window.complete() && since.elapsed() < timeout {
+        while !window.complete() && since.elapsed() < timeout && !stopped() {
             std::thread::sleep(Duration::from_millis(1));
         }
         if !cfg!(target_os = "linux") {
@@ -92,8 +95,8 @@ impl Rendezvous {
             (0..world_size).filter(|&r| window.control(r).process().is_none()).map(|r| r.to_string()).collect();
         ensure!(
             missing.is_empty(),
-            "of {world_size} ranks, these have not come within {} s: {}",
-            timeout.as_secs_f64(),
+            "of {world_size} ranks, these have not come within {:.1} s: {}",
+            since.elapsed().as_secs_f64(),
             missing.join(", ")
         );
         Ok(shared)
@@ -163,7 +166,7 @@ mod tests {
 
     fn meet(folder: &Path, timeout: Duration, ranks: &[usize], world_size: usize) -> Vec<Result<f64>> {
         let join = |rank: usize| -> Result<f64> {
-            let shared = Rendezvous::within(folder, "job 7").join(rank, world_size, timeout)?;
+            let shared = Rendezvous::within(folder, "job 7").join(rank, world_size, timeout, &|| false)?;
             shared.barrier()?;
             shared.all_reduce_f64((rank + 1) as f64)
         };

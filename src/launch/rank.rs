@@ -36,7 +36,11 @@ impl Rank {
     pub fn start(timeout: Duration, threads_total: Option<usize>) -> Result<Rank> {
         let interrupt = Interrupt::install()?;
         let world = World::from_environment()?.unwrap_or_else(World::solo);
-        let communicator = communicator(&world, timeout).context("cannot join the other ranks")?;
+        let communicator =
+            communicator(&world, timeout, &interrupt).map_err(|error| match interrupt.interrupted() {
+                true => error.context(Interrupted),
+                false => error.context("cannot join the other ranks"),
+            })?;
         *running() = Some(Arc::downgrade(&communicator));
         let threads = threads(&world, &*communicator, threads_total)?;
         set_threads(threads);
@@ -87,9 +91,25 @@ impl Interrupt {
     }
 }
 
-/// The exit status that an error means: 2 for a wrong request, else 1.
+/// Asked to stop before there was anything to save.
+#[derive(Debug)]
+struct Interrupted;
+
+impl std::fmt::Display for Interrupted {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("interrupted while it waited for the other ranks")
+    }
+}
+
+impl std::error::Error for Interrupted {}
+
+/// The exit status that an error means: 2 for a wrong request, 130 for an interrupt, else 1.
 pub fn exit_status(error: &anyhow::Error) -> u8 {
-    if error.chain().any(|cause| cause.is::<Refusal>()) { status::REFUSED } else { status::FAILED }
+    match () {
+        () if error.chain().any(|cause| cause.is::<Refusal>()) => status::REFUSED,
+        () if error.is::<Interrupted>() => status::INTERRUPTED,
+        () => status::FAILED,
+    }
 }
 
 /// Tells whoever must know that this process fails: the launcher if there is one, which then writes the one message for
@@ -143,7 +163,7 @@ fn launcher() -> EventSink {
     LAUNCHER.get_or_init(|| open().unwrap_or_default()).clone()
 }
 
-fn communicator(world: &World, timeout: Duration) -> Result<Arc<dyn Communicator>> {
+fn communicator(world: &World, timeout: Duration, interrupt: &Interrupt) -> Result<Arc<dyn Communicator>> {
     if world.world_size == 1 {
         return Ok(Arc::new(Solo));
     }
@@ -153,7 +173,9 @@ fn communicator(world: &World, timeout: Duration) -> Result<Arc<dyn Communicator
             let window = Window::open(process::inherited(descriptor).context("the launcher's shared memory")?)?;
             Arc::new(Shared::join(Arc::new(window), world.rank, timeout)?)
         }
-        None => Arc::new(Rendezvous::new(&world.job).join(world.rank, world.world_size, timeout)?),
+        None => Arc::new(
+            Rendezvous::new(&world.job).join(world.rank, world.world_size, timeout, &|| interrupt.interrupted())?,
+        ),
     })
 }
 

@@ -113,6 +113,26 @@ fn signals_that_were_ignored_stay_ignored() {
     assert_eq!(column(&rows(&home.out()), "grad_norm").len(), 14);
 }
 
+/// A rank whose peers do not come, under a launcher that is none of ours.
+#[test]
+fn a_rank_that_waits_for_others_hears_an_interrupt() {
+    let home = Home::new();
+    let config = home.path("train.toml");
+    fs::write(&config, home.filled(PLAIN)).unwrap();
+    for rank in ["0", "1"] {
+        let mut command = home.program();
+        command.env("PMI_RANK", rank).env("PMI_SIZE", "2").env("PMI_JOBID", rank).arg(&config);
+        let running = home.start(command);
+        std::thread::sleep(Duration::from_secs(2));
+        kill("-TERM", running.child.id());
+        let since = Instant::now();
+        let ran = running.end();
+        assert_eq!(ran.status, Some(130), "{}", ran.stderr);
+        assert!(since.elapsed() < SOON);
+        ran.says("interrupted while it waited for the other ranks");
+    }
+}
+
 /// What is started again is what was started, whatever the file says by then.
 #[test]
 fn a_restarted_run_keeps_the_configuration_it_was_started_with() {
