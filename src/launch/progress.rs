@@ -202,6 +202,8 @@ impl Screen {
     fn end_bar(&mut self) {
         if let Some(bar) = self.bar.take() {
             bar.abandon();
+            // It leaves the cursor behind itself.
+            let _ = writeln!(self.output.stderr);
         }
     }
 }
