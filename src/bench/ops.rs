@@ -73,7 +73,7 @@ impl Case<'_> {
         let there = |tensor: &Tensor| tensor.to_device(device);
         let inputs = self.activations.iter().map(there).collect::<candle_core::Result<Vec<_>>>()?;
         let weights = self.weights.iter().map(|values| Weight::new(values, arena)).collect::<Result<Vec<_>>>()?;
-        let forward = Forward::of(inputs, |inputs| Ok(vec![self.forward(inputs, &weights)?]))?;
+        let forward = Forward::of(inputs, std::iter::repeat(true), |inputs| Ok(vec![self.forward(inputs, &weights)?]))?;
         let mut results = vec![("y".to_string(), on_host(&forward.outputs[0])?)];
         let dy = self.dy.to_device(device)?;
         for (i, grad) in forward.pull(vec![Some(dy)])?.into_iter().enumerate() {

@@ -4,7 +4,7 @@ use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, b
 
 use super::cpu::{Held, by_dtype, elements, for_parts, result, rows_per_part};
 use super::gpu::{Fresh, Gpu, Operand, cuda_forward, emulated1};
-use super::record::apply1;
+use super::record::apply1_with_weights;
 use super::vector::{Real, unwritten};
 use crate::device::WeightRef;
 use crate::kernels::Address;
@@ -23,7 +23,8 @@ pub fn embedding(ids: &Tensor, table: &WeightRef, positions: Option<&WeightRef>,
         bail!("{}: {:?} has no places for {length} tokens of width {width}", positions.name(), positions.shape());
     }
     let op = Embedding { table: table.clone(), positions: positions.cloned(), rows, width, dtype };
-    apply1(ids, op)
+    let trains = table.trainable() || positions.is_some_and(WeightRef::trainable);
+    apply1_with_weights(ids, op, trains, |op, ids, dy, _| op.bwd(ids, dy, dy))
 }
 
 struct Embedding {

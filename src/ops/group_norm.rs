@@ -10,7 +10,7 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 use super::activation::silu_slope;
 use super::cpu::{Held, by_dtype, elements, for_parts, result, tensor};
 use super::gpu::{Gpu, cuda_forward, emulated1};
-use super::record::apply1;
+use super::record::apply1_with_weights;
 use super::vector::{PIECE, Real, sigmoid, simd, sums, unwritten};
 use crate::device::WeightRef;
 
@@ -37,7 +37,9 @@ pub fn group_norm(
     }
     let (gamma, beta) = (gamma.clone(), beta.clone());
     let (moments, moments_there) = (OnceLock::new(), OnceLock::new());
-    apply1(x, GroupNorm { gamma, beta, groups, channels, pixels, eps, silu, moments, moments_there })
+    let trains = gamma.trainable() || beta.trainable();
+    let op = GroupNorm { gamma, beta, groups, channels, pixels, eps, silu, moments, moments_there };
+    apply1_with_weights(x, op, trains, |op, x, dy, _| op.bwd(x, dy, dy))
 }
 
 struct GroupNorm {

@@ -10,7 +10,7 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 use super::cpu::{Held, by_dtype, elements, for_parts, result, rows_per_part, tensor};
 use super::gpu::{Gpu, cuda_forward, emulated1};
 use super::group_norm::as_f32;
-use super::record::apply1;
+use super::record::apply1_with_weights;
 use super::vector::{Real, simd, sums, unwritten};
 use crate::device::WeightRef;
 
@@ -23,7 +23,9 @@ pub fn layer_norm(x: &Tensor, gamma: &WeightRef, beta: &WeightRef, eps: f64) -> 
         }
     }
     let (gamma, beta) = (gamma.clone(), beta.clone());
-    apply1(x, LayerNorm { gamma, beta, width, eps, moments: OnceLock::new(), moments_there: OnceLock::new() })
+    let trains = gamma.trainable() || beta.trainable();
+    let op = LayerNorm { gamma, beta, width, eps, moments: OnceLock::new(), moments_there: OnceLock::new() };
+    apply1_with_weights(x, op, trains, |op, x, dy, _| op.bwd(x, dy, dy))
 }
 
 struct LayerNorm {

@@ -8,31 +8,21 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 use super::cpu::{Held, by_dtype, elements, result, tensor};
 use super::gemm::{Bias, FEW, Matrix, Out, Product, Scalar, add_column_sums, few_rows};
 use super::gpu::{Gpu, cuda_forward, emulated1};
-use super::record::apply1;
+use super::record::apply1_with_weights;
 use crate::device::WeightRef;
 
 /// x (..., I), weight (O, I) (or (O, I, 1, 1)), bias (O) -> (..., O): x W^T + b.
 ///
 /// Backward: the gradient of x is dy W; dy^T x is added to the weight's gradient and dy's column sums to the bias's.
 pub fn linear(x: &Tensor, weight: &WeightRef, bias: Option<&WeightRef>) -> Result<Tensor> {
-    apply1(x, linear_op(x, weight, bias)?)
+    let op = Linear::new(x, weight, bias)?;
+    let trains = weight.trainable() || bias.is_some_and(WeightRef::trainable);
+    apply1_with_weights(x, op, trains, Linear::back)
 }
 
 /// The op that [`linear`] applies to `x`, by itself: its two directions can be called, and measured, without a graph.
 pub fn linear_op(x: &Tensor, weight: &WeightRef, bias: Option<&WeightRef>) -> Result<impl CustomOp1 + use<>> {
-    let (outputs, inputs) = match *weight.shape() {
-        [o, i] | [o, i, 1, 1] => (o, i),
-        ref other => bail!("{}: a linear layer's weight has two dimensions, not {other:?}", weight.name()),
-    };
-    if x.dims().last() != Some(&inputs) {
-        bail!("{}: takes (..., {inputs}), was given {:?}", weight.name(), x.dims());
-    }
-    if let Some(bias) = bias
-        && bias.shape() != [outputs]
-    {
-        bail!("{}: its bias has shape {:?}, not [{outputs}]", weight.name(), bias.shape());
-    }
-    Ok(Linear { weight: weight.clone(), bias: bias.cloned(), outputs, inputs })
+    Linear::new(x, weight, bias)
 }
 
 /// Sums are cut into blocks of multiples of this.
@@ -62,20 +52,44 @@ impl CustomOp1 for Linear {
     cuda_forward!(1);
 
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+        self.back(x, dy, true)
+    }
+}
+
+impl Linear {
+    fn new(x: &Tensor, weight: &WeightRef, bias: Option<&WeightRef>) -> Result<Linear> {
+        let (outputs, inputs) = match *weight.shape() {
+            [o, i] | [o, i, 1, 1] => (o, i),
+            ref other => bail!("{}: a linear layer's weight has two dimensions, not {other:?}", weight.name()),
+        };
+        if x.dims().last() != Some(&inputs) {
+            bail!("{}: takes (..., {inputs}), was given {:?}", weight.name(), x.dims());
+        }
+        if let Some(bias) = bias
+            && bias.shape() != [outputs]
+        {
+            bail!("{}: its bias has shape {:?}, not [{outputs}]", weight.name(), bias.shape());
+        }
+        Ok(Linear { weight: weight.clone(), bias: bias.cloned(), outputs, inputs })
+    }
+
+    /// Adds to the weights' gradients; gives x's if that is wanted.
+    fn back(&self, x: &Tensor, dy: &Tensor, wanted: bool) -> Result<Option<Tensor>> {
         let dy = dy.contiguous()?;
         if let Some(gpu) = Gpu::of(x)? {
-            return self.backward_on(&gpu, gpu.operand(x)?, gpu.operand(&dy)?).map(Some);
+            let (x, dy) = (gpu.operand(x)?, gpu.operand(&dy)?);
+            let dx = if wanted { Some(self.input_gradient_on(&gpu, &x, &dy)?) } else { None };
+            self.add_weight_gradients_on(&gpu, &x, &dy)?;
+            return Ok(dx);
         }
         let (held_x, held_dy) = (Held::new(x), Held::new(&dy));
         by_dtype!(x.dtype(), self.name(), T => {
             let dy = held_dy.elements::<T>()?;
             self.add_weight_gradients(held_x.elements()?, dy)?;
-            Ok(Some(tensor(self.input_gradient(dy)?, x.shape())?))
+            if wanted { tensor(self.input_gradient(dy)?, x.shape()).map(Some) } else { Ok(None) }
         })
     }
-}
 
-impl Linear {
     fn forward<T: Scalar>(&self, x: &[T]) -> Result<Vec<T>> {
         let (rows, inputs, outputs) = (x.len() / self.inputs, self.inputs, self.outputs);
         let weight = self.weight.view::<T>()?;

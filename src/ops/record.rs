@@ -1,10 +1,11 @@
 //! What ops leave for the way back. While a segment's forward is recorded, each op notes its operands, its result and its
 //! own `bwd`; [`Record::pull`] goes through the notes backwards. candle's own graph would do the same, but begins every
 //! gradient with zeros and adds to them, which writes and reads each activation's gradient three times more, and copies
-//! every input of a segment. Outside of a recording ops are candle's, so that tests can go that way, too.
+//! every input of a segment. Gradients that nobody wants are not computed: those of what depends on no weight that trains
+//! and on no input whose gradient goes further. Outside of a recording ops are candle's, so that tests can go that way, too.
 
 use std::cell::RefCell;
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 
 use candle_core::{CustomOp1, CustomOp2, CustomOp3, Result, Shape, Tensor, TensorId, bail};
 
@@ -21,17 +22,21 @@ struct Step {
 #[derive(Default)]
 pub struct Record {
     steps: Vec<Step>,
-    /// Inputs and results: whatever else an op is given would take no gradient any further.
-    known: HashSet<TensorId>,
+    /// Inputs and results, and whether their gradients are wanted: whatever else an op is given would take no gradient any
+    /// further.
+    known: HashMap<TensorId, bool>,
 }
 
 thread_local! {
     static RECORD: RefCell<Option<Record>> = const { RefCell::new(None) };
 }
 
-/// Runs `forward` on this thread, and records its ops from these inputs on. Every tensor an op takes must be one of them,
-/// or the result of an op.
-pub fn record<R>(inputs: &[Tensor], forward: impl FnOnce() -> Result<R>) -> Result<(R, Record)> {
+/// Runs `forward` on this thread, and records its ops from these inputs on, each of which says whether its gradient is wanted.
+/// Every tensor an op takes must be one of them, or the result of an op.
+pub fn record<R>(
+    inputs: impl IntoIterator<Item = (TensorId, bool)>,
+    forward: impl FnOnce() -> Result<R>,
+) -> Result<(R, Record)> {
     // An outer recording goes on afterwards, also after an error or a panic.
     struct Outer(Option<Record>);
     impl Drop for Outer {
@@ -39,7 +44,11 @@ pub fn record<R>(inputs: &[Tensor], forward: impl FnOnce() -> Result<R>) -> Resu
             RECORD.set(self.0.take());
         }
     }
-    let known = inputs.iter().map(Tensor::id).collect();
+    let mut known = HashMap::new();
+    for (input, wanted) in inputs {
+        // One that is given twice is wanted if one of both is.
+        *known.entry(input).or_default() |= wanted;
+    }
     let _outer = Outer(RECORD.replace(Some(Record { steps: Vec::new(), known })));
     let result = forward()?;
     Ok((result, RECORD.take().unwrap_or_default()))
@@ -52,14 +61,31 @@ pub fn noted(
     result: Tensor,
     back: impl Fn(&Tensor) -> Result<Vec<Option<Tensor>>> + Send + Sync + 'static,
 ) -> Result<Tensor> {
+    note(operands, result, false, |_| back)
+}
+
+/// The same; `trains`: its way back has something to do for weights. `back` is told for which operands a gradient is wanted.
+fn note<B: Fn(&Tensor) -> Result<Vec<Option<Tensor>>> + Send + Sync + 'static>(
+    operands: &[&Tensor],
+    result: Tensor,
+    trains: bool,
+    back: impl FnOnce(&[bool]) -> B,
+) -> Result<Tensor> {
     RECORD.with_borrow_mut(|record| {
         let Some(record) = record else { return Ok(()) };
-        if let Some(stranger) = operands.iter().find(|operand| !record.known.contains(&operand.id())) {
-            bail!("an op was given a tensor {:?} that no recorded op has made", stranger.shape());
+        let mut wanted = Vec::with_capacity(operands.len());
+        for operand in operands {
+            match record.known.get(&operand.id()) {
+                Some(&known) => wanted.push(known),
+                None => bail!("an op was given a tensor {:?} that no recorded op has made", operand.shape()),
+            }
         }
-        let operands = operands.iter().map(|operand| operand.id()).collect();
-        record.known.insert(result.id());
-        record.steps.push(Step { operands, result: result.id(), back: Box::new(back) });
+        let comes_back = trains || wanted.contains(&true);
+        record.known.insert(result.id(), comes_back);
+        if comes_back {
+            let operands = operands.iter().map(|operand| operand.id()).collect();
+            record.steps.push(Step { operands, result: result.id(), back: Box::new(back(&wanted)) });
+        }
         Ok(())
     })?;
     Ok(result)
@@ -86,6 +112,25 @@ pub fn apply1<C: CustomOp1 + Send + Sync + 'static>(x: &Tensor, op: C) -> Result
     let (y, held) = (x.apply_op1_no_bwd(&op)?, x.clone());
     // Were the result held, it would be there for nothing until the way back.
     noted(&[&x], y, move |dy| Ok(vec![op.bwd(&held, dy, dy)?]))
+}
+
+/// Applies an op with weights, some of which train if it `trains`. `back` adds what they get to their gradients, and is told
+/// whether the activation's is wanted.
+pub fn apply1_with_weights<C: CustomOp1 + Send + Sync + 'static>(
+    x: &Tensor,
+    op: C,
+    trains: bool,
+    back: fn(&C, x: &Tensor, dy: &Tensor, wanted: bool) -> Result<Option<Tensor>>,
+) -> Result<Tensor> {
+    let x = contiguous(x)?;
+    if !is_recording() {
+        return x.apply_op1(op);
+    }
+    let (y, held) = (x.apply_op1_no_bwd(&op)?, x.clone());
+    note(&[&x], y, trains, move |wanted| {
+        let wanted = wanted[0];
+        move |dy: &Tensor| Ok(vec![back(&op, &held, dy, wanted)?])
+    })
 }
 
 /// Applies an op whose way back asks for no more of the activation than its shape.
@@ -152,7 +197,8 @@ impl Sums {
 }
 
 impl Record {
-    /// Pulls the gradients `dys` of `results` back to `inputs`; none for an input that no result depends on. Weights'
+    /// Pulls the gradients `dys` of `results` back to `inputs`; none for an input whose gradient is not wanted, or that no
+    /// result depends on. Weights'
     /// gradients are added to where they are summed up on the way. What an op held goes as soon as it is done.
     pub fn pull(
         mut self,
@@ -164,10 +210,11 @@ impl Record {
         for (result, dy) in results.into_iter().zip(dys) {
             let Some(dy) = dy else { continue };
             debug_assert_eq!(result.shape(), dy.shape());
-            if !self.known.contains(&result.id()) {
-                bail!("a result {:?} was made by no recorded op", result.shape());
+            match self.known.get(&result.id()) {
+                Some(true) => sums.add(result.id(), dy)?,
+                Some(false) => {}
+                None => bail!("a result {:?} was made by no recorded op", result.shape()),
             }
-            sums.add(result.id(), dy)?;
         }
         let inputs: Vec<TensorId> = inputs.into_iter().map(|input| input.id()).collect();
         while let Some(Step { operands, result, back }) = self.steps.pop() {
@@ -176,7 +223,7 @@ impl Record {
             drop((dy, back));
             debug_assert_eq!(gradients.len(), operands.len());
             for (operand, gradient) in operands.into_iter().zip(gradients) {
-                if let Some(gradient) = gradient {
+                if let Some(gradient) = gradient.filter(|_| self.known.get(&operand) == Some(&true)) {
                     sums.add(operand, gradient)?;
                 }
             }
@@ -198,6 +245,10 @@ mod tests {
         Tensor::from_vec(numbers(seed, shape.0 * shape.1), shape, &Device::Cpu).unwrap()
     }
 
+    fn all(inputs: &[Tensor]) -> impl Iterator<Item = (TensorId, bool)> {
+        inputs.iter().map(|input| (input.id(), true))
+    }
+
     fn values(tensor: &Tensor) -> Vec<f32> {
         tensor.flatten_all().unwrap().to_vec1().unwrap()
     }
@@ -217,7 +268,7 @@ mod tests {
         let (x, dys) = (tensor(1, (3, 4)), [tensor(2, (3, 10)), tensor(3, (3, 5))]);
         let [ours, theirs] = [0, 1].map(|_| weight(4, &[5, 4], DType::F32, 0.0).unwrap());
         let inputs = [x.clone(), tensor(9, (1, 1))];
-        let (results, record) = record(&inputs, || network(&inputs[0], &ours)).unwrap();
+        let (results, record) = record(all(&inputs), || network(&inputs[0], &ours)).unwrap();
         let got = record.pull(results.to_vec(), dys.clone().map(Some).to_vec(), inputs.to_vec()).unwrap();
         assert!(got[1].is_none());
         let leaf = Var::from_tensor(&x).unwrap();
@@ -232,11 +283,44 @@ mod tests {
         }
     }
 
+    /// A weight that trains behind an input, then one that does not, which takes the gradient on to another input.
+    #[test]
+    fn what_nobody_wants_is_not_computed() {
+        let inputs = [tensor(1, (3, 4)), tensor(2, (3, 4))];
+        let [trained, frozen] = [true, false].map(|trains| weight_of(trains));
+        let run = |wanted: [bool; 2]| {
+            let given = inputs.iter().map(Tensor::id).zip(wanted);
+            let (y, record) = record(given, || {
+                let a = linear(&activation(&inputs[0], Activation::Silu)?, &trained, None)?;
+                let b = linear(&activation(&inputs[1], Activation::Silu)?, &frozen, None)?;
+                Ok([add(&a, &b)?, b])
+            })
+            .unwrap();
+            let steps = record.steps.len();
+            let dys = [Some(tensor(3, (3, 5))), Some(tensor(4, (3, 5)))];
+            let got = record.pull(y.to_vec(), dys.to_vec(), inputs.to_vec()).unwrap();
+            (steps, got.iter().map(|gradient| gradient.as_ref().map(values)).collect::<Vec<_>>())
+        };
+        let (steps, whole) = run([true, true]);
+        assert!(steps == 5 && whole.iter().all(Option::is_some));
+        let once = trained.grad();
+        // Neither the activations nor the frozen layer have a way back; the trained one has.
+        assert_eq!(run([false, false]), (2, vec![None, None]));
+        let twice: Vec<f32> = once.iter().map(|gradient| gradient + gradient).collect();
+        assert_eq!(trained.grad(), twice);
+        assert_eq!(run([false, true]), (4, vec![None, whole[1].clone()]));
+        assert_eq!(run([true, false]), (3, vec![whole[0].clone(), None]));
+    }
+
+    fn weight_of(trains: bool) -> crate::device::WeightRef {
+        crate::device::WeightRef::alone("w", &[5, 4], &numbers(7, 20), trains).unwrap()
+    }
+
     #[test]
     fn a_result_without_a_gradient_is_passed_over() {
         let x = tensor(1, (2, 2));
         let inputs = [x.clone()];
-        let (y, record) = record(&inputs, || scale(&x, 3.0)).unwrap();
+        let (y, record) = record(all(&inputs), || scale(&x, 3.0)).unwrap();
         assert!(record.pull(vec![y], vec![None], inputs.to_vec()).unwrap()[0].is_none());
     }
 
@@ -246,7 +330,7 @@ mod tests {
         let inputs = [x.clone()];
         let turned = |x: &Tensor| noted(&[x], x.t()?, |dy| Ok(vec![Some(dy.t()?)]));
         let (results, record) =
-            record(&inputs, || Ok([activation(&turned(&x)?, Activation::Silu)?, x.clone()])).unwrap();
+            record(all(&inputs), || Ok([activation(&turned(&x)?, Activation::Silu)?, x.clone()])).unwrap();
         let dys = [tensor(2, (3, 2)), tensor(3, (2, 3))];
         let got = record.pull(results.to_vec(), dys.clone().map(Some).to_vec(), inputs.to_vec()).unwrap();
         let slope = |x: f32| {
@@ -261,9 +345,9 @@ mod tests {
     #[test]
     fn what_no_recorded_op_has_made_is_refused() {
         let x = tensor(1, (2, 2));
-        let lost = record(std::slice::from_ref(&x), || activation(&(&x + 1.0)?, Activation::Silu)).err().unwrap();
+        let lost = record(all(std::slice::from_ref(&x)), || activation(&(&x + 1.0)?, Activation::Silu)).err().unwrap();
         assert!(lost.to_string().contains("that no recorded op has made"), "{lost}");
-        let (y, record) = record(std::slice::from_ref(&x), || &activation(&x, Activation::Silu)? + 1.0).unwrap();
+        let (y, record) = record(all(std::slice::from_ref(&x)), || &activation(&x, Activation::Silu)? + 1.0).unwrap();
         let lost = record.pull(vec![y], vec![Some(x.clone())], vec![x.clone()]).err().unwrap();
         assert!(lost.to_string().contains("made by no recorded op"), "{lost}");
         // Outside of a recording all is as it was.

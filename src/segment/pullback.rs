@@ -12,13 +12,19 @@ pub struct Forward {
 }
 
 impl Forward {
-    /// Runs `forward` on `inputs`, recorded.
-    pub fn of(inputs: Vec<Tensor>, forward: impl FnOnce(&[Tensor]) -> Result<Vec<Tensor>>) -> Result<Self> {
-        let (outputs, record) = crate::ops::record(&inputs, || forward(&inputs))?;
+    /// Runs `forward` on `inputs`, recorded. `wanted`: of which of them a gradient is.
+    pub fn of(
+        inputs: Vec<Tensor>,
+        wanted: impl Iterator<Item = bool>,
+        forward: impl FnOnce(&[Tensor]) -> Result<Vec<Tensor>>,
+    ) -> Result<Self> {
+        let given: Vec<_> = inputs.iter().map(Tensor::id).zip(wanted).collect();
+        let (outputs, record) = crate::ops::record(given, || forward(&inputs))?;
         Ok(Forward { inputs, outputs, record })
     }
 
-    /// Pulls the gradients `dys` of the outputs back to the inputs. None for an input that no output depends on. Weights'
+    /// Pulls the gradients `dys` of the outputs back to the inputs. None for an input whose gradient is not wanted, or that no
+    /// output depends on. Weights'
     /// gradients land in the gradient bucket on the way.
     pub fn pull(self, dys: Vec<Option<Tensor>>) -> Result<Vec<Option<Tensor>>> {
         let Forward { inputs, outputs, record } = self;

@@ -82,7 +82,7 @@ impl<'g> Tape<'g> {
         let inputs = self.inputs(i)?;
         let leaving = self.send_aside(i)?;
         let outputs = if self.keep[i] == Keep::Graph {
-            let forward = Forward::of(inputs, |inputs| node.forward(inputs))?;
+            let forward = self.record(i, inputs)?;
             let outputs = forward.outputs.clone();
             self.kept[i] = Some(forward);
             outputs
@@ -176,10 +176,7 @@ impl<'g> Tape<'g> {
         };
         let grads = forward.pull(dys)?;
         for (&slot, grad) in node.inputs.iter().zip(grads) {
-            if let Some(grad) = grad
-                && self.written[slot]
-                && carries_gradient(grad.dtype())
-            {
+            if let Some(grad) = grad {
                 self.grads[slot] = Some(match self.grads[slot].take() {
                     Some(sum) => ops::add(&sum, &grad)?,
                     None => grad,
@@ -200,7 +197,15 @@ impl<'g> Tape<'g> {
             let value = self.values[slot].take();
             self.values[slot] = value.map(|value| value.landed(&node.name)).transpose()?;
         }
-        Forward::of(self.inputs(i)?, |inputs| node.forward(inputs))
+        self.record(i, self.inputs(i)?)
+    }
+
+    /// Gradients go on to those slots alone that a segment has written.
+    fn record(&self, i: usize, inputs: Vec<Tensor>) -> Result<Forward> {
+        let node = &self.graph.nodes[i];
+        let kinds: Vec<_> = inputs.iter().map(Tensor::dtype).collect();
+        let wanted = node.inputs.iter().zip(kinds).map(|(&slot, kind)| self.written[slot] && carries_gradient(kind));
+        Forward::of(inputs, wanted, |inputs| node.forward(inputs))
     }
 
     /// Begins to bring back what segment `i` runs again from, for it and the segments before it.

@@ -31,17 +31,22 @@ impl Convolution {
         Ok(y)
     }
 
-    pub(super) fn backward_on(&self, gpu: &Gpu, x: Operand, dy: Operand) -> Result<Tensor> {
-        let kernels = self.kernels(x.dtype, x.dims[0]);
-        note_flops(2.0 * self.flops(x.dims[0]));
+    pub(super) fn input_gradient_on(&self, gpu: &Gpu, x: &Operand, dy: &Operand) -> Result<Tensor> {
+        note_flops(self.flops(x.dims[0]));
         let dx = gpu.fresh(x.dtype, x.dims)?;
         let weight = self.weight.at(x.dtype)?;
+        let kernels = self.kernels(x.dtype, x.dims[0]);
         gpu.run(|l| kernels.input_gradient(l, dy.at, weight.address(), dx.at))?;
-        if self.weight.trainable() {
-            let dw = self.weight.grad_at()?;
-            let db = self.bias.as_ref().filter(|bias| bias.trainable()).map(|bias| bias.grad_at()).transpose()?;
-            gpu.run(|l| kernels.add_weight_gradients(l, x.at, dy.at, dw, db))?;
-        }
         Ok(dx.tensor())
+    }
+
+    pub(super) fn add_weight_gradients_on(&self, gpu: &Gpu, x: &Operand, dy: &Operand) -> Result<()> {
+        if !self.weight.trainable() {
+            return Ok(());
+        }
+        note_flops(self.flops(x.dims[0]));
+        let dw = self.weight.grad_at()?;
+        let db = self.bias.as_ref().filter(|bias| bias.trainable()).map(|bias| bias.grad_at()).transpose()?;
+        gpu.run(|l| self.kernels(x.dtype, x.dims[0]).add_weight_gradients(l, x.at, dy.at, dw, db))
     }
 }

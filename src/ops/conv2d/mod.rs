@@ -11,7 +11,7 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 use super::cpu::{Held, by_dtype, elements, result, tensor};
 use super::gemm::{Bias, Lattice, Matrix, Out, Product, Scalar, add_channel_sums};
 use super::gpu::{Gpu, cuda_forward, emulated1};
-use super::record::apply1;
+use super::record::apply1_with_weights;
 use super::vector::unwritten;
 use crate::device::WeightRef;
 use fold::fold;
@@ -38,7 +38,9 @@ impl Conv2d {
 ///
 /// An image's result and its gradient have the same bits in every batch; weight gradients are summed over the batch.
 pub fn conv2d(x: &Tensor, weight: &WeightRef, bias: Option<&WeightRef>, conv: Conv2d) -> Result<Tensor> {
-    apply1(x, conv2d_op(x, weight, bias, conv)?)
+    let op = Convolution::new(x, weight, bias, conv)?;
+    let trains = weight.trainable() || bias.is_some_and(WeightRef::trainable);
+    apply1_with_weights(x, op, trains, Convolution::back)
 }
 
 /// The op that [`conv2d`] applies to `x`, by itself: its two directions can be called, and measured, without a graph.
@@ -48,35 +50,7 @@ pub fn conv2d_op(
     bias: Option<&WeightRef>,
     conv: Conv2d,
 ) -> Result<impl CustomOp1 + use<>> {
-    let (_, inputs, height, width) = x.dims4()?;
-    let &[outputs, channels, kh, kw] = weight.shape() else {
-        bail!("{}: a convolution's weight has four dimensions, not {:?}", weight.name(), weight.shape())
-    };
-    if channels != inputs {
-        bail!("{}: takes {channels} channels, was given {inputs}", weight.name());
-    }
-    if let Some(bias) = bias
-        && bias.shape() != [outputs]
-    {
-        bail!("{}: its bias has shape {:?}, not [{outputs}]", weight.name(), bias.shape());
-    }
-    let (tall, wide) = (height + conv.top + conv.bottom, width + conv.left + conv.right);
-    if conv.stride == 0 || kh == 0 || kw == 0 || tall < kh || wide < kw {
-        bail!("{}: an image of {height} x {width} is too small for a kernel of {kh} x {kw}", weight.name());
-    }
-    if kh * kw > MOST_TAPS {
-        bail!("{}: no convolution for kernels of more than {MOST_TAPS} taps", weight.name());
-    }
-    Ok(Convolution {
-        weight: weight.clone(),
-        bias: bias.cloned(),
-        conv,
-        outputs,
-        inputs,
-        kernel: (kh, kw),
-        input: (height, width),
-        output: ((tall - kh) / conv.stride + 1, (wide - kw) / conv.stride + 1),
-    })
+    Convolution::new(x, weight, bias, conv)
 }
 
 struct Convolution {
@@ -110,17 +84,7 @@ impl CustomOp1 for Convolution {
     cuda_forward!(1);
 
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        let images = x.dim(0)?;
-        let dy = dy.contiguous()?;
-        if let Some(gpu) = Gpu::of(x)? {
-            return self.backward_on(&gpu, gpu.operand(x)?, gpu.operand(&dy)?).map(Some);
-        }
-        let (held_x, held_dy) = (Held::new(x), Held::new(&dy));
-        by_dtype!(x.dtype(), self.name(), T => {
-            let dy = held_dy.elements::<T>()?;
-            self.add_weight_gradients(held_x.elements()?, dy, images)?;
-            Ok(Some(tensor(self.input_gradient(dy, images)?, x.shape())?))
-        })
+        self.back(x, dy, true)
     }
 }
 
@@ -136,6 +100,56 @@ fn unit(taps: usize) -> usize {
 }
 
 impl Convolution {
+    fn new(x: &Tensor, weight: &WeightRef, bias: Option<&WeightRef>, conv: Conv2d) -> Result<Convolution> {
+        let (_, inputs, height, width) = x.dims4()?;
+        let &[outputs, channels, kh, kw] = weight.shape() else {
+            bail!("{}: a convolution's weight has four dimensions, not {:?}", weight.name(), weight.shape())
+        };
+        if channels != inputs {
+            bail!("{}: takes {channels} channels, was given {inputs}", weight.name());
+        }
+        if let Some(bias) = bias
+            && bias.shape() != [outputs]
+        {
+            bail!("{}: its bias has shape {:?}, not [{outputs}]", weight.name(), bias.shape());
+        }
+        let (tall, wide) = (height + conv.top + conv.bottom, width + conv.left + conv.right);
+        if conv.stride == 0 || kh == 0 || kw == 0 || tall < kh || wide < kw {
+            bail!("{}: an image of {height} x {width} is too small for a kernel of {kh} x {kw}", weight.name());
+        }
+        if kh * kw > MOST_TAPS {
+            bail!("{}: no convolution for kernels of more than {MOST_TAPS} taps", weight.name());
+        }
+        Ok(Convolution {
+            weight: weight.clone(),
+            bias: bias.cloned(),
+            conv,
+            outputs,
+            inputs,
+            kernel: (kh, kw),
+            input: (height, width),
+            output: ((tall - kh) / conv.stride + 1, (wide - kw) / conv.stride + 1),
+        })
+    }
+
+    /// Adds to the weights' gradients; gives x's if that is wanted.
+    fn back(&self, x: &Tensor, dy: &Tensor, wanted: bool) -> Result<Option<Tensor>> {
+        let images = x.dim(0)?;
+        let dy = dy.contiguous()?;
+        if let Some(gpu) = Gpu::of(x)? {
+            let (x, dy) = (gpu.operand(x)?, gpu.operand(&dy)?);
+            let dx = if wanted { Some(self.input_gradient_on(&gpu, &x, &dy)?) } else { None };
+            self.add_weight_gradients_on(&gpu, &x, &dy)?;
+            return Ok(dx);
+        }
+        let (held_x, held_dy) = (Held::new(x), Held::new(&dy));
+        by_dtype!(x.dtype(), self.name(), T => {
+            let dy = held_dy.elements::<T>()?;
+            self.add_weight_gradients(held_x.elements()?, dy, images)?;
+            if wanted { tensor(self.input_gradient(dy, images)?, x.shape()).map(Some) } else { Ok(None) }
+        })
+    }
+
     fn taps(&self) -> usize {
         self.kernel.0 * self.kernel.1
     }

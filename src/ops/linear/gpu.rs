@@ -45,7 +45,7 @@ impl Linear {
         Ok(y)
     }
 
-    pub(super) fn backward_on(&self, gpu: &Gpu, x: Operand, dy: Operand) -> Result<Tensor> {
+    pub(super) fn input_gradient_on(&self, gpu: &Gpu, x: &Operand, dy: &Operand) -> Result<Tensor> {
         let &Linear { inputs, outputs, .. } = self;
         let (dtype, rows) = (x.dtype, x.len() / inputs);
         let dx = gpu.fresh(dtype, x.dims)?;
@@ -66,6 +66,12 @@ impl Linear {
                 adds: false,
             })
         })?;
+        Ok(dx.tensor())
+    }
+
+    pub(super) fn add_weight_gradients_on(&self, gpu: &Gpu, x: &Operand, dy: &Operand) -> Result<()> {
+        let &Linear { inputs, outputs, .. } = self;
+        let (dtype, rows) = (x.dtype, x.len() / inputs);
         let (a, b) = (factor(dy.at, outputs, true), factor(x.at, inputs, false));
         let (dw, db) = (self.weight.grad_at()?, self.bias.as_ref().map_or(Ok(Address::NULL), |bias| bias.grad_at())?);
         gpu.run(|l| {
@@ -89,7 +95,6 @@ impl Linear {
                 true => Ok(()),
                 false => sums::add_column_sums(l, dtype, dy.at, db, rows, outputs),
             }
-        })?;
-        Ok(dx.tensor())
+        })
     }
 }
