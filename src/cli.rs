@@ -477,7 +477,7 @@ mod tests {
             assert_eq!(parse(line).unwrap_err().exit_code(), 0, "{line}");
         }
         let mut script = Vec::new();
-        write_completions(Shell::Bash, &mut script);
+        write_completions(Shell::Bash, &mut script).unwrap();
         let script = String::from_utf8(script).unwrap();
         assert!(script.contains("max-restarts") && script.contains("sample") && !script.contains("rdzv"));
         let line = "plan --vram 8GiB --ram 24GiB --nproc 2 --card rtx3070-8gb t.toml";

@@ -52,6 +52,33 @@ pub fn signal_group(leader: u32, signal: i32) -> bool {
     unsafe { libc::kill(-(leader as libc::pid_t), signal) == 0 }
 }
 
+/// Whether this process ignores `signal`, as it may have been started to.
+pub fn is_ignored(signal: i32) -> bool {
+    // SAFETY: all zeros is a valid value of the structure, which is all that is written.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        libc::sigaction(signal, std::ptr::null(), &mut action) == 0 && action.sa_sigaction == libc::SIG_IGN
+    }
+}
+
+/// Gives `signal` back what it does by default.
+pub fn obey(signal: i32) {
+    // SAFETY: no memory effects; no handler is installed.
+    unsafe { libc::signal(signal, libc::SIG_DFL) };
+}
+
+#[cfg(test)]
+pub fn ignore(signal: i32) {
+    // SAFETY: as above.
+    unsafe { libc::signal(signal, libc::SIG_IGN) };
+}
+
+/// Runs `handle` at every `signal`. It must do nothing but what is safe in a signal's handler (signal-safety(7)).
+pub fn at_signal(signal: i32, handle: impl Fn() + Send + Sync + 'static) -> io::Result<()> {
+    // SAFETY: the caller's promise.
+    unsafe { signal_hook::low_level::register(signal, handle) }.map(drop)
+}
+
 /// Milliseconds on a clock that all processes of this machine share and that never jumps back.
 pub fn milliseconds() -> u64 {
     let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };

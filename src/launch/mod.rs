@@ -14,7 +14,7 @@ mod world;
 
 pub use event::{Event, EventSink, Failure};
 pub use rank::{Interrupt, Rank, exit_status, report_failure, shares_gpu};
-pub use signals::{prepare, stop_at, tell};
+pub use signals::{prepare, tell};
 pub use supervise::{LaunchRequest, Output, run};
 pub use world::{Starter, World};
 

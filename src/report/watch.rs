@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
 use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::flag;
 use tiny_http::{Header, Request, Response, Server};
 use twox_hash::XxHash3_64;
 
@@ -19,7 +20,6 @@ use super::page::Page;
 use super::pictures::{Shots, media_type};
 use super::run::Run;
 use crate::Refusal;
-use crate::launch::{status, stop_at};
 
 /// TensorBoard's is 6006.
 pub const DEFAULT_PORT: u16 = 6060;
@@ -37,7 +37,12 @@ pub fn watch(dir: &Path, port: u16) -> Result<()> {
     let server = Server::http((Ipv4Addr::LOCALHOST, port)).map_err(|error| cannot_listen(port, &*error))?;
     let port = server.server_addr().to_ip().context("the server has no address")?.port();
     let stop = Arc::new(AtomicBool::new(false));
-    stop_at(&[SIGINT, SIGTERM], &stop, status::DONE)?;
+    for signal in [SIGINT, SIGTERM] {
+        // In this order: the first signal finds the flag still down, the second ends the process at once.
+        flag::register_conditional_shutdown(signal, 0, stop.clone())
+            .and_then(|_| flag::register(signal, stop.clone()))
+            .context("cannot listen for signals")?;
+    }
     // The address may be read by a program; one that has gone away is no reason to stop.
     let mut out = std::io::stdout();
     let _ = writeln!(out, "{} at http://127.0.0.1:{port}/ (Ctrl-C ends it)", dir.display()).and_then(|()| out.flush());
