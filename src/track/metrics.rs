@@ -36,7 +36,7 @@ pub struct StepRow {
     pub lr: f64,
     pub seconds: f64,
     pub images_per_second: f64,
-    /// 0 without a GPU.
+    /// Of rank 0: what its device tier held; of memory of the process where the CPU computes.
     pub peak_vram_bytes: u64,
     /// Of rank 0's process.
     pub peak_rss_bytes: u64,
