@@ -3,8 +3,9 @@
 use std::fs;
 use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use candle_core::DType;
+use half::{bf16, f16};
 use serde_json::{Map, json};
 
 use super::network::Network;
@@ -52,7 +53,7 @@ fn write(
         }
         let whole = network.store.whole_master(i)?;
         let written = match &mut result {
-            Some(writers) => write_segment(writers, network, i, whole.as_slice()),
+            Some(writers) => write_segment(writers, network, i, whole.as_slice(), export.output.save_dtype),
             None => Ok(()),
         };
         comm.agree(written)?;
@@ -82,7 +83,13 @@ fn start(weights: &PipelineWeights, export: &Export, aside: &Path) -> Result<Wri
     export.trained.iter().map(writer).collect()
 }
 
-fn write_segment(writers: &mut Writers, network: &Network, i: usize, whole: &[f32]) -> Result<()> {
+fn write_segment(
+    writers: &mut Writers,
+    network: &Network,
+    i: usize,
+    whole: &[f32],
+    save_dtype: SaveDtype,
+) -> Result<()> {
     for entry in &network.store.layout(i).entries {
         let component = Component::of(&entry.name);
         let writer = writers.iter_mut().find(|(c, _)| Some(*c) == component).map(|(_, w)| w);
@@ -93,9 +100,27 @@ fn write_segment(writers: &mut Writers, network: &Network, i: usize, whole: &[f3
             "{} is not finite after the last step: lower optimizer.learning_rate, or add warm-up (lr_schedule.warmup_steps)",
             entry.name
         );
+        check_range(&entry.name, values, save_dtype)?;
         writer.write(&entry.name, 0, values)?;
     }
     Ok(())
+}
+
+/// Numbers of fp32 that become infinities in the type they are saved in.
+fn check_range(name: &str, values: &[f32], save_dtype: SaveDtype) -> Result<()> {
+    let beyond = |fits: fn(f32) -> bool| values.iter().find(|&&x| !fits(x));
+    let (beyond, dtype, others) = match save_dtype {
+        SaveDtype::F32 => return Ok(()),
+        SaveDtype::F16 => (beyond(|x| f16::from_f32(x).is_finite()), "fp16", "\"fp32\" or \"bf16\""),
+        SaveDtype::Bf16 => (beyond(|x| bf16::from_f32(x).is_finite()), "bf16", "\"fp32\""),
+    };
+    match beyond {
+        None => Ok(()),
+        Some(x) => bail!(
+            "{name} has a number that {dtype} cannot hold ({x:e}): set output.save_dtype = {others}, and go on from the \
+             newest checkpoint if there is one (checkpoint.resume = \"latest\")"
+        ),
+    }
 }
 
 fn finish(writers: Writers, export: &Export, aside: &Path) -> Result<()> {
@@ -164,4 +189,23 @@ fn write_safetensors(path: &Path, header: Map<String, serde_json::Value>, data: 
         fs::create_dir_all(parent).with_context(|| format!("creating {}", parent.display()))?;
     }
     fs::write(path, bytes).with_context(|| format!("writing {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_would_be_saved_as_an_infinity_is_named() {
+        let told = |values: &[f32], dtype| check_range("unet.conv_in.bias", values, dtype).map_err(|e| e.to_string());
+        // 65519.99 rounds to fp16's largest number, 65520 to infinity; fp32's largest number is beyond bf16's.
+        assert_eq!(told(&[0.0, -65519.99], SaveDtype::F16), Ok(()));
+        let error = told(&[0.0, -65520.0], SaveDtype::F16).unwrap_err();
+        for piece in ["unet.conv_in.bias", "fp16", "-6.552e4", "save_dtype = \"fp32\" or \"bf16\""] {
+            assert!(error.contains(piece), "{error}\nlacks {piece}");
+        }
+        assert_eq!(told(&[65520.0, 3e38], SaveDtype::Bf16), Ok(()));
+        assert!(told(&[f32::MAX], SaveDtype::Bf16).unwrap_err().contains("bf16"));
+        assert_eq!(told(&[f32::MAX, f32::MIN], SaveDtype::F32), Ok(()));
+    }
 }
