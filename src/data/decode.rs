@@ -19,6 +19,9 @@ pub(super) struct Picture {
 /// No picture may take more memory than this while it is decoded; a larger one is damaged or not a photograph.
 const LARGEST: u64 = 2 << 30;
 
+const DAMAGED_JPEG: &str = "it is a damaged JPEG file";
+const DAMAGED_WEBP: &str = "it is a WebP file that is damaged or truncated";
+
 /// A whole file. An error's text says what is wrong with it, without naming it.
 pub(super) fn read(path: &Path) -> Result<Vec<u8>> {
     let unreadable = |e| anyhow::anyhow!("it cannot be read: {e}");
@@ -38,15 +41,19 @@ pub(super) fn decode(bytes: Vec<u8>) -> Result<Picture> {
             if !jpeg_is_whole(&bytes) {
                 bail!("it is a JPEG file that is truncated");
             }
-            jpeg(&bytes).context("it is a damaged JPEG file")?
+            let decoder = image::codecs::jpeg::JpegDecoder::new(Cursor::new(&bytes[..])).context(DAMAGED_JPEG)?;
+            // Coefficients of two bytes if the file is progressive, and the pixels.
+            fits(&decoder, 3)?;
+            jpeg(&bytes, decoder).context(DAMAGED_JPEG)?
         }
         Ok(ImageFormat::WebP) => {
             if !riff_is_whole(&bytes) {
                 bail!("it is a WebP file that is truncated");
             }
-            let decoder = image::codecs::webp::WebPDecoder::new(Cursor::new(&bytes))
-                .context("it is a WebP file that is damaged or truncated")?;
-            through_image(decoder).context("it is a WebP file that is damaged or truncated")?
+            let decoder = image::codecs::webp::WebPDecoder::new(Cursor::new(&bytes)).context(DAMAGED_WEBP)?;
+            // The pixels, and those of a frame or of planes that they are made of.
+            fits(&decoder, 2)?;
+            through_image(decoder).context(DAMAGED_WEBP)?
         }
         // As telephones keep their photographs, often under a name that ends in .jpg.
         Ok(ImageFormat::Avif) => bail!("it is an AVIF file, not PNG, JPEG or WebP"),
@@ -65,6 +72,22 @@ pub(super) fn decode(bytes: Vec<u8>) -> Result<Picture> {
 fn is_heif(bytes: &[u8]) -> bool {
     bytes.get(4..8) == Some(b"ftyp")
         && matches!(bytes.get(8..12), Some(b"heic" | b"heix" | b"hevc" | b"mif1" | b"msf1"))
+}
+
+/// Refuses a picture whose header asks for more than [`LARGEST`], before anything is made room for. `times`: as many of
+/// its pixels' bytes are held at once. What our own JPEG decoder takes, at four bytes a sample, is never refused.
+fn fits(decoder: &impl ImageDecoder, times: u64) -> Result<()> {
+    let (width, height) = decoder.dimensions();
+    let needed = decoder.total_bytes().saturating_mul(times);
+    if needed > LARGEST {
+        let size = |bytes: u64| bytesize::ByteSize(bytes).display().iec();
+        bail!(
+            "its header says {width}x{height} pixels, which would take {} of memory, and no picture may take more than {}",
+            size(needed),
+            size(LARGEST)
+        );
+    }
+    Ok(())
 }
 
 fn through_image(mut decoder: impl ImageDecoder) -> Result<(Picture, Orientation)> {
@@ -87,15 +110,16 @@ fn through_image(mut decoder: impl ImageDecoder) -> Result<(Picture, Orientation
     Ok((Picture::new(width as usize, height as usize, channels, bytes), orientation))
 }
 
-fn jpeg(bytes: &[u8]) -> Result<(Picture, Orientation)> {
-    // It has a copy of the file, and so is not kept while our own decoder works.
-    let decoder = || image::codecs::jpeg::JpegDecoder::new(Cursor::new(bytes));
-    let mut of_metadata = decoder()?;
+/// `of_metadata` has a copy of the file, and so is not kept while our own decoder works.
+fn jpeg<'a>(
+    bytes: &'a [u8],
+    mut of_metadata: image::codecs::jpeg::JpegDecoder<Cursor<&'a [u8]>>,
+) -> Result<(Picture, Orientation)> {
     let (exif, xmp) = (of_metadata.exif_metadata()?, of_metadata.xmp_metadata()?);
     drop(of_metadata);
     match super::jpeg::decode(bytes, LARGEST) {
         Some(picture) => Ok((picture, orientation::find(exif.as_deref(), xmp.as_deref()))),
-        None => through_image(decoder()?),
+        None => through_image(image::codecs::jpeg::JpegDecoder::new(Cursor::new(bytes))?),
     }
 }
 
