@@ -66,6 +66,7 @@ mod refusal;
 pub mod report;
 pub mod sample;
 pub mod segment;
+mod text_file;
 pub mod track;
 pub mod train;
 pub mod zero;

@@ -35,7 +35,7 @@ pub(crate) use output_lock::hold;
 pub use plan::*;
 pub use steps::Steps;
 
-use crate::Refusal;
+use crate::{Refusal, text_file};
 use document::Document;
 use reader::Reader;
 
@@ -70,11 +70,10 @@ pub fn load_given(path: &Path, text: &str, overrides: &[String], world_size: usi
 }
 
 fn read_text(path: &Path) -> Result<String> {
-    std::fs::read_to_string(path).map_err(|error| {
+    text_file::read(path).map_err(|error| {
         let why = match error.kind() {
             std::io::ErrorKind::NotFound => "there is no such file".to_string(),
             std::io::ErrorKind::InvalidData => "this is not a text file (UTF-8)".to_string(),
-            std::io::ErrorKind::IsADirectory => "this is a folder".to_string(),
             _ => error.to_string(),
         };
         Refusal::error(format!(

@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+use crate::text_file;
+
 /// How captions are found.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CaptionOptions {
@@ -31,7 +33,12 @@ pub fn captions(
     options: &CaptionOptions,
 ) -> std::result::Result<Vec<String>, Vec<String>> {
     let metadata = folder.join(METADATA);
-    let listed = if metadata.is_file() { Some(read_metadata(&metadata, &options.column)?) } else { None };
+    // Whatever is there, be it no file: that is told, and not passed over.
+    let listed = if std::fs::symlink_metadata(&metadata).is_ok() {
+        Some(read_metadata(&metadata, &options.column)?)
+    } else {
+        None
+    };
     let mut problems = Vec::new();
     let mut found = Vec::with_capacity(pictures.len());
     let mut without: Vec<&Path> = Vec::new();
@@ -81,7 +88,7 @@ pub fn captions(
 /// The text file beside a picture, its line breaks as spaces; None where there is none.
 fn beside(picture: &Path) -> std::result::Result<Option<String>, String> {
     let path = picture.with_extension("txt");
-    match std::fs::read_to_string(&path) {
+    match text_file::read(&path) {
         Ok(text) => Ok(Some(text.split_whitespace().collect::<Vec<_>>().join(" "))),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(e) => Err(format!("the caption {} cannot be read: {e}. It must be a text file in UTF-8.", path.display())),
@@ -90,7 +97,7 @@ fn beside(picture: &Path) -> std::result::Result<Option<String>, String> {
 
 /// File name -> caption.
 fn read_metadata(path: &Path, column: &str) -> std::result::Result<HashMap<String, String>, Vec<String>> {
-    let text = std::fs::read_to_string(path).map_err(|e| {
+    let text = text_file::read(path).map_err(|e| {
         vec![format!("the captions {} cannot be read: {e}. It must be a text file in UTF-8.", path.display())]
     })?;
     let mut captions = HashMap::new();
@@ -160,6 +167,30 @@ mod tests {
         assert_eq!(read(&folder(&[("b.txt", "x")]), Some("sks")).unwrap(), ["sks", "x"]);
         assert!(is_caption_file(Path::new("x/a.txt")) && is_caption_file(Path::new("metadata.jsonl")));
         assert!(!is_caption_file(Path::new("a.png")));
+    }
+
+    #[test]
+    fn byte_order_marks_are_no_part_of_a_caption() {
+        let lines =
+            "\u{feff}{\"file_name\": \"a.png\", \"text\": \"one\"}\n{\"file_name\": \"b.jpg\", \"text\": \"two\"}\n";
+        assert_eq!(read(&folder(&[("metadata.jsonl", lines)]), None).unwrap(), ["one", "two"]);
+        assert_eq!(read(&folder(&[("a.txt", "\u{feff}one"), ("b.txt", "\u{feff}")]), None).unwrap(), ["one", ""]);
+    }
+
+    #[test]
+    fn captions_that_are_no_files_are_told() {
+        for (name, link) in
+            [("metadata.jsonl", None), ("metadata.jsonl", Some("/dev/null")), ("a.txt", Some("/dev/zero"))]
+        {
+            let dir = folder(&[("b.txt", "two")]);
+            match link {
+                Some(to) => std::os::unix::fs::symlink(to, dir.path().join(name)).unwrap(),
+                None => std::fs::create_dir(dir.path().join(name)).unwrap(),
+            }
+            let problems = read(&dir, Some("x")).unwrap_err().join("\n");
+            let why = if link.is_some() { "a pipe or a device" } else { "a folder" };
+            assert!(problems.contains(name) && problems.contains(why), "{problems}");
+        }
     }
 
     #[test]
