@@ -6,8 +6,20 @@ use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
+use clap::builder::TypedValueParser;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
+
+use crate::comm::MAX_RANKS;
+
+/// Most compute threads: more than any machine has cores for, and less than what a system cannot start.
+const MOST_THREADS: usize = 1024;
+/// Most steps of a recording.
+const MOST_PROFILED: usize = 1_000_000;
+/// Most of a side of latents: pictures of 16384 pixels.
+const MOST_LATENT: u64 = 2048;
+/// Most of what is repeated, or made or measured at a time; what a machine holds of it is for others to say.
+const MOST_COUNT: usize = 1_000_000_000_000;
 
 /// Fine-tunes diffusion models, over one device or many.
 ///
@@ -29,10 +41,10 @@ pub struct TrainArgs {
     #[arg(long, value_name = "K", default_value_t = 0)]
     pub max_restarts: u32,
     /// Compute threads of all ranks on this machine together [default: one per core that may be used]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = count(MOST_THREADS))]
     pub threads: Option<NonZeroUsize>,
     /// Write a trace of N steps (from the second one on) and a table of where the time went
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = count(MOST_PROFILED).try_map(NonZeroU32::try_from))]
     pub profile: Option<NonZeroU32>,
     #[command(flatten)]
     pub request: RequestArgs,
@@ -63,27 +75,27 @@ pub enum BenchCommand {
     Memory(MemoryArgs),
     /// How long forward, backward and update of one level of SD 1.5's UNet take
     Layers {
-        #[arg(long, default_value = "1")]
+        #[arg(long, default_value = "1", value_parser = count(MOST_COUNT))]
         batch: NonZeroUsize,
         /// Side of the latents; 64 for pictures of 512 pixels
-        #[arg(long, default_value_t = 64, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(8..))]
+        #[arg(long, default_value_t = 64, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(8..=MOST_LATENT))]
         latent: usize,
-        #[arg(long, default_value = "3")]
+        #[arg(long, default_value = "3", value_parser = count(MOST_COUNT))]
         repeats: NonZeroUsize,
         #[arg(long, value_enum, default_value_t = BenchDtype::F32)]
         dtype: BenchDtype,
     },
     /// How fast AdamW updates weights, beside a loop that only reads and writes the same
     Adamw {
-        #[arg(long, default_value = "100000000")]
+        #[arg(long, default_value = "100000000", value_parser = count(MOST_COUNT))]
         elements: NonZeroUsize,
-        #[arg(long, default_value = "5")]
+        #[arg(long, default_value = "5", value_parser = count(MOST_COUNT))]
         repeats: NonZeroUsize,
     },
     /// Whether GPUs, the ways to them and between them work, and how fast (builds with the feature cuda)
     Gpu {
         /// Ranks, each with a GPU of its own
-        #[arg(long, default_value = "1")]
+        #[arg(long, default_value = "1", value_parser = count(MAX_RANKS))]
         nproc: NonZeroUsize,
         /// Bytes of a GPU's memory to use at most
         #[arg(long, default_value_t = 2 << 30, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1 << 30..))]
@@ -102,7 +114,7 @@ pub enum BenchCommand {
     /// way between, and the host's optimizer (builds with the feature cuda)
     Offload {
         /// Side of the latents; 64 for pictures of 512 pixels
-        #[arg(long, default_value_t = 64, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(8..))]
+        #[arg(long, default_value_t = 64, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(8..=MOST_LATENT))]
         latent: usize,
         /// Steps of each; the first is not counted
         #[arg(long, default_value_t = 6, value_parser = clap::value_parser!(u64).range(2..))]
@@ -135,7 +147,7 @@ pub enum BenchCommand {
         /// What is written and read each time
         #[arg(long, default_value_t = 1 << 30, value_parser = clap::value_parser!(u64).range(1..=1 << 50))]
         bytes: u64,
-        #[arg(long, default_value = "3")]
+        #[arg(long, default_value = "3", value_parser = count(MOST_COUNT))]
         rounds: NonZeroUsize,
         /// Wait for a line of standard input before each pass, to take turns with another program
         #[arg(long)]
@@ -146,7 +158,7 @@ pub enum BenchCommand {
 #[derive(Args, Clone, Debug)]
 pub struct MemoryArgs {
     /// Ranks on this machine
-    #[arg(long, default_value = "1")]
+    #[arg(long, default_value = "1", value_parser = count(MAX_RANKS))]
     pub nproc: NonZeroUsize,
     /// ZeRO stage
     #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=3))]
@@ -164,10 +176,10 @@ pub struct MemoryArgs {
     #[arg(long)]
     pub ram: Option<usize>,
     /// Rows of a rank's micro-batch
-    #[arg(long, default_value = "1")]
+    #[arg(long, default_value = "1", value_parser = count(MOST_COUNT))]
     pub batch: NonZeroUsize,
     /// Side of the latents; 64 for pictures of 512 pixels
-    #[arg(long, default_value_t = 16, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(8..))]
+    #[arg(long, default_value_t = 16, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(8..=MOST_LATENT))]
     pub latent: usize,
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..))]
     pub steps: u64,
@@ -280,7 +292,7 @@ pub struct WatchArgs {
 #[derive(Args, Clone, Debug)]
 pub struct RequestArgs {
     /// Ranks on this machine [default: one per GPU, or one]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = count(MAX_RANKS))]
     pub nproc: Option<NonZeroUsize>,
     /// Override a value of the configuration, as in --set train.seed=7 (repeatable)
     #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
@@ -309,13 +321,13 @@ pub struct SampleArgs {
     #[arg(long)]
     pub cut_prompts: bool,
     /// Pictures for each prompt
-    #[arg(long, value_name = "N", default_value = "1")]
+    #[arg(long, value_name = "N", default_value = "1", value_parser = count(MOST_COUNT))]
     pub num: NonZeroUsize,
     /// The same seed makes the same pictures, for any number of ranks [default: a fresh one, which is told]
     #[arg(long)]
     pub seed: Option<u64>,
     /// Denoising steps
-    #[arg(long, value_name = "N", default_value = "50")]
+    #[arg(long, value_name = "N", default_value = "50", value_parser = count(MOST_COUNT))]
     pub steps: NonZeroUsize,
     /// How much the prompt is insisted on; 1 and less: the network is asked once a step, without a negative prompt
     #[arg(long, value_name = "SCALE", default_value_t = 7.5, allow_negative_numbers = true)]
@@ -361,17 +373,17 @@ pub struct SampleArgs {
     #[arg(long, value_enum, default_value_t = VaeTiling::Auto, default_missing_value = "on", num_args = 0..=1, require_equals = true)]
     pub vae_tiling: VaeTiling,
     /// Pictures that a rank makes at a time
-    #[arg(long, value_name = "N", default_value = "1")]
+    #[arg(long, value_name = "N", default_value = "1", value_parser = count(MOST_COUNT))]
     pub batch_size: NonZeroUsize,
     /// Ranks on this machine, which share the pictures [default: one per GPU, or one]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = count(MAX_RANKS))]
     pub nproc: Option<NonZeroUsize>,
     /// ZeRO stage: 3 shares the denoising network's parameters over the ranks, 0 gives each all of them [default: 3 for
     /// several ranks, 0 for one]
     #[arg(long, value_parser = clap::value_parser!(u8).range(0..=3))]
     pub stage: Option<u8>,
     /// Compute threads of all ranks on this machine together [default: one per core that may be used]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = count(MOST_THREADS))]
     pub threads: Option<NonZeroUsize>,
     /// Weight files of this variant, such as fp16
     #[arg(long, value_name = "NAME")]
@@ -402,6 +414,14 @@ pub enum VaeTiling {
     Auto,
     On,
     Off,
+}
+
+/// A whole number from 1 to `most`.
+fn count(most: usize) -> impl Fn(&str) -> Result<NonZeroUsize, String> + Clone + Send + Sync + 'static {
+    move |text| {
+        let number = text.parse().ok().filter(|number: &NonZeroUsize| number.get() <= most);
+        number.ok_or_else(|| format!("it must be a whole number of at least 1 and at most {most}"))
+    }
 }
 
 /// Writes the completion script of `shell`. An error if `out` does not take it.
@@ -468,10 +488,26 @@ mod tests {
 
     #[test]
     fn a_wrong_line_is_status_2_and_what_is_not_there_is_not_offered() {
-        for line in
-            ["", "--nproc 0 t.toml", "--nproc 2", "t.toml u.toml", "check", "--profile 0 t.toml", "completions sh"]
-        {
+        for line in ["", "--nproc 2", "t.toml u.toml", "check", "completions sh"] {
             assert_eq!(parse(line).unwrap_err().exit_code(), 2, "{line}");
+        }
+        for (line, most) in [
+            ("--nproc 0 t.toml", "256"),
+            ("check --nproc 257 t.toml", "256"),
+            ("plan --nproc 18446744073709551615 t.toml", "256"),
+            ("--threads 20000 t.toml", "1024"),
+            ("--profile 0 t.toml", "1000000"),
+            ("sample m --prompt a --num 0", "1000000000000"),
+            ("sample m --prompt a --steps 0", "1000000000000"),
+            ("bench layers --batch 0", "1000000000000"),
+        ] {
+            let error = parse(line).unwrap_err();
+            assert_eq!(error.exit_code(), 2, "{line}");
+            let said = error.to_string();
+            assert!(said.contains(&format!("at least 1 and at most {most}\n")), "{line}: {said}");
+        }
+        for line in ["bench layers --latent 1000000000", "bench memory --latent 7"] {
+            assert!(parse(line).unwrap_err().to_string().contains("8..=2048"), "{line}");
         }
         for line in ["--version", "help", "--help", "help check"] {
             assert_eq!(parse(line).unwrap_err().exit_code(), 0, "{line}");

@@ -183,6 +183,7 @@ fn bench(command: &BenchCommand) -> Result<u8> {
         }
         BenchCommand::Memory(ref args) => match World::from_environment()? {
             None => {
+                bench::check_rows(args.batch.get(), args.latent)?;
                 let arguments = std::env::args_os().skip(1).collect();
                 return launch::run(&LaunchRequest::this_program(args.nproc.get(), arguments)?, Output::standard());
             }

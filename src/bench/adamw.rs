@@ -7,6 +7,7 @@ use candle_core::DType;
 use half::bf16;
 use serde_json::json;
 
+use super::fits::check_elements;
 use crate::device::Buffer;
 use crate::device::threads::{for_parts, threads};
 use crate::optim::{AdamW, Grads, RecordLayout, Rounded, StateKind, StochasticRounding, Weights};
@@ -50,6 +51,7 @@ impl Pass {
 /// Times `repeats` updates of `elements` elements each, after one that is not counted. Prints a table and one JSON line,
 /// in which times are medians in seconds.
 pub fn adamw(elements: usize, repeats: usize) -> Result<()> {
+    check_elements(elements)?;
     let mut arrays = Arrays::new(elements)?;
     let mut times = Pass::ALL.map(|_| Vec::new());
     for step in 0..=repeats {

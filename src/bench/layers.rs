@@ -8,7 +8,7 @@ use anyhow::Result;
 use candle_core::DType;
 use serde_json::json;
 
-use super::shape;
+use super::{check_rows, shape};
 use crate::comm::Solo;
 use crate::diffusion::Draws;
 use crate::model::Denoiser;
@@ -20,6 +20,7 @@ use crate::zero::{Ranks, Stage};
 /// Times `repeats` steps after one that is not counted, batch `batch`, `latent` x `latent` latents; prints one JSON line
 /// with the seconds of each.
 pub fn layers(batch: usize, latent: usize, repeats: usize, dtype: DType) -> Result<()> {
+    check_rows(batch, latent)?;
     let (config, Denoiser { mut graph, .. }) = shape::sd15();
     let first = graph.nodes.iter().position(|n| n.name.starts_with("unet.down_blocks.0.layer")).unwrap_or(0);
     graph.nodes.drain(..first);

@@ -5,6 +5,7 @@ mod adamw;
 #[cfg(feature = "cuda")]
 mod attention;
 mod disk;
+mod fits;
 #[cfg(feature = "cuda")]
 mod gpu;
 #[cfg(feature = "cuda")]
@@ -22,6 +23,7 @@ mod shape;
 
 pub use adamw::adamw;
 pub use disk::disk;
+pub use fits::check_rows;
 #[cfg(feature = "cuda")]
 pub use gpu::gpu;
 #[cfg(feature = "cuda")]
