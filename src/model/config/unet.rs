@@ -215,16 +215,24 @@ fn refuse_unsupported(r: &mut Reader) {
     r.only("downsample_padding", &[null.clone(), json!(0), json!(1)]);
 }
 
+/// Of a side: of pictures of 16384 pixels, the most that are made.
+const MOST_LATENTS: usize = 2048;
+
 fn sample_size(r: &mut Reader) -> Option<(usize, usize)> {
     use super::OneOrMany::{Many, One};
-    match r.optional("sample_size")? {
-        One(side) => Some((side, side)),
-        Many(sides) if sides.len() == 2 => Some((sides[0], sides[1])),
+    let (height, width) = match r.optional("sample_size")? {
+        One(side) => (side, side),
+        Many(sides) if sides.len() == 2 => (sides[0], sides[1]),
         Many(_) => {
             r.refuse("sample_size", "must be a number or a height and a width");
-            None
+            return None;
         }
+    };
+    if [height, width].iter().any(|side| !(1..=MOST_LATENTS).contains(side)) {
+        r.refuse("sample_size", &format!("must be 1 to {MOST_LATENTS}"));
+        return None;
     }
+    Some((height, width))
 }
 
 fn odd(r: &mut Reader, key: &str) -> usize {
