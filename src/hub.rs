@@ -242,7 +242,8 @@ impl Failure {
     fn of(error: ApiError) -> Self {
         match error {
             ApiError::LockAcquisition(_) => Failure::Busy,
-            ApiError::IoError(error) => Failure::Cache(error.to_string()),
+            ApiError::IoError(error) if is_of_files(&error) => Failure::Cache(error.to_string()),
+            ApiError::IoError(error) => Failure::Unreachable(format!("the connection broke off ({error})")),
             ApiError::InvalidResume => Failure::Cache("a half-fetched file in it is broken".to_string()),
             other => {
                 let text = other.to_string();
@@ -283,6 +284,28 @@ impl Failure {
     }
 }
 
+/// Whether an error is of writing a file and not of reading from the network, which the client gives in one kind. Files
+/// fail by the system's word, or because nothing more is taken; what the client itself says is about the connection.
+fn is_of_files(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind::*;
+    let of_networks = matches!(
+        error.kind(),
+        ConnectionRefused
+            | ConnectionReset
+            | ConnectionAborted
+            | NotConnected
+            | AddrNotAvailable
+            | HostUnreachable
+            | NetworkUnreachable
+            | NetworkDown
+            | BrokenPipe
+            | TimedOut
+            | WouldBlock
+            | UnexpectedEof
+    );
+    error.kind() == WriteZero || (error.raw_os_error().is_some() && !of_networks)
+}
+
 fn read(path: &Path) -> Result<Value> {
     let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
     serde_json::from_str(&text).with_context(|| format!("{}: this is not JSON", path.display()))
@@ -296,6 +319,9 @@ mod tests {
 
     const INDEX: &str = r#"{"_class_name": "StableDiffusionPipeline", "unet": ["a", "b"], "vae": ["a", "b"],
         "text_encoder": ["a", "b"], "tokenizer": ["a", "b"], "scheduler": ["a", "b"], "safety_checker": [null, null]}"#;
+
+    /// How a file begins of which more is promised than comes.
+    const BROKEN_OFF: &str = "the first half";
 
     /// The files of a repository that is whole, with their contents.
     fn files() -> Vec<(String, String)> {
@@ -343,7 +369,8 @@ mod tests {
             }
             None => ("401 Unauthorized", String::new(), String::new()),
         };
-        let length = body.len();
+        // More than there is, so that the connection breaks off in the middle.
+        let length = body.len() + if body.starts_with(BROKEN_OFF) { 1000 } else { 0 };
         let _ =
             write!(stream, "HTTP/1.1 {status}\r\nconnection: close\r\ncontent-length: {length}\r\n{more}\r\n{body}");
     }
@@ -398,6 +425,17 @@ mod tests {
         assert!(missing.contains("private, gated or not there") && missing.contains("HF_TOKEN"), "{missing}");
         let silent = problem(hub(None, &cache.path().join("impatient")).fetch("o/n", None, None));
         assert!(silent.contains("did not answer"), "{silent}");
+        let mut broken = files();
+        broken
+            .iter_mut()
+            .filter(|(name, _)| name == "unet/u-1.safetensors")
+            .for_each(|(_, text)| *text = BROKEN_OFF.into());
+        let broken = problem(hub(Some(broken), &cache.path().join("broken")).fetch("o/n", None, None));
+        assert!(broken.contains("the connection broke off") && !broken.contains("make room"), "{broken}");
+        // Nobody can write there, whatever their rights: it is a file.
+        std::fs::write(cache.path().join("file"), "").unwrap();
+        let full = problem(hub(Some(files()), &cache.path().join("file")).fetch("o/n", None, None));
+        assert!(full.contains("could not be kept in the Hub's cache") && full.contains("HF_HOME"), "{full}");
         let mut pickled = files();
         pickled.retain(|(name, _)| name != "text_encoder/model.safetensors");
         pickled.push(("text_encoder/pytorch_model.bin".to_string(), "x".to_string()));
