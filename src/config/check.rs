@@ -111,6 +111,8 @@ pub struct Facts {
     pub model_dir: Option<PathBuf>,
     pub model: ModelFacts,
     pub instance_images: usize,
+    /// Those of them that are captioned by the instance prompt, where pictures have captions.
+    pub without_caption: usize,
     /// Class images that are there and will be used.
     pub class_images: usize,
     /// Class images that are missing and will be made first.
@@ -184,7 +186,10 @@ fn pictures(inspection: &mut Inspection) {
     // Missing class images are made first.
     let there = inspection.facts.class_images;
     options.class = options.class.filter(|_| there > 0).map(|(dir, _)| (dir, there));
-    let Err(error) = Dataset::open(&options) else { return };
+    let error = match Dataset::open(&options) {
+        Ok(dataset) => return inspection.facts.without_caption = dataset.without_caption(),
+        Err(error) => error,
+    };
     match error.downcast::<Refusal>() {
         Ok(refusal) => refusal.problems.iter().for_each(|what| {
             let class_dir = options.class.as_ref().map(|(dir, _)| dir.display().to_string());
@@ -354,9 +359,13 @@ impl fmt::Display for Report {
         let (side, crop) = (plan.data.resolution, if plan.data.center_crop { "centre" } else { "random" });
         let flip = if plan.data.random_flip { ", mirrored at random" } else { "" };
         let dir = plan.data.instance_dir.display();
-        let prompt = match plan.data.captions {
-            true => "with their captions".to_string(),
-            false => format!("{:?}", plan.data.instance_prompt),
+        let prompt = match (plan.data.captions, facts.without_caption) {
+            (true, 0) => "with their captions".to_string(),
+            (true, all) if all == facts.instance_images => {
+                format!("none of which has a caption: {:?}", plan.data.instance_prompt)
+            }
+            (true, some) => format!("with their captions, but {some} without: {:?}", plan.data.instance_prompt),
+            (false, _) => format!("{:?}", plan.data.instance_prompt),
         };
         writeln!(f, "  images      {} in {dir}, {side}x{side}, {crop} crop{flip}: {prompt}", facts.instance_images)?;
         if let Some(prior) = &plan.prior {

@@ -26,12 +26,13 @@ pub fn is_caption_file(path: &Path) -> bool {
     path.extension().is_some_and(|e| e == "txt") || path.file_name().is_some_and(|name| name == METADATA)
 }
 
-/// The caption of each of `pictures`, files in `folder`. Problems are for a refusal.
+/// The caption of each of `pictures`, files in `folder`; None for those that have the fallback instead. Problems are for a
+/// refusal.
 pub fn captions(
     folder: &Path,
     pictures: &[PathBuf],
     options: &CaptionOptions,
-) -> std::result::Result<Vec<String>, Vec<String>> {
+) -> std::result::Result<Vec<Option<String>>, Vec<String>> {
     let metadata = folder.join(METADATA);
     // Whatever is there, be it no file: that is told, and not passed over.
     let listed = if std::fs::symlink_metadata(&metadata).is_ok() {
@@ -53,7 +54,7 @@ pub fn captions(
         if caption.is_none() && options.fallback.is_none() {
             without.push(picture);
         }
-        found.push(caption.or_else(|| options.fallback.clone()).unwrap_or_default());
+        found.push(caption);
     }
     if let Some(first) = without.first() {
         let more = match without.len() {
@@ -153,18 +154,25 @@ mod tests {
         dir
     }
 
-    fn read(dir: &tempfile::TempDir, fallback: Option<&str>) -> std::result::Result<Vec<String>, Vec<String>> {
+    fn read(dir: &tempfile::TempDir, fallback: Option<&str>) -> std::result::Result<Vec<Option<String>>, Vec<String>> {
         let pictures = ["a.png", "b.jpg"].map(|name| dir.path().join(name));
         let options = CaptionOptions { column: "text".into(), fallback: fallback.map(str::to_owned) };
         captions(dir.path(), &pictures, &options)
     }
 
+    fn own(captions: [&str; 2]) -> [Option<String>; 2] {
+        captions.map(|caption| Some(caption.to_string()))
+    }
+
     #[test]
     fn captions_come_from_one_file_or_from_one_each() {
         let lines = "{\"file_name\": \"b.jpg\", \"text\": \"two\"}\n\n{\"text\": \"one\", \"file_name\": \"./a.png\", \"n\": 3}\n";
-        assert_eq!(read(&folder(&[("metadata.jsonl", lines), ("a.txt", "no")]), None).unwrap(), ["one", "two"]);
-        assert_eq!(read(&folder(&[("a.txt", " a red\n circle "), ("b.txt", "")]), None).unwrap(), ["a red circle", ""]);
-        assert_eq!(read(&folder(&[("b.txt", "x")]), Some("sks")).unwrap(), ["sks", "x"]);
+        assert_eq!(read(&folder(&[("metadata.jsonl", lines), ("a.txt", "no")]), None).unwrap(), own(["one", "two"]));
+        assert_eq!(
+            read(&folder(&[("a.txt", " a red\n circle "), ("b.txt", "")]), None).unwrap(),
+            own(["a red circle", ""])
+        );
+        assert_eq!(read(&folder(&[("b.txt", "x")]), Some("sks")).unwrap(), [None, Some("x".to_string())]);
         assert!(is_caption_file(Path::new("x/a.txt")) && is_caption_file(Path::new("metadata.jsonl")));
         assert!(!is_caption_file(Path::new("a.png")));
     }
@@ -173,8 +181,8 @@ mod tests {
     fn byte_order_marks_are_no_part_of_a_caption() {
         let lines =
             "\u{feff}{\"file_name\": \"a.png\", \"text\": \"one\"}\n{\"file_name\": \"b.jpg\", \"text\": \"two\"}\n";
-        assert_eq!(read(&folder(&[("metadata.jsonl", lines)]), None).unwrap(), ["one", "two"]);
-        assert_eq!(read(&folder(&[("a.txt", "\u{feff}one"), ("b.txt", "\u{feff}")]), None).unwrap(), ["one", ""]);
+        assert_eq!(read(&folder(&[("metadata.jsonl", lines)]), None).unwrap(), own(["one", "two"]));
+        assert_eq!(read(&folder(&[("a.txt", "\u{feff}one"), ("b.txt", "\u{feff}")]), None).unwrap(), own(["one", ""]));
     }
 
     #[test]

@@ -64,6 +64,8 @@ pub struct Dataset {
     classes: Vec<Image>,
     /// Of each instance image; empty without captions.
     captions: Vec<String>,
+    /// How many of them are the fallback.
+    without_caption: usize,
     kept: AtomicUsize,
 }
 
@@ -110,18 +112,21 @@ impl Dataset {
             classes.truncate(*wanted);
         }
         let mut own_captions = Vec::new();
+        let mut fallback = String::new();
         if let Some(captioned) = options.captions.as_ref().filter(|_| !instances.is_empty()) {
             own_captions = captions(&options.instance_dir, &instances, captioned).unwrap_or_else(|told| {
                 problems.extend(told);
                 Vec::new()
             });
+            fallback = captioned.fallback.clone().unwrap_or_default();
         }
         let images = |paths: Vec<PathBuf>| paths.into_iter().map(Image::at).collect();
         let dataset = Dataset {
             options: options.clone(),
             instances: images(instances),
             classes: images(classes),
-            captions: own_captions,
+            without_caption: own_captions.iter().filter(|caption| caption.is_none()).count(),
+            captions: own_captions.into_iter().map(|own| own.unwrap_or_else(|| fallback.clone())).collect(),
             kept: AtomicUsize::new(0),
         };
         if options.verify {
@@ -176,6 +181,11 @@ impl Dataset {
     /// The instance images' captions, file by file; empty where they have none.
     pub fn captions(&self) -> &[String] {
         &self.captions
+    }
+
+    /// How many instance images have the fallback for a caption; 0 where there are no captions.
+    pub fn without_caption(&self) -> usize {
+        self.without_caption
     }
 
     /// The file behind a row of an item.
