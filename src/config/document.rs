@@ -79,18 +79,11 @@ pub(super) struct Document {
 
 impl Document {
     /// Reads `text`, then lays the overrides (`section.key=value`) over it. Text that is not TOML is a [`Refusal`]
-    /// with every place where it is not; nothing else can be said about such a file.
+    /// with the first places where it is not; nothing else can be said about such a file.
     pub fn parse(file: &str, text: &str, overrides: &[String]) -> Result<Document> {
         let (table, errors) = DeTable::parse_recoverable(text);
         if !errors.is_empty() {
-            let problems = errors.iter().map(|error| {
-                let line = error.span().map_or(1, |span| line_of(text, span.start));
-                format!(
-                    "{file}:{line}: not valid TOML: {}; strings stand in quotes, a section is a line like [train]",
-                    error.message()
-                )
-            });
-            return Err(Refusal { problems: problems.collect() }.into());
+            return Err(Refusal { problems: syntax_problems(file, text, &errors) }.into());
         }
         let mut document =
             Document { file: file.to_string(), sections: BTreeMap::new(), homeless: Vec::new(), problems: Vec::new() };
@@ -162,6 +155,35 @@ impl Document {
     }
 }
 
+/// The first places where a text is no TOML, and how many more there are. What is something else altogether is wrong in
+/// every line.
+fn syntax_problems(file: &str, text: &str, errors: &[toml::de::Error]) -> Vec<String> {
+    const TOLD: usize = 5;
+    let mut problems: Vec<String> = Vec::new();
+    let mut told = 0;
+    for error in errors {
+        let line = error.span().map_or(1, |span| line_of(text, span.start));
+        let what = format!(
+            "{file}:{line}: not valid TOML: {}; strings stand in quotes, a section is a line like [train]",
+            error.message()
+        );
+        if !problems.contains(&what) {
+            if problems.len() == TOLD {
+                break;
+            }
+            problems.push(what);
+        }
+        told += 1;
+    }
+    if told < errors.len() {
+        problems.push(format!(
+            "{file}: not valid TOML in {} more places: name a TOML file such as those in configs/",
+            errors.len() - told
+        ));
+    }
+    problems
+}
+
 fn entry(text: &str, value: &Spanned<DeValue>, place: String) -> Entry {
     let written = text.get(value.span()).unwrap_or_default();
     let first = written.lines().next().unwrap_or_default();
@@ -200,6 +222,23 @@ mod tests {
         let refusal = error.downcast_ref::<Refusal>().unwrap();
         assert!(refusal.problems.iter().any(|p| p.starts_with("t.toml:2: not valid TOML")), "{refusal}");
         assert!(refusal.problems.iter().any(|p| p.starts_with("t.toml:3: not valid TOML")), "{refusal}");
+    }
+
+    #[test]
+    fn what_is_no_toml_at_all_is_told_in_few_words() {
+        let told = |text: &str| {
+            let error = Document::parse("t.toml", text, &[]).unwrap_err();
+            error.downcast::<Refusal>().unwrap().problems
+        };
+        let lines = told(&"{\"file_name\": \"a.png\", \"text\": \"a cat\"}\n".repeat(2000));
+        assert_eq!(lines.len(), 6, "{lines:#?}");
+        assert!(
+            lines[0].starts_with("t.toml:1: ") && lines[5].contains(" more places: name a TOML file"),
+            "{lines:#?}"
+        );
+        let one_line = told(&"[train]\rseed = 3\r".repeat(100));
+        let distinct: std::collections::HashSet<&String> = one_line.iter().collect();
+        assert!(one_line.len() <= 6 && distinct.len() == one_line.len(), "{one_line:#?}");
     }
 
     #[test]
