@@ -135,6 +135,9 @@ pub struct PriorPlan {
     pub sampler: Option<SamplerKind>,
 }
 
+/// More than anybody has, and few enough to be listed.
+const MOST_CLASS_IMAGES: usize = 1_000_000;
+
 impl PriorPlan {
     pub(super) fn read(section: &Reader) -> Option<Self> {
         let or_drop = "or leave out the whole section to train without prior preservation";
@@ -147,7 +150,7 @@ impl PriorPlan {
                 "class_prompt",
                 &format!("write class_prompt = \"…\" under [prior], as in \"a photo of a dog\", {or_drop}"),
             ),
-            num_class_images: section.count("num_class_images", 1).unwrap_or(100),
+            num_class_images: section.count_within("num_class_images", 1, MOST_CLASS_IMAGES).unwrap_or(100),
             sample_batch_size: section.count("sample_batch_size", 1).unwrap_or(4),
             loss_weight: section.at_least_zero("loss_weight").unwrap_or(1.0),
             steps: section.count("steps", 1).unwrap_or(50),

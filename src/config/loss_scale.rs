@@ -21,7 +21,7 @@ pub(super) fn read(section: &Reader, precision: MixedPrecision) -> Option<ScaleP
         section.reject("initial_scale_power", "the scale begins at 2 to this power, and 100 is the most");
     }
     let window = section.count("loss_scale_window", 1).unwrap_or(2000) as u64;
-    let minimum = section.above_zero("min_loss_scale").unwrap_or(1.0);
+    let minimum = section.factor("min_loss_scale").unwrap_or(1.0);
     let start = (power.min(100) as f64).exp2();
     if minimum > start {
         section.reject("min_loss_scale", &format!("the scale begins at {start}, below its minimum: lower this"));
@@ -87,6 +87,9 @@ mod tests {
             ("mixed_precision = \"bf16\"\nmin_loss_scale = 1", "only mixed_precision = \"fp16\""),
             ("mixed_precision = \"fp16\"\nloss_scale = \"dynamical\"", "\"dynamic\""),
             ("mixed_precision = \"fp16\"\nloss_scale = -1", "above 0"),
+            ("mixed_precision = \"fp16\"\nloss_scale = 1e-300", "from 8e-31 to 1.2e30"),
+            ("mixed_precision = \"fp16\"\nloss_scale = 1e39", "from 8e-31 to 1.2e30"),
+            ("mixed_precision = \"fp16\"\nmin_loss_scale = 1e-300", "from 8e-31 to 1.2e30"),
             ("mixed_precision = \"fp16\"\nloss_scale = 1\nloss_scale_window = 3", "leave one of them out"),
             ("mixed_precision = \"fp16\"\ninitial_scale_power = 101", "100 is the most"),
             ("mixed_precision = \"fp16\"\ninitial_scale_power = 2\nmin_loss_scale = 5", "below its minimum"),

@@ -125,19 +125,32 @@ impl Draft {
             output,
         };
         refuse_lora(&section("lora"));
-        cross_check(&plan, &section("data"), &section("lr_schedule"));
+        cross_check(&plan, &section("data"), &section("optimizer"), &section("lr_schedule"));
         let problems = problems.into_inner();
         Ok(Draft { plan, problems, document })
     }
 }
 
 /// What one key may be beside another.
-fn cross_check(plan: &RunPlan, data: &Reader, lr_schedule: &Reader) {
+fn cross_check(plan: &RunPlan, data: &Reader, optimizer: &Reader, lr_schedule: &Reader) {
     if plan.model.train_text_encoder && plan.data.precompute_text_embeddings {
         data.reject(
             "precompute_text_embeddings",
             "prompts cannot be encoded once when the text encoder trains: set this to false, or [model] train_text_encoder to false",
         );
+    }
+    // The configuration in force, which a run writes, has these keys in any case, with the UNet's values.
+    let rates = &plan.optimizer;
+    for (key, differs) in [
+        ("text_encoder_learning_rate", rates.text_encoder_learning_rate != rates.learning_rate),
+        ("text_encoder_weight_decay", rates.text_encoder_weight_decay != rates.weight_decay),
+    ] {
+        if differs && !plan.model.train_text_encoder {
+            optimizer.reject(
+                key,
+                "the text encoder does not train: set [model] train_text_encoder = true, or leave this out",
+            );
+        }
     }
     // The schedule ends at 1e-7 and divides by the way down to it.
     if plan.lr_schedule.kind == LrKind::Polynomial && plan.optimizer.learning_rate <= 1e-7 {

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use super::plan::Writer;
-use super::reader::{Reader, expand_home};
+use super::reader::Reader;
 use crate::track::Tracker;
 
 #[derive(Clone, Debug, PartialEq)]
@@ -33,9 +33,9 @@ impl CheckpointPlan {
             None | Some("") => Resume::No,
             Some("latest") => Resume::Latest,
             Some(name) if name.starts_with("checkpoint-") && !name.contains('/') => {
-                Resume::Folder(output_dir.join(name))
+                section.expanded("resume", name).map_or(Resume::No, |name| Resume::Folder(output_dir.join(name)))
             }
-            Some(path) => Resume::Folder(expand_home(path)),
+            Some(path) => section.expanded("resume", path).map_or(Resume::No, Resume::Folder),
         };
         Self {
             every: section.count("every", 1),

@@ -78,7 +78,16 @@ impl<'a> Reader<'a> {
 
     /// A path; a leading `~/` is the home folder. The empty string is no path.
     pub fn path(&self, key: &str) -> Option<PathBuf> {
-        self.text(key).filter(|text| !text.is_empty()).map(|text| expand_home(&text))
+        self.text(key).filter(|text| !text.is_empty()).and_then(|text| self.expanded(key, &text))
+    }
+
+    /// The path that `text`, the value of `key`, means; a problem if no system has such a path.
+    pub fn expanded(&self, key: &str, text: &str) -> Option<PathBuf> {
+        if text.contains('\0') {
+            self.reject(key, "there is a NUL character (\\u0000) in it, which no path can have: take it out");
+            return None;
+        }
+        Some(expand_home(text))
     }
 
     /// A path that has to be there; `remedy` says what to write. Empty when it is not.
@@ -87,7 +96,7 @@ impl<'a> Reader<'a> {
         if text.is_empty() && self.entry(key).is_some_and(|entry| entry.value == Value::Text(String::new())) {
             self.reject(key, &format!("this is empty: {remedy}"));
         }
-        expand_home(&text)
+        self.expanded(key, &text).unwrap_or_default()
     }
 
     pub fn flag(&self, key: &str, default: bool) -> bool {
@@ -111,14 +120,19 @@ impl<'a> Reader<'a> {
 
     /// A whole number of at least `least` (and at most 2^53, beyond which nothing here makes sense).
     pub fn count(&self, key: &str, least: usize) -> Option<usize> {
-        let most = 1i64 << 53;
+        self.count_within(key, least, 1 << 53)
+    }
+
+    /// A whole number from `least` to `most`.
+    pub fn count_within(&self, key: &str, least: usize, most: usize) -> Option<usize> {
         let number = self.typed(key, "a whole number", |value| match value {
             Value::Integer(number) => Some(*number),
             _ => None,
         })?;
-        let count = usize::try_from(number).ok().filter(|count| *count >= least && number <= most);
+        let count = usize::try_from(number).ok().filter(|count| (least..=most).contains(count));
         if count.is_none() {
-            self.reject(key, &format!("this is out of range: it must be a whole number of at least {least}"));
+            let range = format!("a whole number of at least {least} and at most {most}");
+            self.reject(key, &format!("this is out of range: it must be {range}"));
         }
         count
     }
@@ -150,22 +164,32 @@ impl<'a> Reader<'a> {
         None
     }
 
-    /// A number of at least 0.
+    /// A number of at least 0 that fp32 has as well, since kernels see it as such.
     pub fn at_least_zero(&self, key: &str) -> Option<f64> {
-        self.number(key, "a finite number of at least 0", |number| number >= 0.0)
+        let range = "a finite number of at least 0 (if it is not 0, from 1e-45 to 3.4e38, as fp32 has them)";
+        self.number(key, range, |number| number == 0.0 || is_above_zero(number))
     }
 
-    /// A number above 0.
+    /// A number above 0 that fp32 has as well, since kernels see it as such.
     pub fn above_zero(&self, key: &str) -> Option<f64> {
-        self.number(key, "a finite number above 0", |number| number > 0.0)
+        self.number(key, "a finite number above 0 (from 1e-45 to 3.4e38, as fp32 has them)", is_above_zero)
     }
 
-    /// A loss scale: a number above 0; None for "dynamic", or 0 as DeepSpeed writes it.
+    /// What a loss may be multiplied by. It and its inverse reach kernels as fp32, and beyond 2^100 nothing but overflow
+    /// can come of it.
+    pub fn factor(&self, key: &str) -> Option<f64> {
+        let (least, most) = ((-100f64).exp2(), 100f64.exp2());
+        self.number(key, "a number above 0, from 8e-31 to 1.2e30 (2 to the power of -100 and 100)", |number| {
+            (least..=most).contains(&number)
+        })
+    }
+
+    /// A loss scale: as [`Reader::factor`]; None for "dynamic", or 0 as DeepSpeed writes it.
     pub fn scale(&self, key: &str) -> Option<f64> {
         match self.entry(key)?.value {
             Value::Integer(0) => None,
             Value::Text(_) => self.pick(key, &self.text(key)?, &[("dynamic", Ok(None))]).flatten(),
-            _ => self.above_zero(key),
+            _ => self.factor(key),
         }
     }
 
@@ -234,8 +258,14 @@ impl<'a> Reader<'a> {
     }
 }
 
+/// Whether a number is above 0 and finite in fp32, too.
+fn is_above_zero(number: f64) -> bool {
+    let number = number as f32;
+    number > 0.0 && number.is_finite()
+}
+
 /// A path as the user means it: `~` and `~/…` begin in the home folder, as a shell would have it.
-pub(super) fn expand_home(text: &str) -> PathBuf {
+fn expand_home(text: &str) -> PathBuf {
     let rest = if text == "~" { Some("") } else { text.strip_prefix("~/") };
     match (rest, std::env::home_dir()) {
         (Some(rest), Some(home)) => home.join(rest),

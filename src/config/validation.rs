@@ -29,6 +29,9 @@ pub struct ScoresPlan {
     pub class_prompt: String,
 }
 
+/// Of a validation: they are shown on one sheet in the end, which has to fit the memory.
+const MOST_PICTURES: usize = 1000;
+
 impl ValidationPlan {
     /// `class_prompt`: of prior preservation, if that is on.
     pub(super) fn read(section: &Reader, class_prompt: Option<&str>) -> Option<Self> {
@@ -55,10 +58,21 @@ impl ValidationPlan {
                 "the drift of the class is measured on its pictures: write class_prompt = \"…\" under [validation], as in \"a dog\"",
             );
         }
+        let num_images = section.count_within("num_images", 1, MOST_PICTURES).unwrap_or(4);
+        let shown = prompts.len() + usize::from(wanted);
+        if shown * num_images > MOST_PICTURES {
+            section.reject(
+                "num_images",
+                &format!(
+                    "{shown} prompts have {} pictures, and {MOST_PICTURES} are the most: lower it",
+                    shown * num_images
+                ),
+            );
+        }
         Some(Self {
             prompts,
             negative_prompt: section.text("negative_prompt").unwrap_or_default(),
-            num_images: section.count("num_images", 1).unwrap_or(4),
+            num_images,
             every: section.count("every", 1),
             steps: section.count("steps", 1).unwrap_or(25),
             guidance_scale: section.at_least_zero("guidance_scale").unwrap_or(7.5),

@@ -28,7 +28,7 @@ fn divergence_stops_the_run_and_names_step_and_images() {
         [("checkpoint.every=1", "writing the checkpoint of step 1"), ("checkpoint.every=9", "writing the pipeline")]
     {
         let home = Home::new();
-        let sets = ["optimizer.learning_rate=1e300", "train.max_steps=1", set];
+        let sets = ["optimizer.learning_rate=1e30", "optimizer.weight_decay=1e30", "train.max_steps=1", set];
         home.job(PLAIN).sets(&sets).ranks(2).run().failed(&[what, "not finite"]);
         assert_eq!(names(&home.out()), ["config.toml", "metrics.jsonl"]);
     }
