@@ -11,19 +11,19 @@ use crate::harness::{Home, PLAIN, copy_folder, data, listing, rows};
 const UNET: &str = "model/unet/diffusion_pytorch_model.safetensors";
 
 /// One wrong request.
-struct Case {
+pub struct Case {
     /// What is wrong in the files of its folder.
-    prepare: fn(&Home),
+    pub prepare: fn(&Home),
     /// What is wrong with the configuration: overrides.
-    sets: &'static [&'static str],
+    pub sets: &'static [&'static str],
     /// For each problem that must be told, pieces of its paragraph.
-    told: &'static [&'static [&'static str]],
+    pub told: &'static [&'static [&'static str]],
 }
 
-fn nothing(_: &Home) {}
+pub fn nothing(_: &Home) {}
 
 /// A folder with a model and photographs of its own, to be spoilt, and the configuration that uses them.
-fn spoilt(prepare: fn(&Home)) -> (Home, String) {
+pub fn spoilt(prepare: fn(&Home)) -> (Home, String) {
     let home = Home::new();
     home.copy("models/sd15", "model");
     home.copy("images/square/instance", "photos");
@@ -42,7 +42,7 @@ fn timeless(said: &str) -> String {
 }
 
 #[track_caller]
-fn each_is_refused(cases: &[Case]) {
+pub fn each_is_refused(cases: &[Case]) {
     for case in cases {
         let (home, config) = spoilt(case.prepare);
         let before = listing(&home.path(""));
@@ -66,7 +66,7 @@ fn cut(home: &Home, name: &str, keep: impl Fn(usize) -> usize) {
 }
 
 /// A picture of tests/data among the photographs, changed on the way.
-fn picture(home: &Home, from: &str, name: &str, change: impl Fn(&mut Vec<u8>)) {
+pub fn picture(home: &Home, from: &str, name: &str, change: impl Fn(&mut Vec<u8>)) {
     let mut bytes = fs::read(data(from)).unwrap();
     change(&mut bytes);
     fs::write(home.path("photos").join(name), bytes).unwrap();
@@ -77,7 +77,7 @@ fn halved(bytes: &mut Vec<u8>) {
 }
 
 /// A JSON file, changed.
-fn edit(home: &Home, name: &str, change: impl Fn(&mut Value)) {
+pub fn edit(home: &Home, name: &str, change: impl Fn(&mut Value)) {
     let mut value = serde_json::from_slice(&fs::read(home.path(name)).unwrap()).unwrap();
     change(&mut value);
     fs::write(home.path(name), value.to_string()).unwrap();

@@ -13,6 +13,7 @@ mod half;
 mod harness;
 mod interrupt;
 mod layers;
+mod odd_files;
 mod offload;
 mod output_folder;
 mod parity;
