@@ -23,6 +23,9 @@ pub struct SamplerConfig {
     eta: f64,
 }
 
+/// Far more than a schedule has noise levels for; some samplers would take any number, and room for it.
+const MOST_STEPS: usize = 100_000;
+
 impl SamplerConfig {
     /// Reads the file.
     ///
@@ -91,6 +94,11 @@ impl SamplerConfig {
     pub fn build(&self, kind: SamplerKind, steps: usize) -> Result<Box<dyn Sampler>> {
         if steps == 0 {
             return Err(Refusal::error("0 sampling steps make no picture. Ask for at least one."));
+        }
+        if steps > MOST_STEPS {
+            return Err(Refusal::error(format!(
+                "{steps} sampling steps are more than any picture gains by. Ask for {MOST_STEPS} at most."
+            )));
         }
         self.build_sampler(kind, steps)
             .map_err(|e| if e.is::<Refusal>() { Refusal::error(format!("{}{kind}: {e}", self.place)) } else { e })

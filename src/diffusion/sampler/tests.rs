@@ -163,6 +163,7 @@ fn settings_that_cannot_be_are_refused() {
         (Pndm, json!({}), 1001, "num_train_timesteps"),
         (Euler, json!({"timestep_spacing": "leading"}), 1001, "num_train_timesteps"),
         (Dpmpp2m, json!({}), 1001, "Ask for fewer"),
+        (Euler, json!({}), 1_000_000_000_000, "Ask for 100000 at most"),
         (UniPc, json!({"timestep_spacing": "leading"}), 1000, "Ask for fewer"),
         (Ddpm, json!({"steps_offset": 1}), 1000, "steps_offset"),
         (Pndm, json!({}), 3, "skip_prk_steps"),
