@@ -53,7 +53,7 @@ impl Checkpoint {
         let refused = |file: &Path, what: String| {
             Refusal::error(format!("{}: {what}: go on from another checkpoint (checkpoint.resume)", file.display()))
         };
-        let text = fs::read(&manifest_path).map_err(|error| {
+        let text = crate::input_file::bytes(&manifest_path).map_err(|error| {
             let what = match error.kind() {
                 std::io::ErrorKind::NotFound => "there is no such file, so the folder is no checkpoint".to_string(),
                 _ => format!("it cannot be read ({error})"),

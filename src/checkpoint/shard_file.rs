@@ -95,7 +95,7 @@ impl ShardFile {
     /// wrong, without naming the file.
     pub fn open(path: &Path, checksum: &str) -> Result<Self> {
         const DAMAGED: &str = "it is damaged (it is not what the manifest says)";
-        let file = File::open(path).map_err(|error| match error.kind() {
+        let file = crate::input_file::open(path).map_err(|error| match error.kind() {
             std::io::ErrorKind::NotFound => anyhow!("there is no such file, and the manifest names it"),
             _ => anyhow!("it cannot be opened ({error})"),
         })?;

@@ -35,7 +35,7 @@ pub(crate) use output_lock::hold;
 pub use plan::*;
 pub use steps::Steps;
 
-use crate::{Refusal, text_file};
+use crate::{Refusal, input_file};
 use document::Document;
 use reader::Reader;
 
@@ -70,7 +70,7 @@ pub fn load_given(path: &Path, text: &str, overrides: &[String], world_size: usi
 }
 
 fn read_text(path: &Path) -> Result<String> {
-    text_file::read(path).map_err(|error| {
+    input_file::text(path).map_err(|error| {
         let why = match error.kind() {
             std::io::ErrorKind::NotFound => "there is no such file".to_string(),
             std::io::ErrorKind::InvalidData => "this is not a text file (UTF-8)".to_string(),

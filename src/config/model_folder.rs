@@ -9,12 +9,12 @@ use candle_core::DType;
 use serde_json::Value;
 
 use super::RunPlan;
-use crate::Refusal;
 use crate::checkpoint::SegmentRecord;
 use crate::data::ClipTokenizer;
 use crate::diffusion::NoiseSchedule;
 use crate::model::{self, Component, ComponentWeights, PipelineExport, TextConfig, UnetConfig, VaeConfig};
 use crate::segment::SegmentGraph;
+use crate::{Refusal, input_file};
 
 /// The components that training needs, and the classes that can be trained; any scheduler's noise schedule will do.
 const CLASSES: [(&str, &[&str]); 5] = [
@@ -91,7 +91,7 @@ fn keep<T>(result: Result<T>, problems: &mut Vec<String>) -> Option<T> {
 
 fn model_index(folder: &Path) -> Result<Value> {
     let path = folder.join("model_index.json");
-    let text = std::fs::read_to_string(&path).map_err(|error| {
+    let text = input_file::text(&path).map_err(|error| {
         let why = match error.kind() {
             std::io::ErrorKind::NotFound => "there is no such file".to_string(),
             _ => format!("this file cannot be read ({error})"),

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use crate::text_file;
+use crate::input_file;
 
 /// How captions are found.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -89,7 +89,7 @@ pub fn captions(
 /// The text file beside a picture, its line breaks as spaces; None where there is none.
 fn beside(picture: &Path) -> std::result::Result<Option<String>, String> {
     let path = picture.with_extension("txt");
-    match text_file::read(&path) {
+    match input_file::text(&path) {
         Ok(text) => Ok(Some(text.split_whitespace().collect::<Vec<_>>().join(" "))),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(e) => Err(format!("the caption {} cannot be read: {e}. It must be a text file in UTF-8.", path.display())),
@@ -98,7 +98,7 @@ fn beside(picture: &Path) -> std::result::Result<Option<String>, String> {
 
 /// File name -> caption.
 fn read_metadata(path: &Path, column: &str) -> std::result::Result<HashMap<String, String>, Vec<String>> {
-    let text = text_file::read(path).map_err(|e| {
+    let text = input_file::text(path).map_err(|e| {
         vec![format!("the captions {} cannot be read: {e}. It must be a text file in UTF-8.", path.display())]
     })?;
     let mut captions = HashMap::new();

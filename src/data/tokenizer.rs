@@ -174,7 +174,7 @@ fn length(config: &Map<String, Value>, wanted: Option<usize>) -> Result<usize> {
 
 /// A JSON object's entries; none where there is no file.
 fn object(path: &Path) -> Result<Map<String, Value>> {
-    match std::fs::read_to_string(path) {
+    match crate::input_file::text(path) {
         Ok(text) => serde_json::from_str(&text)
             .map_err(|e| Refusal::error(format!("{} is not a JSON object: {e}. Restore the file.", path.display()))),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Map::new()),

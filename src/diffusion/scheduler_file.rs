@@ -12,7 +12,7 @@ use std::path::Path;
 /// # Errors
 /// A [`Refusal`] with the file's name if it cannot be read or is not JSON.
 pub(super) fn read(path: &Path) -> Result<Value> {
-    let text = std::fs::read_to_string(path).map_err(|e| {
+    let text = crate::input_file::text(path).map_err(|e| {
         Refusal::error(format!(
             "the noise schedule cannot be read: {}: {e}. A pipeline folder in diffusers layout has it as scheduler/scheduler_config.json.",
             path.display()

@@ -50,7 +50,7 @@ impl TensorFile {
     pub fn open(path: &Path) -> std::result::Result<Self, Vec<String>> {
         let shown = path.display();
         let one = |what: String| vec![format!("{shown}: {what} Restore or download the file again.")];
-        let file = File::open(path).map_err(|e| one(format!("cannot be opened ({e}).")))?;
+        let file = crate::input_file::open(path).map_err(|e| one(format!("cannot be opened ({e}).")))?;
         let length = file.metadata().map_err(|e| one(format!("cannot be examined ({e}).")))?.len();
         let mut size = [0; 8];
         if length < 8 || file.read_exact_at(&mut size, 0).is_err() {

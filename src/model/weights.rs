@@ -179,7 +179,7 @@ fn find_files(dir: &Path, variant: &str, component: Component) -> Result<(Vec<Pa
 /// The shards that an index lists.
 fn shards(dir: &Path, index: &str) -> Result<(Vec<PathBuf>, Option<Value>)> {
     let path = dir.join(index);
-    let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+    let text = crate::input_file::text(&path).with_context(|| path.display().to_string())?;
     let shown = path.display();
     let broken = |why: &str| Refusal::error(format!("{shown}: {why}. Restore the model's own file."));
     let json: Value = serde_json::from_str(&text).map_err(|e| broken(&format!("not valid JSON ({e})")))?;

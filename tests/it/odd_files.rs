@@ -61,6 +61,31 @@ fn what_can_be_read_only_once_is_refused_and_not_waited_for() {
             told: &[&["data.instance_dir", "HOME/photos/metadata.jsonl", "a pipe or a device", "into a file"]],
         },
         Case {
+            prepare: |home| {
+                for name in ["scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json"] {
+                    fs::remove_file(home.path("model").join(name)).unwrap();
+                    pipe(home, &format!("model/{name}"));
+                }
+                let weights = "model/unet/diffusion_pytorch_model.safetensors";
+                fs::remove_file(home.path(weights)).unwrap();
+                pipe(home, weights);
+            },
+            sets: &[],
+            told: &[
+                &["HOME/model/scheduler/scheduler_config.json", "a pipe or a device"],
+                &["HOME/model/tokenizer/tokenizer_config.json", "a pipe or a device"],
+                &["HOME/model/unet/diffusion_pytorch_model.safetensors", "a pipe or a device"],
+            ],
+        },
+        Case {
+            prepare: |home| {
+                fs::create_dir(home.path("made")).unwrap();
+                pipe(home, "made/manifest.json");
+            },
+            sets: &["checkpoint.resume=HOME/made"],
+            told: &[&["checkpoint.resume", "HOME/made/manifest.json", "a pipe or a device"]],
+        },
+        Case {
             prepare: |home| fs::create_dir(home.path("photos/metadata.jsonl")).unwrap(),
             sets: &["data.captions=true"],
             told: &[&["data.instance_dir", "HOME/photos/metadata.jsonl", "a folder"]],

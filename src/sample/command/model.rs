@@ -15,7 +15,7 @@ use crate::model::{self, Component};
 use crate::pipeline::{Configs, PipelineWeights};
 use crate::sample::check_weights;
 use crate::zero::WeightSource;
-use crate::{Refusal, hub};
+use crate::{Refusal, hub, input_file};
 
 /// Where a model's parts are.
 #[derive(Clone, Debug)]
@@ -173,7 +173,7 @@ fn keep<T>(result: Result<T>, problems: &mut Vec<String>) -> Option<T> {
 fn check_index(folder: &Path) -> Result<()> {
     let path = folder.join("model_index.json");
     let shown = path.display();
-    let text = std::fs::read_to_string(&path)
+    let text = input_file::text(&path)
         .map_err(|error| Refusal::error(format!("{shown}: this file cannot be read ({error}): restore it")))?;
     let index: Value = serde_json::from_str(&text)
         .map_err(|error| Refusal::error(format!("{shown}: this is not JSON ({error}): restore the file")))?;

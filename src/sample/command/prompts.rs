@@ -8,7 +8,7 @@ use super::counted;
 use crate::cli::SampleArgs;
 use crate::data::{ClipTokenizer, Tokens};
 use crate::sample::Picture;
-use crate::{Refusal, text_file};
+use crate::{Refusal, input_file};
 
 /// Unique texts, and the pictures that are made of them in the order in which they are written.
 #[derive(Clone, Debug)]
@@ -100,7 +100,7 @@ const MOST_PICTURES: usize = 100_000;
 /// The prompts of a file: its lines that are not blank.
 fn lines(file: &Path) -> Result<Vec<String>> {
     let refused = |what: String| Refusal::error(format!("--prompt-file {}: {what}", file.display()));
-    let text = text_file::read(file)
+    let text = input_file::text(file)
         .map_err(|error| refused(format!("it cannot be read as text ({error}): name a file with one prompt a line")))?;
     let lines: Vec<String> = text.lines().map(str::trim).filter(|line| !line.is_empty()).map(str::to_string).collect();
     if lines.is_empty() { Err(refused("there is no prompt in it: write one a line".to_string())) } else { Ok(lines) }
