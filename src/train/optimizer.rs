@@ -329,8 +329,7 @@ impl Pipeline {
             if let Some(far) = self.far.as_ref().filter(|_| chunk == 0) {
                 far.begin(segment.index)?;
             }
-            let updated = segment.update(part, &job, &mut near, self.far.as_ref());
-            updated.with_context(|| format!("updating {}", segment.weights.name()))?;
+            segment.update(part, &job, &mut near, self.far.as_ref())?;
             Ok(near)
         };
         match updated() {
@@ -370,7 +369,7 @@ impl Job {
     /// Tells who waits; only the first word counts.
     fn done(&self, result: Result<()>) {
         if let Some(promise) = self.done.lock().unwrap_or_else(|e| e.into_inner()).take() {
-            promise.keep(result);
+            promise.keep(result.with_context(|| format!("updating {}", self.segment.weights.name())));
         }
     }
 }

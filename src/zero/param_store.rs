@@ -220,8 +220,8 @@ impl ParamStore {
     /// Waits for the optimizer's work on segment `i`.
     pub fn settle(&self, i: usize) -> Result<()> {
         let update = locked(&self.stored[i].turn).update.take();
-        let what = || format!("updating {}", self.name(i));
-        update.map_or(Ok(()), |update| update.wait_for(what)).with_context(what)
+        // Its error names the segment itself.
+        update.map_or(Ok(()), |update| update.wait_for(|| format!("updating {}", self.name(i))))
     }
 
     /// Segment after segment, in this order, each a collective where parameters are partitioned.
