@@ -9,12 +9,18 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 
 use super::check::Inspection;
-use super::{Resume, SaveDtype, output_lock};
+use super::{OptimizerKind, Resume, SaveDtype, output_lock};
 use crate::device::free_disk_bytes;
 use crate::{Refusal, checkpoint};
 
-/// Bytes a checkpoint takes per trained parameter: the fp32 master weight and AdamW's two moments.
-const CHECKPOINT_BYTES: u64 = 12;
+/// Bytes that a checkpoint takes for so many trained parameters: of each the fp32 master weight and AdamW's two moments; in 8
+/// bits these share scales by blocks of 256.
+fn checkpoint_bytes(kind: OptimizerKind, trained: u64) -> u64 {
+    match kind {
+        OptimizerKind::AdamW => 12 * trained,
+        OptimizerKind::AdamW8bit => 6 * trained + trained / 32,
+    }
+}
 
 /// The output folder, and where recorded gradients go.
 pub(super) fn inspect(inspection: &mut Inspection) {
@@ -193,7 +199,7 @@ pub(super) fn disk_space(inspection: &mut Inspection) {
     }
     let model = &inspection.facts.model;
     let trained = model.unet_parameters + if plan.model.train_text_encoder { model.text_encoder_parameters } else { 0 };
-    let one = trained * CHECKPOINT_BYTES;
+    let one = checkpoint_bytes(plan.optimizer.kind, trained);
     let saved = match plan.output.save_dtype {
         SaveDtype::F32 => 4,
         SaveDtype::F16 | SaveDtype::Bf16 => 2,

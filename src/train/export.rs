@@ -23,6 +23,15 @@ pub struct Export<'a> {
     pub output: &'a OutputPlan,
 }
 
+impl Export<'_> {
+    /// What is trained and written.
+    fn saved(&self) -> Vec<Component> {
+        let left_out =
+            |&component: &Component| self.output.skip_save_text_encoder && matches!(component, Component::TextEncoder);
+        self.trained.iter().copied().filter(|component| !left_out(component)).collect()
+    }
+}
+
 /// Writes the pipeline folder; a collective. Everything is written aside first, so an interruption leaves no folder
 /// that looks like a pipeline and is none.
 pub fn export(network: &Network, weights: &PipelineWeights, comm: &dyn Communicator, export: &Export) -> Result<()> {
@@ -53,7 +62,7 @@ fn write(
         }
         let whole = network.store.whole_master(i)?;
         let written = match &mut result {
-            Some(writers) => write_segment(writers, network, i, whole.as_slice(), export.output.save_dtype),
+            Some(writers) => write_segment(writers, network, i, whole.as_slice(), export),
             None => Ok(()),
         };
         comm.agree(written)?;
@@ -76,31 +85,25 @@ fn start(weights: &PipelineWeights, export: &Export, aside: &Path) -> Result<Wri
         SaveDtype::F16 => DType::F16,
         SaveDtype::Bf16 => DType::BF16,
     };
-    let writer = |&component: &Component| {
+    let writer = |component: Component| {
         let writer = ComponentWriter::create(&aside.join(component.name()), weights.component(component), dtype)?;
         Ok((component, writer))
     };
-    export.trained.iter().map(writer).collect()
+    export.saved().into_iter().map(writer).collect()
 }
 
-fn write_segment(
-    writers: &mut Writers,
-    network: &Network,
-    i: usize,
-    whole: &[f32],
-    save_dtype: SaveDtype,
-) -> Result<()> {
+fn write_segment(writers: &mut Writers, network: &Network, i: usize, whole: &[f32], export: &Export) -> Result<()> {
     for entry in &network.store.layout(i).entries {
-        let component = Component::of(&entry.name);
-        let writer = writers.iter_mut().find(|(c, _)| Some(*c) == component).map(|(_, w)| w);
-        let writer = writer.with_context(|| format!("{} belongs to no trained component", entry.name))?;
+        let component = Component::of(&entry.name).filter(|component| export.trained.contains(component));
+        let component = component.with_context(|| format!("{} belongs to no trained component", entry.name))?;
+        let Some((_, writer)) = writers.iter_mut().find(|(written, _)| *written == component) else { continue };
         let values = &whole[entry.offset..entry.offset + entry.len];
         ensure!(
             all_finite(values),
             "{} is not finite after the last step: lower optimizer.learning_rate, or add warm-up (lr_schedule.warmup_steps)",
             entry.name
         );
-        check_range(&entry.name, values, save_dtype)?;
+        check_range(&entry.name, values, export.output.save_dtype)?;
         writer.write(&entry.name, 0, values)?;
     }
     Ok(())
@@ -130,7 +133,7 @@ fn finish(writers: Writers, export: &Export, aside: &Path) -> Result<()> {
     let skeleton = PipelineExport {
         model_dir: export.model_dir,
         variant: export.variant,
-        trained: export.trained,
+        trained: &export.saved(),
         skip_text_encoder: export.output.skip_save_text_encoder,
     };
     skeleton.write_skeleton(aside)?;

@@ -102,3 +102,17 @@ fn what_cannot_be_replaced_is_found_before_the_run() {
     assert!(problems[0].contains("unet is no folder"), "{problems:?}");
     assert_eq!(listing(&home.out()), [home.out().join("unet")]);
 }
+
+/// Also if it has trained: then there is neither its folder nor a name for it.
+#[test]
+fn a_text_encoder_that_is_to_be_left_out_is_left_out() {
+    for trains in ["true", "false"] {
+        let home = Home::new();
+        let train = format!("model.train_text_encoder={trains}");
+        home.job(PLAIN).sets(&[&train, "output.skip_save_text_encoder=true", "train.max_steps=1"]).run().done();
+        let index = fs::read_to_string(home.out().join("model_index.json")).unwrap();
+        let index: serde_json::Value = serde_json::from_str(&index).unwrap();
+        assert_eq!(index["text_encoder"], serde_json::json!([null, null]));
+        assert!(home.out().join("unet").is_dir() && !home.out().join("text_encoder").exists(), "{trains}");
+    }
+}
