@@ -22,7 +22,7 @@
 //!
 //! ```text
 //!     5  asked for    main  cli  config  launch  hub
-//!     4  together     train  sample  pipeline  checkpoint  bench  report  the only place where all the others meet
+//!     4  together     train  plan  sample  pipeline  checkpoint  bench  report  the only place where all the others meet
 //!     3  content      data  diffusion  model  optim  track
 //!     2  machinery    segment (layers, no ranks)    zero (ranks, no layers)
 //!     1  ground       ops  comm

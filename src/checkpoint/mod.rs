@@ -4,9 +4,11 @@
 
 mod load;
 mod manifest;
+mod output_lock;
 mod save;
 mod shard_file;
 
 pub use load::{Checkpoint, latest};
 pub use manifest::{Manifest, Position, SegmentRecord};
+pub use output_lock::{TAKEN, hold, is_held};
 pub use save::{OptimizerState, Saving, all_finite, clear_leftovers, number, save};

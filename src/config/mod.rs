@@ -13,7 +13,6 @@ mod model_folder;
 mod optimizer;
 mod output;
 mod output_folder;
-mod output_lock;
 mod plan;
 mod reader;
 mod sampling;
@@ -30,7 +29,6 @@ use anyhow::Result;
 
 pub use check::{Facts, Inspection, Report, check};
 pub(crate) use output_folder::can_write;
-pub(crate) use output_lock::hold;
 
 pub use plan::*;
 pub use steps::Steps;

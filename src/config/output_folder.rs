@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 
 use super::check::Inspection;
-use super::{OptimizerKind, Resume, SaveDtype, output_lock};
+use super::{OptimizerKind, Resume, SaveDtype};
 use crate::device::free_disk_bytes;
 use crate::{Refusal, checkpoint};
 
@@ -41,8 +41,8 @@ pub(super) fn inspect(inspection: &mut Inspection) {
             inspection.problem("output", "dir", &what);
         }
     }
-    if output_lock::is_held(dir) {
-        inspection.problem("output", "dir", output_lock::TAKEN);
+    if checkpoint::is_held(dir) {
+        inspection.problem("output", "dir", checkpoint::TAKEN);
     } else if !plan.output.overwrite {
         another_run(inspection, dir, &plan.checkpoint.resume);
     }

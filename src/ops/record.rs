@@ -287,7 +287,7 @@ mod tests {
     #[test]
     fn what_nobody_wants_is_not_computed() {
         let inputs = [tensor(1, (3, 4)), tensor(2, (3, 4))];
-        let [trained, frozen] = [true, false].map(|trains| weight_of(trains));
+        let [trained, frozen] = [true, false].map(weight_of);
         let run = |wanted: [bool; 2]| {
             let given = inputs.iter().map(Tensor::id).zip(wanted);
             let (y, record) = record(given, || {

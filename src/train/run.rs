@@ -13,7 +13,7 @@ use super::setup;
 use super::trainer::{Ending, Trainer};
 use crate::checkpoint;
 use crate::comm::{CommunicatorExt, SliceMut};
-use crate::config::{RunPlan, hold};
+use crate::config::RunPlan;
 use crate::device::Place;
 use crate::device::nvme::wear_note;
 use crate::launch::{Event, Rank, report_failure};
@@ -125,7 +125,7 @@ fn prepare_output(trainer: &Trainer) -> Result<Option<fs::File>> {
     }
     let dir = &trainer.plan.output.dir;
     fs::create_dir_all(dir).with_context(|| format!("creating {}", dir.display()))?;
-    let held = hold(dir)?;
+    let held = checkpoint::hold(dir)?;
     let step = trainer.position.step;
     for path in checkpoint::clear_leftovers(dir, step)? {
         let what = match step {

@@ -28,12 +28,13 @@ pub fn hold(dir: &Path) -> Result<Option<File>> {
 }
 
 /// Whether a run that is under way has `dir`.
-pub(super) fn is_held(dir: &Path) -> bool {
+pub fn is_held(dir: &Path) -> bool {
     // Shared, so that those who look do not see each other.
     File::open(dir).is_ok_and(|folder| matches!(folder.try_lock_shared(), Err(TryLockError::WouldBlock)))
 }
 
-pub(super) const TAKEN: &str =
+/// What to say of a folder that is held.
+pub const TAKEN: &str =
     "another run that is under way writes into this folder: wait for its end, stop it, or name another folder";
 
 #[cfg(test)]
