@@ -352,7 +352,7 @@ fn places_where_nothing_can_be_written_are_told() {
                 fs::write(home.path("out/metrics.jsonl"), "{}\n").unwrap();
             },
             sets: &[],
-            told: &[&["output.dir", "another run (checkpoint-3, metrics.jsonl)", "overwrite = true", "resume"]],
+            told: &[&["output.dir", "another run (checkpoint-3, metrics.jsonl)", "overwrite = true"]],
         },
         Case {
             // Checkpoints that no disk holds.

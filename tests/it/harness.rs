@@ -108,6 +108,8 @@ impl Home {
         let file = |end: &str| self.path(&format!(".job-{number}.{end}"));
         let (stdout, stderr) = (file("out"), file("err"));
         command.stdout(File::create(&stdout).unwrap()).stderr(File::create(&stderr).unwrap());
+        #[cfg(target_os = "linux")]
+        crate::processes::hearing_interrupts(&mut command);
         Running { child: command.spawn().unwrap(), stdout, stderr, out: self.out() }
     }
 

@@ -2,11 +2,23 @@
 #![cfg(target_os = "linux")]
 
 use std::fs;
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use crate::harness::{Home, Running};
+
+/// Whoever runs the tests may have ignored interrupts, as scripts do for what they start in the background: not so this one.
+pub fn hearing_interrupts(command: &mut Command) -> &mut Command {
+    let hear = || {
+        // SAFETY: no memory effects.
+        unsafe { libc::signal(libc::SIGINT, libc::SIG_DFL) };
+        Ok(())
+    };
+    // SAFETY: that call is all that happens between fork and exec.
+    unsafe { command.pre_exec(hear) }
+}
 
 pub fn kill(signal: &str, pid: u32) {
     assert!(Command::new("kill").args([signal, &pid.to_string()]).status().unwrap().success());

@@ -48,7 +48,10 @@ struct Running {
 
 impl Running {
     fn start(nproc: usize, max_restarts: usize, script: &str, part: &str) -> Running {
-        let mut child = Command::new(std::env::current_exe().unwrap())
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        #[cfg(target_os = "linux")]
+        crate::processes::hearing_interrupts(&mut command);
+        let mut child = command
             .args(["--exact", "ranks::a_launcher", "--nocapture"])
             .env(SCRIPT, script)
             .env(OPTIONS, format!("{nproc} {max_restarts}"))
